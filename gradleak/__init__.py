@@ -1,0 +1,1 @@
+"""gradleak: what a shared gradient gives away."""

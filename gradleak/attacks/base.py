@@ -1,0 +1,77 @@
+"""What every attack is: a check of what it may know, and a reconstruction from observations alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from gradleak.errors import InvalidInput, MissingKnowledge
+from gradleak.threat import Knowledge, Observation
+from gradleak.types import Reconstruction
+
+__all__ = ["Attack", "Callback", "Progress"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where an attack stands: ``done`` of ``total`` iterations, the best objective so far, and a phrase."""
+
+    done: int
+    total: int
+    objective: float
+    message: str = ""
+
+
+Callback = Callable[[Progress], None]
+"""Called now and then; it may raise ``KeyboardInterrupt`` to stop the attack, which then returns its best so far."""
+
+
+class Attack(ABC):
+    """Reconstructs private batches from observations.
+
+    Subclasses are frozen dataclasses of options; they set ``requires`` and implement ``_reconstruct``.
+    """
+
+    requires: Knowledge = Knowledge.NOTHING
+
+    def reconstruct(
+        self, observation: Observation, *, seed: int = 0, callback: Callback | None = None
+    ) -> Reconstruction:
+        """Reconstruct one batch.
+
+        Args:
+            observation: what the threat model shows.
+            seed: seeds a private generator; equal seeds give equal results, global generators are untouched.
+            callback: receives :class:`Progress` now and then.
+
+        Raises:
+            MissingKnowledge: the threat model does not grant ``requires``.
+            NotApplicable: the attack's structural conditions do not hold.
+            InvalidModel: the forward map cannot be reproduced.
+
+        """
+        return self.reconstruct_all([observation], seed=seed, callback=callback)[0]
+
+    def reconstruct_all(
+        self, observations: Sequence[Observation], *, seed: int = 0, callback: Callback | None = None
+    ) -> list[Reconstruction]:
+        """Reconstruct several batches; observations of equal shape advance together where the attack can."""
+        if not observations:
+            raise InvalidInput("There is nothing to reconstruct: pass at least one observation.")
+        for observation in observations:
+            missing = self.requires & ~observation.knows
+            if missing:
+                granted = str(observation.knows).removeprefix("Knowledge.")
+                wanted = str(missing).removeprefix("Knowledge.")
+                raise MissingKnowledge(
+                    f"This attack needs {wanted}, but the threat model grants only {granted}; "
+                    "grant it in ThreatModel(knows=...), or choose an attack that does without."
+                )
+        return self._reconstruct(list(observations), seed, callback)
+
+    @abstractmethod
+    def _reconstruct(
+        self, observations: list[Observation], seed: int, callback: Callback | None
+    ) -> list[Reconstruction]:
+        """Reconstruct; knowledge has been checked."""

@@ -1,0 +1,83 @@
+"""A client, and one exchange between it and a curious server."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import nn
+
+from gradleak.inputs import ImageSpace, InputSpace
+from gradleak.threat import Observation, ThreatModel
+from gradleak.training import FedSGD, LocalTraining
+from gradleak.types import Batch, Reconstruction, Update
+
+__all__ = ["Client", "Exchange", "simulate"]
+
+
+class Reconstructs(Protocol):
+    """Anything that turns an observation into a reconstruction; every attack does."""
+
+    def reconstruct(self, observation: Observation, *, seed: int = 0) -> Reconstruction:
+        """Reconstruct one batch."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Client:
+    """A client: a model it received, a private batch, and the local training (defended or not) it runs."""
+
+    model: nn.Module
+    batch: Batch
+    training: LocalTraining = field(default_factory=FedSGD)
+
+    def send(self) -> Update:
+        """Run local training and return the update that leaves the client."""
+        return self.training(self.model, self.batch)
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """One simulated exchange: what was private, what was seen, what came back.
+
+    ``truth`` holds the decoded private inputs (images in [0, 1]) for metrics; no attack has seen it.
+    """
+
+    truth: Batch
+    observation: Observation
+    reconstruction: Reconstruction
+
+
+def simulate(
+    client: Client,
+    attack: Reconstructs,
+    *,
+    threat: ThreatModel | None = None,
+    space: InputSpace | None = None,
+    seed: int = 0,
+) -> Exchange:
+    """Let ``client`` send its update and let ``attack`` reconstruct the batch from what ``threat`` shows.
+
+    Args:
+        client: model, private batch, local training.
+        attack: sees only the observation.
+        threat: defaults to an honest-but-curious server who knows batch size and training.
+        space: shape and range of one input; defaults to images in [0, 1] of the batch's shape.
+        seed: of the attack.
+
+    Raises:
+        GradleakError: whatever the attack raises.
+
+    """
+    space = ImageSpace(tuple(client.batch.inputs.shape[1:])) if space is None else space
+    observation = (ThreatModel() if threat is None else threat).observe(
+        client.model,
+        client.send(),
+        space=space,
+        training=client.training,
+        batch_size=len(client.batch),
+        labels=client.batch.labels,
+    )
+    reconstruction = attack.reconstruct(observation, seed=seed)
+    truth = Batch(space.decode(client.batch.inputs), client.batch.labels)
+    return Exchange(truth, observation, reconstruction)

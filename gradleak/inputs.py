@@ -1,0 +1,92 @@
+"""What one example looks like to the attacker: shape, value range, and how a candidate is decoded."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradleak.errors import InvalidInput
+
+__all__ = ["ImageSpace", "InputSpace", "TensorSpace"]
+
+
+class InputSpace(ABC):
+    """The space of one input: candidates are what the model sees, decoded inputs are what a person sees."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one candidate, without the batch axis."""
+
+    @abstractmethod
+    def decode(self, candidates: Tensor) -> Tensor:
+        """Return what a person sees of ``candidates`` (..., *shape)."""
+
+    @abstractmethod
+    def encode(self, inputs: Tensor) -> Tensor:
+        """Return the model inputs of decoded ``inputs`` (..., *shape)."""
+
+    def project(self, candidates: Tensor) -> Tensor:
+        """Return the nearest valid candidates."""
+        return candidates
+
+
+@dataclass(frozen=True)
+class ImageSpace(InputSpace):
+    """Images of shape (C, H, W) in [0, 1], which the model sees as (image − mean) / std per channel.
+
+    Raises:
+        InvalidInput: the shape is not (C, H, W), or mean and std do not fit it.
+
+    """
+
+    shape: tuple[int, ...] = (3, 32, 32)  # type: ignore[assignment]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 3 or min(self.shape) < 1:
+            raise InvalidInput(f"An image shape is (channels, height, width), not {self.shape}; pass three numbers.")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values and len(values) not in (1, self.shape[0]):
+                raise InvalidInput(f"{name} has {len(values)} values for {self.shape[0]} channels; give one or each.")
+        if any(s <= 0 for s in self.std):
+            raise InvalidInput(f"std must be positive, not {self.std}; give the normalisation the client used.")
+
+    def _stats(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean = torch.tensor(self.mean or (0.0,), dtype=like.dtype, device=like.device).view(-1, 1, 1)
+        std = torch.tensor(self.std or (1.0,), dtype=like.dtype, device=like.device).view(-1, 1, 1)
+        return mean, std
+
+    def decode(self, candidates: Tensor) -> Tensor:
+        """Undo the normalisation and clamp to [0, 1]."""
+        mean, std = self._stats(candidates)
+        return (candidates * std + mean).clamp(0, 1)
+
+    def encode(self, inputs: Tensor) -> Tensor:
+        """Normalise images in [0, 1]."""
+        mean, std = self._stats(inputs)
+        return (inputs - mean) / std
+
+    def project(self, candidates: Tensor) -> Tensor:
+        """Clip candidates to the normalised box of valid images."""
+        mean, std = self._stats(candidates)
+        return torch.minimum(torch.maximum(candidates, -mean / std), (1 - mean) / std)
+
+
+@dataclass(frozen=True)
+class TensorSpace(InputSpace):
+    """Unstructured inputs of any shape and range (tabular rows, features), decoded as they are."""
+
+    shape: tuple[int, ...] = ()  # type: ignore[assignment]
+
+    def decode(self, candidates: Tensor) -> Tensor:
+        """Return ``candidates`` unchanged."""
+        return candidates
+
+    def encode(self, inputs: Tensor) -> Tensor:
+        """Return ``inputs`` unchanged."""
+        return inputs

@@ -1,0 +1,142 @@
+"""The wall: what the attacker sees and knows, and the only way to make it."""
+
+from __future__ import annotations
+
+import copy
+import enum
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from gradleak.errors import InvalidInput
+from gradleak.inputs import InputSpace
+from gradleak.training import LocalTraining, Tensors, parameters
+from gradleak.types import Update
+
+__all__ = ["Knowledge", "Observation", "ThreatModel"]
+
+
+class Knowledge(enum.Flag):
+    """What a threat model grants the attacker besides the model and the update."""
+
+    NOTHING = 0
+    LABELS = enum.auto()
+    """The labels of the batch."""
+    BATCH_SIZE = enum.auto()
+    """The number of examples behind the update."""
+    TRAINING = enum.auto()
+    """Loss, local steps, learning rate: the forward map."""
+    DEFENSE = enum.auto()
+    """Which defense the client applies, with its parameters."""
+    BUFFERS = enum.auto()
+    """The client's buffers after training (running statistics)."""
+    PUBLIC_DATA = enum.auto()
+    """Public examples from the same distribution."""
+    MALICIOUS = enum.auto()
+    """The server may send a model of its choosing."""
+
+
+_KEY = object()
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """All that an attack sees; made by :meth:`ThreatModel.observe` and by nothing else.
+
+    Attributes:
+        model: a private copy of the model that was sent out, in the client's mode.
+        update: what the client shared.
+        space: what one input looks like (public by nature: the model's input layer shows it).
+        knows: what was granted; the fields below are None unless it says so.
+        batch_size: number of examples (BATCH_SIZE).
+        training: the forward map as the attacker believes it to be (TRAINING), defended if DEFENSE is granted.
+        labels: (N,) or (N, C) labels (LABELS).
+        public: (M, *shape) public model inputs (PUBLIC_DATA).
+
+    """
+
+    model: nn.Module
+    update: Update
+    space: InputSpace
+    knows: Knowledge
+    batch_size: int | None = None
+    training: LocalTraining | None = None
+    labels: Tensor | None = None
+    public: Tensor | None = None
+    key: object = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.key is not _KEY:
+            raise InvalidInput("An Observation is made by ThreatModel.observe(...) only; call that instead.")
+
+    @property
+    def params(self) -> Tensors:
+        """The trainable parameters that were sent out, by name."""
+        return parameters(self.model)
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """What the attacker knows; the default is the honest-but-curious server of Zhu et al. 2019, Section 3.
+
+    Attributes:
+        knows: the granted knowledge.
+
+    """
+
+    knows: Knowledge = Knowledge.BATCH_SIZE | Knowledge.TRAINING
+
+    def observe(
+        self,
+        model: nn.Module,
+        update: Update,
+        *,
+        space: InputSpace,
+        training: LocalTraining | None = None,
+        batch_size: int | None = None,
+        labels: Tensor | None = None,
+        public: Tensor | None = None,
+    ) -> Observation:
+        """Return what the attacker sees; everything that ``knows`` does not grant is withheld.
+
+        Args:
+            model: the model that was sent out, in the mode the client used; it is copied.
+            update: what the client shared; checked against the model.
+            space: shape and value range of one input.
+            training: the client's forward map.
+            batch_size: number of examples in the batch.
+            labels: the batch's labels.
+            public: public model inputs, (M, *shape).
+
+        Raises:
+            InvalidUpdate: the update does not fit the model.
+            InvalidInput: ``knows`` grants something that was not handed over.
+
+        """
+        update.check(model)
+        offered = {
+            Knowledge.TRAINING: training,
+            Knowledge.BATCH_SIZE: batch_size,
+            Knowledge.LABELS: labels,
+            Knowledge.PUBLIC_DATA: public,
+        }
+        for flag, value in offered.items():
+            if flag in self.knows and value is None:
+                raise InvalidInput(
+                    f"The threat model grants {flag.name}, but observe() was not given it; "
+                    f"pass {(flag.name or '').lower()}= or remove it from knows."
+                )
+        shown = {flag: value if flag in self.knows else None for flag, value in offered.items()}
+        if Knowledge.BUFFERS not in self.knows:
+            update = Update(update.tensors, update.kind)
+        return Observation(
+            copy.deepcopy(model),
+            update.detach(),
+            space,
+            self.knows,
+            training=shown[Knowledge.TRAINING],  # type: ignore[arg-type]
+            batch_size=shown[Knowledge.BATCH_SIZE],  # type: ignore[arg-type]
+            labels=shown[Knowledge.LABELS],  # type: ignore[arg-type]
+            public=shown[Knowledge.PUBLIC_DATA],  # type: ignore[arg-type]
+            key=_KEY,
+        )

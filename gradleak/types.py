@@ -1,0 +1,195 @@
+"""The three values that travel through gradleak: a private batch, a shared update, a reconstruction."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradleak.errors import InvalidInput, InvalidUpdate
+
+__all__ = ["Batch", "Certificate", "Reconstruction", "Trace", "Update", "UpdateKind"]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A private batch: model inputs of shape (N, ...) and labels, (N,) class indices or (N, C) probabilities.
+
+    Raises:
+        InvalidInput: the numbers of inputs and labels differ, or the batch is empty.
+
+    """
+
+    inputs: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        if self.inputs.shape[0] != self.labels.shape[0] or self.inputs.shape[0] == 0:
+            raise InvalidInput(
+                f"A batch needs as many labels as inputs and at least one, but it has {self.inputs.shape[0]} inputs "
+                f"and {self.labels.shape[0]} labels; pass matching tensors."
+            )
+
+    def __len__(self) -> int:
+        return int(self.inputs.shape[0])
+
+    def to(self, *args: Any, **kwargs: Any) -> Batch:
+        """Move or cast the inputs as ``Tensor.to`` does; index labels keep their integer type."""
+        inputs = self.inputs.to(*args, **kwargs)
+        labels = self.labels.to(*args, **kwargs) if self.labels.is_floating_point() else self.labels.to(inputs.device)
+        return Batch(inputs, labels)
+
+
+class UpdateKind(enum.Enum):
+    """What an update's numbers mean."""
+
+    GRADIENT = "gradient"
+    """The gradient of the client's loss at the model that was sent out."""
+    WEIGHT_DELTA = "weight_delta"
+    """Parameters after local training minus parameters before."""
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What a client shares: one tensor per trainable parameter, by name, and what the numbers mean.
+
+    Attributes:
+        tensors: parameter name → tensor of the parameter's shape.
+        kind: gradient, or weight delta (after minus before).
+        buffers: buffer name → value after local training, where the client shares them (running statistics).
+
+    """
+
+    tensors: Mapping[str, Tensor]
+    kind: UpdateKind = UpdateKind.GRADIENT
+    buffers: Mapping[str, Tensor] | None = None
+
+    def to(self, *args: Any, **kwargs: Any) -> Update:
+        """Move or cast every tensor as ``Tensor.to`` does."""
+        return replace(self, tensors={k: v.to(*args, **kwargs) for k, v in self.tensors.items()})
+
+    def detach(self) -> Update:
+        """Cut every tensor from its autograd graph."""
+        return replace(self, tensors={k: v.detach() for k, v in self.tensors.items()})
+
+    def check(self, model: nn.Module) -> None:
+        """Check names, shapes and finiteness against the trainable parameters of ``model``.
+
+        Raises:
+            InvalidUpdate: with the first offending parameter and the remedy.
+
+        """
+        expected = {k: tuple(p.shape) for k, p in model.named_parameters() if p.requires_grad}
+        missing = [k for k in expected if k not in self.tensors]
+        extra = [k for k in self.tensors if k not in expected]
+        if missing:
+            raise InvalidUpdate(
+                f"The update lacks {_some(missing)}; share every trainable parameter, or set requires_grad=False "
+                "on those the client keeps to itself."
+            )
+        if extra:
+            raise InvalidUpdate(
+                f"The update has {_some(extra)}, which the model does not train; "
+                "use the model factory and parameter names that the client used."
+            )
+        for name, shape in expected.items():
+            tensor = self.tensors[name]
+            if tuple(tensor.shape) != shape:
+                raise InvalidUpdate(
+                    f"Parameter {name!r} has shape {shape} in the model but {tuple(tensor.shape)} in the update; "
+                    "check the model's options (classes, width) against the client's."
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise InvalidUpdate(
+                    f"Parameter {name!r} of the update has NaN or infinite values; "
+                    "capture it again before loss scaling overflows or training diverges."
+                )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(repr(n) for n in names[:3]) + more
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """How an iterative attack went: values at recorded iterations of the returned candidate.
+
+    Attributes:
+        iterations: K iteration numbers, ascending.
+        objectives: the attacker's objective at each.
+        layers: parameter name → K squared gradient distances (Figure 5 of Zhu et al. 2019).
+        snapshots: decoded candidates, shape (K, N, *shape), in the units of ``Reconstruction.inputs``.
+
+    """
+
+    iterations: tuple[int, ...] = ()
+    objectives: tuple[float, ...] = ()
+    layers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    snapshots: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What the re-simulated update alone proves about one reconstruction; no ground truth is involved.
+
+    Attributes:
+        verdict: "proved" (matched to the noise floor and locally unique), "matched" (matched, not unique or
+            uniqueness unknown), or "unproved" (not matched).
+        residual: relative distance of the re-simulated update to the seen one.
+        floor: the relative noise floor of the update's number format.
+        rank: numerical rank of the update's Jacobian at the solution, None where it was not computed.
+        unknowns: number of unknowns, None where it was not computed.
+        examples: one verdict per example of the batch.
+        reason: one sentence for a reader.
+
+    """
+
+    verdict: str
+    residual: float
+    floor: float
+    rank: int | None = None
+    unknowns: int | None = None
+    examples: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """What an attack returns: decoded inputs (N, *shape; images in [0, 1]) and labels, with how it got there.
+
+    Attributes:
+        inputs: decoded inputs, (N, *shape).
+        labels: (N,) class indices, or None where the attack says nothing about labels.
+        label_probabilities: (N, C) where labels were optimised or recovered as distributions.
+        objective: the attacker's own final objective (lower is better; comparable within one attack only).
+        status: "converged", "budget" (iterations or time used up), "stalled", "interrupted" or "exact".
+        iterations: iterations of the returned candidate.
+        evaluations: evaluations of the gradient of the objective, over all restarts.
+        seconds: wall-clock time spent for this observation (a batched run's time divided by its observations).
+        trace: iteration curves, None for closed forms.
+        notes: plain sentences a reader of the result must know (rank bounds, fall-backs, deviations).
+        certificate: what the update itself proves, None where it was not asked.
+        features: (N, d) exact inputs of the classification head, where an attack found them.
+
+    """
+
+    inputs: Tensor
+    labels: Tensor | None
+    objective: float
+    label_probabilities: Tensor | None = None
+    status: str = "converged"
+    iterations: int = 0
+    evaluations: int = 0
+    seconds: float = 0.0
+    trace: Trace | None = None
+    notes: tuple[str, ...] = ()
+    certificate: Certificate | None = None
+    features: Tensor | None = None
+
+    def __len__(self) -> int:
+        return int(self.inputs.shape[0])
