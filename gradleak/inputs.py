@@ -43,7 +43,7 @@ class ImageSpace(InputSpace):
 
     """
 
-    shape: tuple[int, ...] = (3, 32, 32)  # type: ignore[assignment]
+    shape: tuple[int, ...] = (3, 32, 32)
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
@@ -81,7 +81,7 @@ class ImageSpace(InputSpace):
 class TensorSpace(InputSpace):
     """Unstructured inputs of any shape and range (tabular rows, features), decoded as they are."""
 
-    shape: tuple[int, ...] = ()  # type: ignore[assignment]
+    shape: tuple[int, ...] = ()
 
     def decode(self, candidates: Tensor) -> Tensor:
         """Return ``candidates`` unchanged."""
