@@ -1,0 +1,57 @@
+# `make demo` and `make test` do everything on a fresh machine: virtual environment, pinned install, run.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV ?= .venv
+WORKERS ?= 2
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Two workers with one thread each beat one worker with two threads on small models; more threads would only contend.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow check format bench docs wheel clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+venv: $(STAMP) ## create the virtual environment with pinned dependencies (once)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON); install Python 3.11, or name another with 'make PYTHON=python3.12'." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP) ## leak a real photograph from one gradient and write report.html
+	$(BIN)/gradleak demo
+
+test: $(STAMP) ## fast tests (under three minutes on two cores)
+	$(PYTEST) -n $(WORKERS)
+
+test-slow: $(STAMP) ## slow tests, on their own
+	$(PYTEST) -n $(WORKERS) -m 'slow and not gpu and not network'
+
+check: $(STAMP) ## lint, formatting, strict types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## repair what ruff can repair
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## measure every target and store it in benchmarks/results/
+	$(BIN)/python benchmarks/run.py
+
+docs: $(STAMP) ## build docs/ as a site in site/
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+wheel: $(STAMP) ## build sdist and wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m build
+
+clean: ## remove everything that make made
+	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis gradleak-demo
