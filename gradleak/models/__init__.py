@@ -1,1 +1,12 @@
-"""models."""
+"""The models that the papers attack, with their initializations, and models by name.
+
+``__all__`` lists the factories; a new model is one file and one import line here.
+"""
+
+from gradleak.models.lenets import lenet
+from gradleak.models.resnets import dlg_resnet, resnet18, resnet20, resnet32
+
+__all__ = ["dlg_resnet", "lenet", "resnet18", "resnet20", "resnet32"]
+
+from gradleak.models.loading import load as load
+from gradleak.models.loading import parse_options as parse_options

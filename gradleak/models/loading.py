@@ -1,0 +1,179 @@
+"""Models by name: one of gradleak's, or ``module:factory`` from the user's own code."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+from torch import nn
+
+import gradleak.models
+from gradleak.errors import GradleakError, InvalidInput, InvalidModel, UnknownName
+
+__all__ = ["Option", "load", "parse_options"]
+
+Option = bool | int | float | str
+
+
+def parse_options(pairs: Iterable[str]) -> dict[str, Option]:
+    """Return ``key=value`` strings as a mapping; values become bool, int or float where they read as one.
+
+    Raises:
+        InvalidInput: a pair has no ``=`` or no proper name, or a name appears twice.
+
+    >>> parse_options(["width=24", "norm=group", "scale=1e-3", "bias=true"])
+    {'width': 24, 'norm': 'group', 'scale': 0.001, 'bias': True}
+
+    """
+    options: dict[str, Option] = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not sign or not key.isidentifier():
+            raise InvalidInput(f"The option {pair!r} is not of the form key=value; write for example width=24.")
+        if key in options:
+            raise InvalidInput(f"The option {key!r} is given twice; give it once.")
+        options[key] = _value(value.strip())
+    return options
+
+
+def _value(text: str) -> Option:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def load(spec: str, options: Mapping[str, Option] | None = None) -> nn.Module:
+    """Return the model that ``spec`` names.
+
+    A ``module:factory`` runs the user's own code: only name modules you trust.
+
+    Args:
+        spec: a name in ``gradleak.models.__all__``; or ``module:factory``, where the module is importable or lies in
+            the current directory, or is a path to a ``.py`` file, and the factory returns (or is) an ``nn.Module``.
+        options: keyword options for the factory.
+
+    Raises:
+        UnknownName: no model of that name.
+        InvalidModel: the module cannot be imported, has no such factory, or the factory fails or returns no module.
+        InvalidInput: the factory has no such option.
+
+    """
+    options = dict(options or {})
+    module_name, colon, attribute = spec.rpartition(":")
+    if not colon:
+        if spec not in gradleak.models.__all__:
+            raise UnknownName("model", spec, [*gradleak.models.__all__, "module:factory"])
+        return _call(spec, getattr(gradleak.models, spec), options)
+    if not module_name or not attribute:
+        raise InvalidModel(f"{spec!r} names no model; write module:factory, for example mymodels:make_net.")
+    with _current_directory_importable():
+        module = _import(module_name)
+        factory: object = module
+        for part in attribute.split("."):
+            if not hasattr(factory, part):
+                names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+                close = difflib.get_close_matches(attribute, names, n=3, cutoff=0.5)
+                hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "name a function that it defines."
+                raise InvalidModel(f"Module {module_name!r} has no factory named {attribute!r}: {hint}")
+            factory = getattr(factory, part)
+        return _call(spec, factory, options)
+
+
+def _call(spec: str, factory: object, options: dict[str, Option]) -> nn.Module:
+    if isinstance(factory, nn.Module):
+        if options:
+            raise InvalidInput(f"{spec!r} is a model already, so it takes no options; name its factory instead.")
+        return factory
+    if not callable(factory):
+        raise InvalidModel(f"{spec!r} is a {type(factory).__name__}; name a function that returns an nn.Module.")
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):  # some builtins have none
+        signature = None
+    if signature is not None:
+        _check_options(spec, signature, options)
+    try:
+        model = factory(**options)
+    except GradleakError:
+        raise
+    except Exception as error:
+        raise InvalidModel(
+            f"The factory {spec!r} failed with {type(error).__name__}: {error}; make it run with these options first."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise InvalidModel(f"The factory {spec!r} returned a {type(model).__name__}; it must return a torch.nn.Module.")
+    return model
+
+
+def _check_options(spec: str, signature: inspect.Signature, options: dict[str, Option]) -> None:
+    parameters = signature.parameters.values()
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        for key in options:
+            if key not in named:
+                raise UnknownName(f"option of {spec!r}", key, named or ["(it takes none)"])
+    missing = [p.name for p in parameters if p.name in named and p.default is p.empty and p.name not in options]
+    missing += [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+    if missing:
+        raise InvalidInput(
+            f"The factory {spec!r} needs {', '.join(map(repr, missing))}; "
+            f"pass it as an option ({missing[0]}=…) or give it a default."
+        )
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        if name.endswith(".py"):
+            return _import_file(Path(name))
+        return importlib.import_module(name)
+    except GradleakError:
+        raise
+    except ModuleNotFoundError as error:
+        absent = error.name or name
+        where = f" (imported by {name!r})" if absent != name and not name.startswith(f"{absent}.") else ""
+        raise InvalidModel(
+            f"There is no module named {absent!r}{where}; install it, or run from the folder that holds it."
+        ) from error
+    except Exception as error:
+        raise InvalidModel(
+            f"Importing {name!r} failed with {type(error).__name__}: {error}; make `python -c 'import {name}'` work."
+        ) from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise InvalidModel(f"There is no file {str(path)!r}; give the path of the file that defines the model.")
+    found = importlib.util.spec_from_file_location(path.stem, path.resolve())
+    if found is None or found.loader is None:
+        raise InvalidModel(f"{str(path)!r} is not a Python file; give a .py file that defines the model.")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _current_directory_importable() -> Iterator[None]:
+    """Console scripts, unlike ``python -m``, do not look into the current directory."""
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:
+        sys.path.insert(0, here)
+        importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        if added and here in sys.path:
+            sys.path.remove(here)
