@@ -1,0 +1,39 @@
+"""The command ``gradleak reproduce``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["reproduce"]
+
+
+def reproduce(
+    paper: Annotated[str, typer.Argument(help="Folder name of the paper, such as 2019_zhu_dlg.")],
+    only: Annotated[list[str] | None, typer.Option(help="Run this experiment only (may be repeated).")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Seconds per experiment, to see that all of it runs.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="The paper's scale; wants a GPU.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Folder laid out as docs/data.md says.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for what is measured (runs/PAPER).")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that measure side by side.")] = 1,
+) -> None:
+    """Run the experiments of a paper and set its numbers beside ours."""
+    from gradleak.audit.reproduce import reproduce as run
+    from gradleak.errors import InvalidInput
+
+    if smoke and full:
+        raise InvalidInput("--smoke and --full exclude each other; give one of them, or none for the default scale.")
+    scale = "smoke" if smoke else "full" if full else "default"
+    done = run(paper, only=only, scale=scale, data=data, out=out, jobs=jobs, callback=lambda s: typer.echo(s, err=True))
+    for name, stored in done.results.items():
+        for title, text in stored["texts"].items():
+            typer.echo(f"\n{name}: {title}\n{text}")
+    for sentence in done.drift:
+        typer.echo(f"Left its tolerance: {sentence}", err=True)
+    for name, reason in done.failures.items():
+        typer.echo(f"{name} has no result: {reason}", err=True)
+    typer.echo(f"\nTable: {done.page}\nFigures: {done.html}")
+    if done.failures:
+        raise typer.Exit(1)

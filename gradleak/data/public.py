@@ -1,0 +1,115 @@
+"""Named real data: from a folder laid out as ``docs/data.md`` says, or from public loaders."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradleak.errors import InvalidInput
+
+__all__ = ["file", "images", "require"]
+
+_TORCHVISION = {"mnist": "MNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn_mini": "SVHN"}
+_VISION = "'vision' (torchvision) on a machine with a network"
+_WIKITEXT = {"wikitext2_valid.txt": "validation", "wikitext2_test.txt": "test", "wikitext2_train.txt": "train"}
+
+
+def _missing(name: str, data: Path | None, other: str) -> InvalidInput:
+    where = f"is not in {data}" if data is not None else "was not given"
+    return InvalidInput(
+        f"The data file {name!r} {where}; pass --data DIR with a folder laid out as docs/data.md says, or {other}."
+    )
+
+
+def file(name: str, data: Path | None, downloads: Path) -> Path:
+    """Return the path of ``name`` in ``data``, or of the copy a public loader fetched into ``downloads``.
+
+    Raises:
+        InvalidInput: neither has it; names both ways.
+
+    """
+    for folder in (data, downloads):
+        if folder is not None and (folder / name).is_file():
+            return folder / name
+    if name in _WIKITEXT:
+        return _fetched(name, data, downloads, _wikitext)
+    if name == "bert_base_uncased_vocab.txt":
+        return _fetched(name, data, downloads, _vocabulary)
+    stem = name.removesuffix(".npz")
+    raise _missing(name, data, f"ask for its images by name ({stem!r})" if stem in _TORCHVISION else "create it")
+
+
+def require(name: str, data: Path | None, downloads: Path) -> None:
+    """Check, without loading images, that ``name`` is in ``data`` or that a public loader may provide it.
+
+    Raises:
+        InvalidInput: neither can; names both ways.
+
+    """
+    stem = name.removesuffix(".npz")
+    if stem not in _TORCHVISION or (data is not None and (data / name).is_file()):
+        file(name, data, downloads)
+    elif importlib.util.find_spec("torchvision") is None:
+        raise _missing(name, data, f"install the extra {_VISION}")
+
+
+def images(name: str, split: str, data: Path | None, downloads: Path) -> tuple[Tensor, Tensor]:
+    """Return images (N, C, H, W) in [0, 1], float64, and labels (N,) int64.
+
+    Args:
+        name: file name in ``data`` without ``.npz``.
+        split: "train" or "test"; files without splits (``lfw``) have one set under either name.
+        data: folder of data files, or None.
+        downloads: where torchvision may keep what it fetches.
+
+    Raises:
+        InvalidInput: neither ``data`` nor torchvision has it; names both ways.
+
+    """
+    if data is not None and (data / f"{name}.npz").is_file():
+        with np.load(data / f"{name}.npz", allow_pickle=False) as stored:
+            x = stored[f"x_{split}"] if f"x_{split}" in stored else stored["x"]
+            labels = next((k for k in (f"y_{split}", "y", "person") if k in stored), None)
+            y = stored[labels] if labels else np.zeros(len(x), np.int64)
+        x = x if x.ndim == 4 else x[..., None]
+        return torch.from_numpy(x.transpose(0, 3, 1, 2) / 255.0), torch.from_numpy(y.astype(np.int64))
+    if name not in _TORCHVISION:
+        raise _missing(f"{name}.npz", data, "create it, because no public loader has it in this form")
+    try:
+        module = importlib.import_module("torchvision.datasets")
+        choice = {"split": split} if name == "svhn_mini" else {"train": split == "train"}
+        stored = getattr(module, _TORCHVISION[name])(str(downloads), download=True, **choice)
+        pairs = [(np.asarray(image, np.float64) / 255.0, int(label)) for image, label in stored]
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        raise _missing(f"{name}.npz", data, f"install the extra {_VISION} ({error})") from error
+    x = np.stack([image if image.ndim == 3 else image[..., None] for image, _ in pairs])
+    return torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), torch.tensor([label for _, label in pairs])
+
+
+def _fetched(name: str, data: Path | None, downloads: Path, load: Callable[[str], str]) -> Path:
+    try:
+        text = load(name)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise _missing(
+            name, data, f"install 'datasets' and the extra 'text' on a machine with a network ({error})"
+        ) from error
+    downloads.mkdir(parents=True, exist_ok=True)
+    (downloads / name).write_text(text, encoding="utf-8", newline="\n")
+    return downloads / name
+
+
+def _wikitext(name: str) -> str:
+    rows = importlib.import_module("datasets").load_dataset("wikitext", "wikitext-2-v1", split=_WIKITEXT[name])
+    return "".join(row["text"] for row in rows)
+
+
+def _vocabulary(name: str) -> str:
+    hub = importlib.import_module("huggingface_hub")
+    path = hub.hf_hub_download("google-bert/bert-base-uncased", "vocab.txt")
+    return Path(path).read_text(encoding="utf-8")
