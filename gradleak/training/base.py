@@ -1,14 +1,10 @@
-"""The forward map: local training as a differentiable function of the private batch.
-
-The client runs it, the attacker inverts it, a defense wraps it. It is written once, with ``torch.func``, so that it
-can be differentiated, vmapped over restarts and observations, and compiled as a whole.
-"""
+"""What every forward map is, and the gradient all of them are made of."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -22,7 +18,17 @@ from torch.nn.modules.dropout import _DropoutNd
 from gradleak.errors import InvalidInput, InvalidModel
 from gradleak.types import Batch, Update, UpdateKind
 
-__all__ = ["CrossEntropy", "FedSGD", "LocalTraining", "Loss", "check_reproducible", "parameters", "soft_labels"]
+__all__ = [
+    "CrossEntropy",
+    "LocalTraining",
+    "Loss",
+    "Tensors",
+    "check_reproducible",
+    "gradient",
+    "parameters",
+    "soft_labels",
+    "tracks_statistics",
+]
 
 Tensors = Mapping[str, Tensor]
 
@@ -97,6 +103,40 @@ def check_reproducible(model: nn.Module) -> None:
             )
 
 
+def tracks_statistics(model: nn.Module) -> bool:
+    """Tell whether a forward pass of ``model`` changes running statistics."""
+    return any(m.training and isinstance(m, _BatchNorm) and m.track_running_stats for m in model.modules())
+
+
+def gradient(
+    model: nn.Module, loss: Loss, params: Tensors, inputs: Tensor, labels: Tensor, buffers: Tensors | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return ∂loss/∂params by name, and the buffers after the forward pass; nothing is changed in place.
+
+    Args:
+        model: supplies the computation and every parameter and buffer not overridden.
+        loss: (outputs, labels) → scalar.
+        params: the trainable parameters, by name.
+        inputs: (N, *shape).
+        labels: (N,) class indices or (N, C) probabilities.
+        buffers: buffer values to use instead of the model's own.
+
+    """
+    tracks = tracks_statistics(model)
+    before = dict(model.named_buffers()) if buffers is None and tracks else dict(buffers or {})
+
+    def objective(p: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+        # Running statistics change in place: torch.func allows that only to tensors born inside the function.
+        after = {k: b.clone() for k, b in before.items()} if tracks else before
+        # Fused attention has no double backward: only the math kernel can be inverted.
+        with sdpa_kernel(SDPBackend.MATH):
+            outputs = functional_call(model, {**p, **after}, (inputs,))
+        return loss(outputs, labels), after
+
+    gradients, after = grad(objective, has_aux=True)(dict(params))
+    return dict(gradients), dict(after)
+
+
 class LocalTraining(ABC):
     """What a client does with its batch between receiving a model and sending an update.
 
@@ -126,40 +166,47 @@ class LocalTraining(ABC):
 
         """
 
+    def run(
+        self, model: nn.Module, params: Tensors, inputs: Tensor, labels: Tensor, buffers: Tensors | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return what ``tensors`` returns, and the buffers after training; arguments as there."""
+        return self.tensors(model, params, inputs, labels, buffers=buffers), dict(buffers or {})
+
     def __call__(self, model: nn.Module, batch: Batch, *, params: Tensors | None = None) -> Update:
         """Run local training on ``batch`` and return the update, detached; ``model`` is left untouched."""
         params = parameters(model) if params is None else params
-        buffers = {k: b.clone() for k, b in model.named_buffers()}
-        tensors = self.tensors(model, params, batch.inputs, batch.labels, buffers=buffers)
-        changed = any(m.training and isinstance(m, _BatchNorm) and m.track_running_stats for m in model.modules())
-        return Update({k: v.detach() for k, v in tensors.items()}, self.kind, buffers if changed else None)
-
-
-@dataclass(frozen=True)
-class FedSGD(LocalTraining):
-    """One gradient of the loss over the whole batch (McMahan et al. 2017, Section 2: FedSGD).
-
-    Attributes:
-        loss: any differentiable (outputs, targets) → scalar.
-
-    """
-
-    loss: Loss = field(default_factory=CrossEntropy)
+        tensors, buffers = self.run(model, params, batch.inputs, batch.labels, dict(model.named_buffers()))
+        shared = {k: b.detach().clone() for k, b in buffers.items()} if tracks_statistics(model) else None
+        return Update({k: v.detach() for k, v in tensors.items()}, self.kind, shared)
 
     @property
-    def kind(self) -> UpdateKind:
-        """A gradient."""
-        return UpdateKind.GRADIENT
+    def undefended(self) -> LocalTraining:
+        """The same training without its defenses: what an attacker believes who does not know of them."""
+        return self
 
-    def tensors(
-        self, model: nn.Module, params: Tensors, inputs: Tensor, labels: Tensor, *, buffers: Tensors | None = None
-    ) -> dict[str, Tensor]:
-        """Return ∂loss/∂params by name."""
+    def known(self, *, order: bool = False) -> LocalTraining:
+        """Return the map as it is known to somebody who has none of the client's private seeds.
 
-        def loss(p: Tensors) -> Tensor:
-            # Fused attention has no double backward: only the math kernel can be inverted.
-            with sdpa_kernel(SDPBackend.MATH):
-                outputs = functional_call(model, {**p, **(buffers or {})}, (inputs,))
-            return self.loss(outputs, labels)
+        Args:
+            order: whether the order in which examples enter the local steps is known.
 
-        return dict(grad(loss)(dict(params)))
+        """
+        return self
+
+    def reseed(self, seed: int) -> LocalTraining:
+        """Return the map with private randomness (noise, shuffling) drawn from ``seed``; itself where there is none."""
+        return self
+
+    def distort(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Return what this map's defenses make of an undefended update, with the noise at its mean; differentiable."""
+        return dict(tensors)
+
+    def residual(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
+        """Return what an attacker who knows this map drives to zero, by name.
+
+        Args:
+            simulated: what ``self.undefended.tensors(...)`` gives for a candidate batch.
+            observed: what the client sent.
+
+        """
+        return {k: simulated[k] - observed[k] for k in observed}

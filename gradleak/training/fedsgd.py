@@ -1,0 +1,41 @@
+"""One gradient: the update of synchronous distributed training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from gradleak.training.base import CrossEntropy, LocalTraining, Loss, Tensors, gradient
+from gradleak.types import UpdateKind
+
+__all__ = ["FedSGD"]
+
+
+@dataclass(frozen=True)
+class FedSGD(LocalTraining):
+    """One gradient of the loss over the whole batch (McMahan et al. 2017, Section 2: FedSGD).
+
+    Attributes:
+        loss: any differentiable (outputs, targets) → scalar.
+
+    """
+
+    loss: Loss = field(default_factory=CrossEntropy)
+
+    @property
+    def kind(self) -> UpdateKind:
+        """A gradient."""
+        return UpdateKind.GRADIENT
+
+    def tensors(
+        self, model: nn.Module, params: Tensors, inputs: Tensor, labels: Tensor, *, buffers: Tensors | None = None
+    ) -> dict[str, Tensor]:
+        """Return ∂loss/∂params by name."""
+        return self.run(model, params, inputs, labels, buffers)[0]
+
+    def run(
+        self, model: nn.Module, params: Tensors, inputs: Tensor, labels: Tensor, buffers: Tensors | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return ∂loss/∂params by name, and the buffers after the forward pass."""
+        return gradient(model, self.loss, params, inputs, labels, buffers)
