@@ -1,0 +1,52 @@
+"""Which reconstruction belongs to which private example: decided once, for all metrics."""
+
+from __future__ import annotations
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from gradleak.errors import InvalidInput
+
+__all__ = ["assign", "pair_costs"]
+
+
+def pair_costs(guess: Tensor, truth: Tensor) -> Tensor:
+    """Return the mean squared error of every pair, shape (N truths, M guesses), float64 on the CPU.
+
+    Raises:
+        InvalidInput: the examples have different shapes.
+
+    """
+    if guess.shape[1:] != truth.shape[1:]:
+        raise InvalidInput(
+            f"The reconstruction has examples of shape {tuple(guess.shape[1:])}, the truth of "
+            f"{tuple(truth.shape[1:])}; score against the batch that was attacked."
+        )
+    guess, truth = (t.detach().to("cpu", torch.float64).flatten(1) for t in (guess, truth))
+    return torch.stack([((guess - example) ** 2).mean(1) for example in truth])
+
+
+def assign(guess: Tensor, truth: Tensor) -> Tensor:
+    """Return for each of N private examples the index of its reconstruction, one to one, (N,) integers.
+
+    The assignment minimizes the sum of the pairs' mean squared errors (Hungarian method; Kuhn 1955). Reconstructions
+    that are not finite are given out last. With fewer reconstructions than examples the rest get −1.
+
+    Args:
+        guess: (M, *shape).
+        truth: (N, *shape).
+
+    Raises:
+        InvalidInput: the examples have different shapes.
+
+    """
+    costs = pair_costs(guess, truth)
+    finite = torch.isfinite(costs)
+    # More than any exchange among finite pairs could save, so that a useless guess never displaces a useful one.
+    largest = float(costs[finite].max()) if bool(finite.any()) else 0.0
+    costs = torch.where(finite, costs, (largest + 1.0) * (len(truth) + 1))
+    rows, columns = linear_sum_assignment(costs.numpy())
+    result = torch.full((len(truth),), -1, dtype=torch.long)
+    result[torch.as_tensor(rows)] = torch.as_tensor(columns)
+    return result
