@@ -47,7 +47,7 @@ bench: $(STAMP) ## measure every target and store it in benchmarks/results/
 
 docs: $(STAMP) ## build docs/ as a site in site/
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 wheel: $(STAMP) ## build sdist and wheel into dist/
 	rm -rf dist

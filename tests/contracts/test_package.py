@@ -51,7 +51,17 @@ def test_type_marker_ships() -> None:
 
 
 def test_importing_gradleak_loads_no_heavy_package() -> None:
-    heavy = {"transformers", "tokenizers", "torchvision", "datasets", "matplotlib", "skimage", "jinja2", "rich", "typer"}
+    heavy = {
+        "transformers",
+        "tokenizers",
+        "torchvision",
+        "datasets",
+        "matplotlib",
+        "skimage",
+        "jinja2",
+        "rich",
+        "typer",
+    }
     assert not loaded_after("import gradleak") & heavy
 
 
