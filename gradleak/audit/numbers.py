@@ -1,0 +1,43 @@
+"""How numbers are written for a reader."""
+
+from __future__ import annotations
+
+import math
+
+__all__ = ["duration", "power", "sig"]
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def power(exponent: int) -> str:
+    """Return 10 to ``exponent``, typeset."""
+    return "1" if exponent == 0 else f"10{str(exponent).translate(_SUPERSCRIPT)}"
+
+
+def sig(value: float | None, digits: int = 2) -> str:
+    """Return ``value`` with ``digits`` significant digits, in powers of ten where that is shorter; "–" for None."""
+    if value is None:
+        return "–"
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    # Rounding may carry: 9.99e-4 with two digits is 1.0e-3.
+    exponent = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}")))) if abs(value) < 1e300 else exponent
+    if -3 <= exponent < 4:
+        text = f"{value:.{max(digits - 1 - exponent, 0)}f}"
+    else:
+        text = f"{value / 10.0**exponent:.{digits - 1}f}\u202f×\u202f{power(exponent)}"
+    return text.replace("-", "−") if value < 0 else text
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in words that fit its size."""
+    if seconds < 1:
+        return f"{seconds:.2f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

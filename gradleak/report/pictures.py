@@ -1,0 +1,91 @@
+"""Arrays become the pictures of a report: PNG data URIs for images, short tables for everything else."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from gradleak.audit.records import Pictures, Record, Values
+
+__all__ = ["encode_png", "picture"]
+
+Array = npt.NDArray[Any]
+
+_EXAMPLES = 16
+_FRAMES = 80
+_BYTES = 6_000_000
+_VALUES = 24
+
+
+def encode_png(image: Array) -> str:
+    """Return a (C, H, W) image in [0, 1] as a PNG data URI, pixel for pixel.
+
+    One and three channels are gray and RGB; any other number is shown as gray panels side by side. Values outside
+    [0, 1] are clipped and NaN is shown as black.
+    """
+    pixels = np.rint(np.clip(np.nan_to_num(image.astype(np.float64), nan=0.0), 0.0, 1.0) * 255).astype(np.uint8)
+    pixels = pixels.transpose(1, 2, 0) if len(pixels) == 3 else np.concatenate(list(pixels), axis=1)
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def picture(record: Record, inputs: Array, truth: Array | None = None, snapshots: Array | None = None) -> Pictures:
+    """Return what a report shows of the arrays beside ``record``.
+
+    Args:
+        record: says which reconstruction belongs to which private example, and in which order they are shown.
+        inputs: (N, *shape) reconstructed inputs, in the attack's order.
+        truth: (N, *shape) private inputs.
+        snapshots: (K, N, *shape) decoded candidates at the iterations of ``record.curves``.
+
+    """
+    if record.examples is not None and truth is not None:
+        pairs = [(e.index, e.guess) for e in record.examples]
+        titles = [f"Example {e.index + 1}" for e in record.examples]
+    else:
+        truth = None
+        pairs = [(i, i) for i in range(len(inputs))]
+        titles = [f"Reconstruction {i + 1}" for i in range(len(inputs))] if len(inputs) > 1 else ["Reconstruction"]
+    shown, guesses = pairs[:_EXAMPLES], [g for _, g in pairs[:_EXAMPLES]]
+    omitted = len(pairs) - len(shown)
+    if record.subject.input_kind != "image" or inputs.ndim != 4:
+        tables = tuple(
+            _table(title, inputs[g], None if truth is None else truth[i])
+            for title, (i, g) in zip(titles, shown, strict=False)
+        )
+        return Pictures(titles=tuple(titles[: len(shown)]), values=tables, omitted=omitted)
+    pngs = tuple(encode_png(inputs[g]) for g in guesses)
+    frames = _frames(record, snapshots, sum(map(len, pngs)))
+    return Pictures(
+        titles=tuple(titles[: len(shown)]),
+        truth=None if truth is None else tuple(encode_png(truth[i]) for i, _ in shown),
+        guess=pngs,
+        frames=frames,
+        snapshots=tuple(tuple(encode_png(snapshots[k][g]) for g in guesses) for k in frames)
+        if snapshots is not None
+        else (),
+        omitted=omitted,
+    )
+
+
+def _frames(record: Record, snapshots: Array | None, size: int) -> tuple[int, ...]:
+    """Return which snapshots are shown: all, or as many as fit, spread evenly with both ends."""
+    if snapshots is None or record.curves is None or len(snapshots) != len(record.curves.iterations):
+        return ()
+    count = min(len(snapshots), _FRAMES, max(2, _BYTES // max(size, 1)))
+    return tuple(int(k) for k in np.unique(np.rint(np.linspace(0, len(snapshots) - 1, count)).astype(int)))
+
+
+def _table(title: str, guess: Array, truth: Array | None) -> Values:
+    flat = guess.reshape(-1)[:_VALUES]
+    names = tuple(str(list(int(k) for k in np.unravel_index(i, guess.shape))).strip("[]") for i in range(len(flat)))
+    private = None if truth is None else tuple(f"{v:.4g}" for v in truth.reshape(-1)[:_VALUES])
+    more = guess.size - len(flat)
+    suffix = f" (first {len(flat)} of {guess.size} values)" if more > 0 else ""
+    return Values(title + suffix, names, private, tuple(f"{v:.4g}" for v in flat))

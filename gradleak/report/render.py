@@ -1,0 +1,181 @@
+"""A record and its pictures become one HTML page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from gradleak.audit.records import Aggregate, Curves, Pictures, Record
+from gradleak.report.charts import Series, log_chart
+from gradleak.audit.numbers import duration, sig
+
+__all__ = ["render"]
+
+_LAYERS = 8
+
+_TOLD = {
+    "LABELS": "the labels of the examples",
+    "BATCH_SIZE": "the number of examples",
+    "TRAINING": "loss and local training procedure",
+    "DEFENSE": "which defense the client applies",
+    "BUFFERS": "the client’s running statistics",
+    "PUBLIC_DATA": "public examples of the same kind",
+}
+_ACTS = {"MALICIOUS": "send a model of its own making"}
+
+_STATUS = {
+    "converged": "ended because the update was matched",
+    "budget": "ended because its iterations or time were used up",
+    "stalled": "ended because it made no more progress",
+    "interrupted": "was interrupted; this is the best it had found by then",
+    "exact": "solved the equations directly, without iterations",
+}
+
+
+@dataclass(frozen=True)
+class _Chart:
+    title: str
+    text: str
+    svg: Markup
+    legend: tuple[Series, ...] = ()
+
+
+def render(record: Record, pictures: Pictures) -> str:
+    """Return one self-contained HTML page: it loads nothing, and every string of the record is escaped."""
+    template = _environment().get_template("report.html")
+    return template.render(
+        r=record,
+        p=pictures,
+        told=[_TOLD[k] for k in record.threat.granted if k in _TOLD],
+        acts=[_ACTS[k] for k in record.threat.granted if k in _ACTS],
+        untold=[_TOLD[k] for k in record.threat.withheld if k in _TOLD],
+        ended=_STATUS.get(record.outcome.status, record.outcome.status),
+        charts=_charts(record.curves),
+        stops=_stops(record, pictures),
+        figures=_figures(record),
+        noun=_noun(record),
+    )
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("gradleak.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(sig=sig, duration=duration, shape=_shape)
+    return environment
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "\u202f×\u202f".join(map(str, shape)) or "one number"
+
+
+def _noun(record: Record) -> str:
+    return "image" if record.subject.input_kind == "image" else "example"
+
+
+def _figures(record: Record) -> list[tuple[str, str]]:
+    """Return the key figures under the headline: (name, value)."""
+    figures: list[tuple[str, str]] = []
+    many = record.examples is not None and len(record.examples) > 1
+    for aggregate in record.aggregates:
+        if aggregate.metric in ("mse", "psnr", "ssim"):
+            name = aggregate.metric.upper() + (", median" if many else "")
+            figures.append((name, _value(aggregate)))
+    known = [e for e in record.examples or () if e.label is not None and e.recovered is not None]
+    if known:
+        figures.append(("Class recovered", f"{sum(e.label == e.recovered for e in known)} of {len(known)}"))
+    if record.examples is None and record.match is not None:
+        figures.append(("Residual of the update", sig(record.match.residual)))
+        figures.append(("Noise floor of its format", sig(record.match.floor)))
+    figures.append(("Time", duration(record.outcome.seconds)))
+    return figures
+
+
+def _value(aggregate: Aggregate) -> str:
+    digits = 2 if aggregate.metric == "mse" else 3
+    return sig(aggregate.median, digits) + (f"\u202f{aggregate.unit}" if aggregate.unit else "")
+
+
+def _charts(curves: Curves | None) -> list[_Chart]:
+    if curves is None:
+        return []
+    xs = curves.iterations
+    charts: list[_Chart] = []
+
+    def add(title: str, text: str, series: list[Series], legend: bool = False) -> None:
+        if series and all(len(s.values) == len(xs) for s in series):
+            svg = log_chart(title, "iteration", xs, series)
+            if svg is not None:
+                charts.append(_Chart(title, text, svg, tuple(series) if legend else ()))
+
+    add(
+        "Objective",
+        "What the attacker minimizes: the distance between the captured update and that of its candidate.",
+        [Series("objective", curves.objectives, "main")],
+    )
+    if curves.mse:
+        add(
+            "Error to the private data",
+            "Mean squared error over all examples. The attacker cannot see this curve.",
+            [Series("MSE", curves.mse, "main")],
+        )
+    names = _chosen(list(curves.layers))
+    skipped = f" {len(names)} of {len(curves.layers)} tensors are drawn." if len(names) < len(curves.layers) else ""
+    add(
+        "Gradient distance by layer",
+        "Squared distance per parameter tensor, first layer to last (Zhu et al. 2019, Figure 5)." + skipped,
+        [Series(name, curves.layers[name], f"s{_hue(i, len(names))}") for i, name in enumerate(names)],
+        legend=True,
+    )
+    return charts
+
+
+def _chosen(names: list[str]) -> list[str]:
+    """Return at most eight names, weights before biases, spread over the depth of the model."""
+    if len(names) <= _LAYERS:
+        return names
+    weights = [n for n in names if n.rsplit(".", 1)[-1] == "weight"] or names
+    if len(weights) <= _LAYERS:
+        return weights
+    return [weights[round(i * (len(weights) - 1) / (_LAYERS - 1))] for i in range(_LAYERS)]
+
+
+def _hue(position: int, count: int) -> int:
+    return round(position * (_LAYERS - 1) / max(count - 1, 1))
+
+
+def _stops(record: Record, pictures: Pictures) -> list[dict[str, Any]]:
+    """Return the stops of the slider: what the page's script shows at each."""
+    if record.curves is None or len(pictures.frames) < 2:
+        return []
+    stops: list[dict[str, Any]] = []
+    for frame, images in zip(pictures.frames, pictures.snapshots, strict=True):
+        stops.append(
+            {
+                "x": record.curves.iterations[frame],
+                "iteration": f"{record.curves.iterations[frame]:,}",
+                "objective": sig(record.curves.objectives[frame]),
+                "mse": sig(record.curves.mse[frame]) if record.curves.mse else "",
+                "images": list(images),
+            }
+        )
+    if stops[-1]["images"] != list(pictures.guess):
+        last = stops[-1]
+        mean = next((a.mean for a in record.aggregates if a.metric == "mse"), None)
+        stops.append(
+            {
+                "x": max(record.outcome.iterations, last["x"]),
+                "iteration": f"{max(record.outcome.iterations, last['x']):,} (result)",
+                "objective": sig(record.outcome.objective),
+                "mse": "" if mean is None else sig(mean),
+                "images": list(pictures.guess),
+            }
+        )
+    return stops
