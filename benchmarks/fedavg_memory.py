@@ -1,0 +1,124 @@
+"""Peak memory and time of inverting 20 local steps: stored against recomputed (target: 4 × one step, 3 × the time).
+
+Each row runs in a process of its own, since a process cannot lower its own peak. The quantity is one gradient of
+‖simulated − observed‖² with respect to the images, which is what every step of an attack costs.
+
+Run: ``python benchmarks/fedavg_memory.py [--steps 20] [--json FILE]`` (Linux or macOS).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradleak.models import lenet, resnet20
+from gradleak.training import FedAvg, parameters
+
+MEMORY_TARGET, TIME_TARGET = 4.0, 3.0
+CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "lenet width 64, batch 64": (lambda: lenet(width=64, seed=0), 64),
+    "lenet width 12, batch 256": (lambda: lenet(width=12, seed=0), 256),
+    "resnet20, batch 16": (lambda: resnet20(seed=0).eval(), 16),
+}
+MODES = ("autograd", "func")
+
+
+def peak_mib() -> float:
+    """Return the highest resident memory of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024**2 if sys.platform == "darwin" else 1024)
+
+
+def objective(model: nn.Module, training: FedAvg, batch: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(batch, 3, 32, 32, generator=generator)
+    labels = torch.randint(0, 10, (batch,), generator=generator)
+    params = parameters(model)
+
+    def distance(inputs: Tensor) -> Tensor:
+        moved = training.tensors(model, params, inputs, labels)
+        return torch.stack([t.square().sum() for t in moved.values()]).sum()
+
+    return distance, x
+
+
+def differentiate(distance: Callable[[Tensor], Tensor], x: Tensor, mode: str) -> Tensor:
+    if mode == "func":
+        return torch.func.grad(distance)(x)
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(distance(x), x)[0]
+
+
+def measure(case: str, steps: int, recompute: bool, mode: str) -> dict[str, Any]:
+    build, batch = CASES[case]
+    model, training = build(), FedAvg(0.01, epochs=steps, checkpoint=recompute)
+    # Load kernels and code paths on a batch too small to count.
+    differentiate(*objective(model, FedAvg(0.01, epochs=2, checkpoint=recompute), 1), mode)
+    distance, x = objective(model, training, batch)
+    before, start = peak_mib(), time.perf_counter()
+    found = differentiate(distance, x, mode)
+    return {
+        "seconds": time.perf_counter() - start,
+        "mib": peak_mib() - before,
+        "norm": float(found.double().norm()),
+    }
+
+
+def child(*arguments: object) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--child", json.dumps(arguments)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(measure(*json.loads(options.child))))
+        return
+    rows = []
+    print(f"{'case':28} {'outer':9} {'one step':>10} {'stored':>10} {'recomputed':>10} {'memory':>9} {'time':>7}")
+    for case in CASES:
+        for mode in MODES:
+            one, stored, recomputed = (
+                child(case, *rest, mode) for rest in ((1, False), (options.steps, False), (options.steps, True))
+            )
+            row = {
+                "case": case,
+                "outer": mode,
+                "steps": options.steps,
+                "one_step": one,
+                "stored": stored,
+                "recomputed": recomputed,
+                "memory_ratio": recomputed["mib"] / one["mib"],
+                "time_ratio": recomputed["seconds"] / stored["seconds"],
+                "memory_target": MEMORY_TARGET,
+                "time_target": TIME_TARGET,
+                "relative_difference": abs(stored["norm"] - recomputed["norm"]) / stored["norm"],
+            }
+            rows.append(row)
+            print(
+                f"{case:28} {mode:9} {one['mib']:6.0f} MiB {stored['mib']:6.0f} MiB {recomputed['mib']:6.0f} MiB "
+                f"{row['memory_ratio']:7.2f} x {row['time_ratio']:5.2f} x",
+                flush=True,
+            )
+    if options.json:
+        machine = {"platform": platform.platform(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
