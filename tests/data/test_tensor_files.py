@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradleak.data import read_tensors, write_bytes, write_tensors
+from gradleak.errors import InvalidFile
+from gradleak.models import resnet20
+
+
+def sample():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "fc.weight": torch.randn(3, 4, generator=generator),
+        "fc.bias": torch.randn(3, generator=generator, dtype=torch.float64),
+        "half": torch.randn(2, generator=generator).half(),
+        "labels": torch.tensor([3, 1]),
+        "scalar": torch.tensor(2.5),
+    }
+
+
+def same(first, second):
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert tensor.dtype == second[name].dtype
+        assert torch.equal(tensor, second[name])
+
+
+def refused(path, match=r"\.$"):
+    with pytest.raises(InvalidFile, match=match) as caught:
+        read_tensors(path)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.endswith(".")
+
+
+def test_round_trip(tmp_path):
+    write_tensors(tmp_path / "u.safetensors", sample())
+    same(read_tensors(tmp_path / "u.safetensors"), sample())
+    same(safetensors.torch.load_file(tmp_path / "u.safetensors"), sample())
+    assert os.listdir(tmp_path) == ["u.safetensors"]
+
+
+def test_writes_views_shared_and_graph_tensors(tmp_path):
+    base = torch.randn(4, 4, requires_grad=True)
+    tensors = {"a": base.t(), "b": base[:, ::2], "c": base, "d": base, "e": torch.ones(1).expand(5)}
+    write_tensors(tmp_path / "u.safetensors", tensors)
+    same(read_tensors(tmp_path / "u.safetensors"), {k: v.detach() for k, v in tensors.items()})
+
+
+def test_reads_state_dicts_with_counters(tmp_path):
+    state = resnet20(width=2, seed=0).state_dict()
+    torch.save(state, tmp_path / "w.pt")
+    same(read_tensors(tmp_path / "w.pt"), dict(state))
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "checkpoint.pth")
+    same(read_tensors(tmp_path / "checkpoint.pth"), dict(state))
+    torch.save({"w": torch.nn.Parameter(torch.ones(2))}, tmp_path / "p.pt")
+    assert type(read_tensors(tmp_path / "p.pt")["w"]) is torch.Tensor
+
+
+def test_reads_the_old_torch_format(tmp_path):
+    torch.save(OrderedDict(sample()), tmp_path / "w.pt", _use_new_zipfile_serialization=False)
+    same(read_tensors(tmp_path / "w.pt"), sample())
+
+
+def test_the_content_decides_not_the_name(tmp_path):
+    write_tensors(tmp_path / "w.pt", sample())
+    same(read_tensors(tmp_path / "w.pt"), sample())
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_pickles_do_not_run(tmp_path):
+    ran = tmp_path / "ran"
+    hostile = Hostile(str(ran))
+    with zipfile.ZipFile(tmp_path / "zipped.pt", "w") as file:
+        file.writestr("archive/data.pkl", pickle.dumps(hostile))
+        file.writestr("archive/version", "3")
+    for protocol in range(6):
+        (tmp_path / f"p{protocol}.pt").write_bytes(pickle.dumps(hostile, protocol=protocol))
+    torch.save({"w": hostile}, tmp_path / "saved.pt")
+    torch.save({"w": hostile}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+    files = sorted(tmp_path.glob("*.pt"))
+    assert len(files) == 10
+    for path in files:
+        refused(path, "pickled Python objects|neither a safetensors")
+    assert not ran.exists()
+
+
+def test_absent_empty_folder(tmp_path):
+    refused(tmp_path / "absent.safetensors", "There is no file")
+    refused(tmp_path, "is a folder")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    refused(tmp_path / "empty.pt", "is empty")
+    refused(tmp_path / "bad\0name", "cannot be read")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "old.pt"])
+def test_truncated_files(tmp_path, suffix):
+    path = tmp_path / f"u.{suffix}"
+    if suffix == "safetensors":
+        write_tensors(path, sample())
+    else:
+        torch.save(sample(), path, _use_new_zipfile_serialization=suffix == "pt")
+    data = path.read_bytes()
+    for length in {1, 4, 7, 8, 9, 20, len(data) // 3, len(data) // 2, len(data) - 1}:
+        path.write_bytes(data[:length])
+        refused(path)
+
+
+def header(text, body=b""):
+    return struct.pack("<Q", len(text)) + text + body
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 10**9) + b"{" + b" " * 100,
+        header(b"{"),
+        header(b'{"a":{"dtype":"F32","shape":[1000000],"data_offsets":[0,4000000]}}', b"\0" * 8),
+        header(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', b"\0" * 4),
+        header(b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', b"\0" * 4),
+        header(b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0]}}'),
+        header(b'{"a":{"dtype":"X9","shape":[1],"data_offsets":[0,4]}}', b"\0" * 4),
+        header(b'{"a":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}', b"\0"),
+        header(b'{"a":{"dtype":"C64","shape":[1],"data_offsets":[0,8]}}', b"\0" * 8),
+        header(b"{" + b'"a":{' * 5000 + b"}" * 5001),
+        header(b'{"a":"\xff\xfe"}'),
+        header(b"{}"),
+        b"hello world, this is no tensor file",
+        b"PK\x03\x04 and then nothing",
+        b"\x80\x02.",
+        b"\x80",
+    ],
+)
+def test_hostile_files(tmp_path, data):
+    (tmp_path / "u.safetensors").write_bytes(data)
+    refused(tmp_path / "u.safetensors")
+
+
+@given(where=st.integers(0, 400), value=st.integers(0, 255), old=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_a_flipped_byte_never_ends_in_another_error(tmp_path_factory, where, value, old):
+    path = tmp_path_factory.mktemp("flip") / "u.pt"
+    buffer = io.BytesIO()
+    torch.save(sample(), buffer, _use_new_zipfile_serialization=not old)
+    for data in (buffer.getvalue(), safetensors.torch.save(sample())):
+        changed = bytearray(data)
+        changed[where % len(data)] = value
+        path.write_bytes(bytes(changed))
+        try:
+            tensors = read_tensors(path)
+        except InvalidFile:
+            continue
+        assert all(isinstance(t, torch.Tensor) for t in tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"w": 3}, "is a int, not a tensor"),
+        ({3: torch.ones(1)}, "Entry 3"),
+        ([torch.ones(1)], "holds a list"),
+        (torch.ones(1), "holds a Tensor"),
+        ({}, "no tensor"),
+        ({"w": torch.ones(2, dtype=torch.complex64)}, "complex64"),
+        ({"w": torch.ones(1).expand(10**12)}, "more values than the file holds"),
+        ({"w": torch.eye(3).to_sparse()}, "not dense"),
+        ({"w": torch.ones(3, device="meta")}, "not dense|pickled"),
+    ],
+)
+def test_other_contents(tmp_path, content, message):
+    torch.save(content, tmp_path / "w.pt")
+    refused(tmp_path / "w.pt", message)
+
+
+class TestWriting:
+    def test_replaces_in_one_step(self, tmp_path):
+        path = tmp_path / "a.bin"
+        write_bytes(path, b"one")
+        write_bytes(str(path), b"two")
+        assert path.read_bytes() == b"two"
+        assert os.listdir(tmp_path) == ["a.bin"]
+
+    def test_permissions_are_the_usual_ones(self, tmp_path):
+        write_bytes(tmp_path / "a", b"")
+        (tmp_path / "b").write_bytes(b"")
+        assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+    def test_nothing_is_left_behind_and_the_old_file_stays(self, tmp_path, monkeypatch):
+        path = tmp_path / "a.safetensors"
+        write_tensors(path, sample())
+        before = path.read_bytes()
+
+        def full(descriptor):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(InvalidFile, match="No space left on device"):
+            write_tensors(path, {"w": torch.zeros(2)})
+        assert os.listdir(tmp_path) == ["a.safetensors"]
+        assert path.read_bytes() == before
+
+    def test_an_interruption_leaves_nothing(self, tmp_path, monkeypatch):
+        def interrupted(descriptor):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(os, "fsync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_bytes(tmp_path / "a", b"data")
+        assert os.listdir(tmp_path) == []
+
+    def test_impossible_places(self, tmp_path):
+        with pytest.raises(InvalidFile, match="cannot be written"):
+            write_bytes(tmp_path / "absent" / "a", b"")
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(InvalidFile, match="cannot be written"):
+            write_bytes(tmp_path / "folder", b"")
+        assert os.listdir(tmp_path) == ["folder"]
