@@ -25,7 +25,7 @@ class Knowledge(enum.Flag):
     BATCH_SIZE = enum.auto()
     """The number of examples behind the update."""
     TRAINING = enum.auto()
-    """Loss, local steps, learning rate: the forward map."""
+    """Loss, local steps, learning rate: the forward map, without the client's private seeds."""
     DEFENSE = enum.auto()
     """Which defense the client applies, with its parameters."""
     BUFFERS = enum.auto()
@@ -34,6 +34,8 @@ class Knowledge(enum.Flag):
     """Public examples from the same distribution."""
     MALICIOUS = enum.auto()
     """The server may send a model of its choosing."""
+    ORDER = enum.auto()
+    """The order in which the client's examples enter its local steps (the shuffling seed)."""
 
 
 _KEY = object()
@@ -103,7 +105,7 @@ class ThreatModel:
             model: the model that was sent out, in the mode the client used; it is copied.
             update: what the client shared; checked against the model.
             space: shape and value range of one input.
-            training: the client's forward map.
+            training: the client's forward map, with its defenses and seeds; they are withheld here.
             batch_size: number of examples in the batch.
             labels: the batch's labels.
             public: public model inputs, (M, *shape).
@@ -126,6 +128,10 @@ class ThreatModel:
                     f"The threat model grants {flag.name}, but observe() was not given it; "
                     f"pass {(flag.name or '').lower()}= or remove it from knows."
                 )
+        if training is not None:
+            if Knowledge.DEFENSE not in self.knows:
+                training = training.undefended
+            offered[Knowledge.TRAINING] = training.known(order=Knowledge.ORDER in self.knows)
         shown = {flag: value if flag in self.knows else None for flag, value in offered.items()}
         if Knowledge.BUFFERS not in self.knows:
             update = Update(update.tensors, update.kind)

@@ -1,0 +1,56 @@
+"""One defense after another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradleak.defenses.base import UpdateDefense
+from gradleak.errors import InvalidInput
+from gradleak.training import Tensors
+
+__all__ = ["Composition", "compose"]
+
+
+@dataclass(frozen=True)
+class Composition(UpdateDefense):
+    """Several defenses in the order in which they are applied, drawing from one generator.
+
+    A defense-aware attacker simulates all but the last and explains the observation by the last.
+
+    Attributes:
+        defenses: at least one.
+
+    """
+
+    defenses: tuple[UpdateDefense, ...]
+
+    def __post_init__(self) -> None:
+        if not self.defenses:
+            raise InvalidInput("A composition of no defenses does nothing; give at least one.")
+
+    def transform(self, tensors: Tensors, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Return ``tensors`` after all defenses in turn."""
+        for defense in self.defenses:
+            tensors = defense.transform(tensors, generator)
+        return dict(tensors)
+
+    def explain(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
+        """Return what the last defense explains, after the ones before it."""
+        return self.defenses[-1].explain(self._before_last(simulated), observed)
+
+    def residual(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
+        """Return the residual of the last defense, after the ones before it."""
+        return self.defenses[-1].residual(self._before_last(simulated), observed)
+
+    def _before_last(self, tensors: Tensors) -> Tensors:
+        for defense in self.defenses[:-1]:
+            tensors = defense.transform(tensors)
+        return tensors
+
+
+def compose(*defenses: UpdateDefense) -> Composition:
+    """Return the defenses one after another, the first one first."""
+    return Composition(defenses)
