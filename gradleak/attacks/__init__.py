@@ -1,1 +1,5 @@
-"""attacks."""
+"""Attacks: each name in ``__all__`` is a factory with keyword-only options that returns an :class:`Attack`."""
+
+from gradleak.attacks.matching import dlg, idlg, inverting_gradients
+
+__all__ = ["dlg", "idlg", "inverting_gradients"]

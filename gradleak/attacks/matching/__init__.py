@@ -1,1 +1,23 @@
-"""attacks/matching."""
+"""Gradient matching: one loop, whose parts make the papers."""
+
+from gradleak.attacks.matching.engine import GradientMatching
+from gradleak.attacks.matching.objectives import Cosine, Objective, SquaredError
+from gradleak.attacks.matching.papers import dlg, idlg, inverting_gradients
+from gradleak.attacks.matching.priors import Prior, TotalVariation
+from gradleak.attacks.matching.solvers import LBFGS, Adam, GradientDescent, Solver
+
+__all__ = [
+    "LBFGS",
+    "Adam",
+    "Cosine",
+    "GradientDescent",
+    "GradientMatching",
+    "Objective",
+    "Prior",
+    "Solver",
+    "SquaredError",
+    "TotalVariation",
+    "dlg",
+    "idlg",
+    "inverting_gradients",
+]

@@ -1,0 +1,61 @@
+"""How far a simulated update is from the observed one: a scalar to be minimized."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradleak.training import Tensors
+
+__all__ = ["Cosine", "Objective", "SquaredError"]
+
+_TINY = 1e-30
+
+
+def _dot(a: Tensors, b: Tensors) -> Tensor:
+    return torch.stack([torch.dot(a[k].reshape(-1), b[k].reshape(-1)) for k in b]).sum()
+
+
+class Objective(ABC):
+    """A distance between updates."""
+
+    @abstractmethod
+    def scale(self, observed: Tensors) -> Tensor:
+        """Return the scalar that depends on the observation alone, computed once per run."""
+
+    @abstractmethod
+    def __call__(self, simulated: Tensors, observed: Tensors, scale: Tensor) -> Tensor:
+        """Return the distance; zero where the updates agree."""
+
+
+@dataclass(frozen=True)
+class SquaredError(Objective):
+    """‖∇W′ − ∇W‖² / ‖∇W‖² (Zhu et al. 2019, Equation 4).
+
+    Deviation: divided by the squared norm of the observation, which moves no minimum and makes values comparable.
+    """
+
+    def scale(self, observed: Tensors) -> Tensor:
+        """Return 1 / ‖∇W‖²."""
+        return 1 / _dot(observed, observed).clamp_min(_TINY)
+
+    def __call__(self, simulated: Tensors, observed: Tensors, scale: Tensor) -> Tensor:
+        """Return the relative squared distance."""
+        difference = {k: simulated[k] - observed[k] for k in observed}
+        return _dot(difference, difference) * scale
+
+
+@dataclass(frozen=True)
+class Cosine(Objective):
+    """1 − ⟨∇W′, ∇W⟩ / (‖∇W′‖ ‖∇W‖) over all parameters together (Geiping et al. 2020, Equation 4)."""
+
+    def scale(self, observed: Tensors) -> Tensor:
+        """Return 1 / ‖∇W‖."""
+        return _dot(observed, observed).clamp_min(_TINY).rsqrt()
+
+    def __call__(self, simulated: Tensors, observed: Tensors, scale: Tensor) -> Tensor:
+        """Return one minus the cosine similarity, in [0, 2]."""
+        return 1 - _dot(simulated, observed) * _dot(simulated, simulated).clamp_min(_TINY).rsqrt() * scale
