@@ -1,11 +1,17 @@
 """gradleak: what a shared gradient gives away, seen with your own eyes, and what would stop it."""
 
-from gradleak import attacks, defenses, metrics, models
-from gradleak.exchange import Client, Exchange, simulate
-from gradleak.inputs import ImageSpace, InputSpace, TensorSpace
-from gradleak.threat import Knowledge, Observation, ThreatModel
-from gradleak.training import CrossEntropy, FedAvg, FedSGD, LocalTraining
-from gradleak.types import Batch, Certificate, Reconstruction, Trace, Update, UpdateKind
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradleak import attacks, defenses, metrics, models
+    from gradleak.exchange import Client, Exchange, simulate
+    from gradleak.inputs import ImageSpace, InputSpace, TensorSpace
+    from gradleak.threat import Knowledge, Observation, ThreatModel
+    from gradleak.training import CrossEntropy, FedAvg, FedSGD, LocalTraining
+    from gradleak.types import Batch, Certificate, Reconstruction, Trace, Update, UpdateKind
 
 __version__ = "0.1.0"
 
@@ -34,3 +40,29 @@ __all__ = [
     "models",
     "simulate",
 ]
+
+# Public names are imported when they are first used: the command line answers --help, and reports are rendered,
+# without torch (PEP 562).
+_PACKAGES = ("attacks", "defenses", "metrics", "models")
+_HOMES = {
+    "exchange": ("Client", "Exchange", "simulate"),
+    "inputs": ("ImageSpace", "InputSpace", "TensorSpace"),
+    "threat": ("Knowledge", "Observation", "ThreatModel"),
+    "training": ("CrossEntropy", "FedAvg", "FedSGD", "LocalTraining"),
+    "types": ("Batch", "Certificate", "Reconstruction", "Trace", "Update", "UpdateKind"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"gradleak.{name}")
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"gradleak.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'gradleak' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

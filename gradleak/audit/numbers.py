@@ -24,13 +24,13 @@ def sig(value: float | None, digits: int = 2) -> str:
         return "∞" if value > 0 else "−∞"
     if value == 0:
         return "0"
-    exponent = math.floor(math.log10(abs(value)))
-    # Rounding may carry: 9.99e-4 with two digits is 1.0e-3.
-    exponent = math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}")))) if abs(value) < 1e300 else exponent
+    # Taken from the rounded text, because rounding may carry: 9.99e-8 with two digits is 1.0e-7.
+    mantissa, _, power_of_ten = f"{value:.{digits - 1}e}".partition("e")
+    exponent = int(power_of_ten)
     if -3 <= exponent < 4:
         text = f"{value:.{max(digits - 1 - exponent, 0)}f}"
     else:
-        text = f"{value / 10.0**exponent:.{digits - 1}f}\u202f×\u202f{power(exponent)}"
+        text = f"{mantissa}\u202f×\u202f{power(exponent)}"
     return text.replace("-", "−") if value < 0 else text
 
 

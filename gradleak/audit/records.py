@@ -31,6 +31,7 @@ __all__ = [
     "Pictures",
     "Record",
     "Subject",
+    "Success",
     "Threat",
     "Values",
     "Verdict",
@@ -148,37 +149,47 @@ class Match:
 
 @dataclass(frozen=True)
 class Example:
-    """The scores of one private example; metrics that do not apply are None.
+    """The scores of one private example.
 
     Attributes:
         index: position in the private batch.
-        guess: position of the reconstruction that was assigned to it.
+        guess: position of the reconstruction that was assigned to it, None where there are fewer reconstructions.
         label: its true class, None where it is not known.
         recovered: the recovered class, None where the attack says nothing.
-        mse: mean squared error over pixels in [0, 1].
-        psnr: peak signal-to-noise ratio in dB.
-        ssim: structural similarity, at most 1.
+        values: metric name → value, None where it cannot be computed.
 
     """
 
     index: int
-    guess: int
+    guess: int | None
     label: int | None
     recovered: int | None
-    mse: float
-    psnr: float | None = None
-    ssim: float | None = None
+    values: Mapping[str, float | None] = field(default_factory=dict)
+
+    @property
+    def mse(self) -> float | None:
+        """Mean squared error of values in [0, 1]."""
+        return self.values.get("mse")
+
+    @property
+    def psnr(self) -> float | None:
+        """Peak signal-to-noise ratio in dB."""
+        return self.values.get("psnr")
+
+    @property
+    def ssim(self) -> float | None:
+        """Structural similarity, at most 1."""
+        return self.values.get("ssim")
 
 
 @dataclass(frozen=True)
 class Aggregate:
-    """One metric over the examples: n, center and spread.
+    """One metric over the examples that have a value: n, center and spread.
 
     Attributes:
         metric: name of the metric.
         unit: "dB" or empty.
-        higher_is_better: for the attacker.
-        n: number of examples.
+        n: number of examples with a value.
         mean: arithmetic mean.
         sd: sample standard deviation, None for n = 1.
         minimum: smallest value.
@@ -189,7 +200,6 @@ class Aggregate:
 
     metric: str
     unit: str
-    higher_is_better: bool
     n: int
     mean: float
     sd: float | None
@@ -199,19 +209,43 @@ class Aggregate:
 
 
 @dataclass(frozen=True)
+class Success:
+    """How many examples came back, by a threshold on their error.
+
+    Attributes:
+        threshold: largest MSE that counts as success.
+        successes: number of successful examples.
+        n: number of examples.
+        low: lower end of the Wilson 95 % interval of the rate.
+        high: its upper end.
+        labels: share of the batch's labels that were recovered, in whatever order; None where the attack says nothing.
+
+    """
+
+    threshold: float
+    successes: int
+    n: int
+    low: float
+    high: float
+    labels: float | None = None
+
+
+@dataclass(frozen=True)
 class Lift:
     """How much better the reconstruction is than a guess that never saw the update.
 
     Attributes:
         guess: what was guessed, in words.
         psnr: mean PSNR of the guess in dB.
-        lift: mean PSNR of the reconstruction minus that of the guess, in dB.
+        lift: mean PSNR of the reconstruction minus that of the guess, in dB; None where an example has no score.
+        oracle: whether the guess was chosen by the truth, which no attacker can do.
 
     """
 
     guess: str
     psnr: float
-    lift: float
+    lift: float | None
+    oracle: bool = False
 
 
 @dataclass(frozen=True)
@@ -267,6 +301,7 @@ class Record:
         certificate: what the update alone proves, where the attack says.
         examples: per-example scores, worst reconstruction first; None without ground truth.
         aggregates: metrics over the examples, with n and spread.
+        success: how many examples came back; None without ground truth.
         lifts: the reconstruction against guesses that never saw the update.
         curves: how the attack went; None for closed forms.
         command: how to repeat it, as typed in a shell; empty where it was run from Python.
@@ -285,6 +320,7 @@ class Record:
     certificate: CertificateRecord | None = None
     examples: tuple[Example, ...] | None = None
     aggregates: tuple[Aggregate, ...] = ()
+    success: Success | None = None
     lifts: tuple[Lift, ...] = ()
     curves: Curves | None = None
     command: str = ""
@@ -374,7 +410,7 @@ def _plain(value: Any) -> Any:
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
@@ -389,7 +425,7 @@ def _build(kind: type[T], data: Any, where: str) -> T:
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in data:
             raise _Mismatch(f"{where} lacks the field {name!r}")
-    hints = _hints(kind)
+    hints = _hints(typing.cast("Any", kind))
     return kind(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in data.items()})
 
 

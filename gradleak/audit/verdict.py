@@ -53,6 +53,8 @@ def judge(
 
 def _level(example: Example, is_image: bool) -> int:
     """Return 4 (identical on a screen), 3 (hard to tell apart), 2 (recognizable), 1 (coarse) or 0."""
+    if example.mse is None:
+        return 0
     if example.psnr is None or not is_image:
         return 3 if example.mse <= 1e-6 else 2 if example.mse <= 1e-4 else 1 if example.mse <= 1e-2 else 0
     if example.psnr >= HALF_GRAY:
@@ -78,32 +80,38 @@ _PHRASES_VALUES = {
 
 
 def _against_truth(subject: Subject, outcome: Outcome, examples: Sequence[Example], lifts: Sequence[Lift]) -> Verdict:
-    image = subject.input_kind == "image"
-    noun, n = ("image" if image else "example"), len(examples)
+    image, n = subject.input_kind == "image", len(examples)
+    noun = "image" if image else "example"
+    private = f"private {noun}{'s' if n > 1 else ''}"
     levels = [_level(e, image) for e in examples]
     back = sum(level >= 2 for level in levels)
-    worst = max(examples, key=lambda e: e.mse)
-    phrase = (_PHRASES if image else _PHRASES_VALUES)[_level(worst, image)]
-    figures = f"MSE {sig(worst.mse)}" + (f", PSNR {_decibel(worst.psnr)}" if worst.psnr is not None else "")
-    figures += f", SSIM {sig(worst.ssim, 3)}" if worst.ssim is not None else ""
-    reason = f"{'Worst example: ' if n > 1 else ''}{figures}. {phrase}"
+    sentences = [_worst(examples, image)]
     if outcome.seconds > 0:
-        reason += f" It took {duration(outcome.seconds)} and one update; the attacker never saw the private {noun}{'s' if n > 1 else ''}."
-    best = max((lift.psnr for lift in lifts), default=None)
-    if back == 0 and best is not None and worst.psnr is not None:
-        gain = min(lift.lift for lift in lifts)
-        if gain < 1:
-            reason += f" It is no better than a guess that never saw the update ({_decibel(best)})."
-    if back == n:
-        headline = f"The private {noun} came back." if n == 1 else f"All {n} private {noun}s came back."
-        return Verdict("leaked", headline, reason, _LEAKED)
+        sentences.append(f"It took {duration(outcome.seconds)} and one update; the attacker never saw the {private}.")
+    useless = [lift for lift in lifts if not lift.oracle and lift.lift is not None and lift.lift < 1]
+    if back == 0 and useless:
+        best = max(lift.psnr for lift in useless)
+        sentences.append(f"It is no better than a guess that never saw the update ({sig(best, 3)} dB).")
+    reason = " ".join(sentences)
     if back:
-        return Verdict("leaked", f"{back} of {n} private {noun}s came back.", reason, _LEAKED)
-    if any(level == 1 for level in levels):
-        subject_words = f"the private {noun}" if n == 1 else f"the {n} private {noun}s"
-        return Verdict("partly", f"Only a coarse impression of {subject_words} came back.", reason, _FAILED)
-    headline = f"The private {noun} did not come back." if n == 1 else f"None of the {n} private {noun}s came back."
+        everything = f"The {private} came back." if n == 1 else f"All {n} {private} came back."
+        return Verdict("leaked", everything if back == n else f"{back} of {n} {private} came back.", reason, _LEAKED)
+    if max(levels) == 1:
+        return Verdict("partly", f"Only a coarse impression of the {private} came back.", reason, _FAILED)
+    headline = f"The {private} did not come back." if n == 1 else f"None of the {n} {private} came back."
     return Verdict("not_recovered", headline, reason, _FAILED)
+
+
+def _worst(examples: Sequence[Example], image: bool) -> str:
+    """Return the figures of the worst example and what they mean to a person."""
+    worst = max(examples, key=lambda e: float("inf") if e.mse is None else e.mse)
+    if worst.mse is None:
+        return "The worst example has no usable reconstruction."
+    figures = f"MSE {sig(worst.mse)}"
+    figures += f", PSNR {sig(worst.psnr, 3)} dB" if worst.psnr is not None else ""
+    figures += f", SSIM {sig(worst.ssim, 3)}" if worst.ssim is not None else ""
+    phrase = (_PHRASES if image else _PHRASES_VALUES)[_level(worst, image)]
+    return f"{'Worst example: ' if len(examples) > 1 else ''}{figures}. {phrase}"
 
 
 _LEAKED = (
@@ -196,10 +204,6 @@ _LOOK = (
     "No ground truth was given, so no score is possible; look at the reconstruction, or run again with the private "
     "data as --truth."
 )
-
-
-def _decibel(value: float) -> str:
-    return f"{sig(value, 3)} dB"
 
 
 def _is_matched(match: Match) -> bool:

@@ -75,7 +75,7 @@ def load_images(
             - the path of an ``.npz`` file with ``x_train``/``y_train`` and ``x_test``/``y_test``, or ``x`` and ``y``:
               images (N, H, W), (N, H, W, C) or (N, C, H, W), uint8 or floats in [0, 1]; a ``.json`` file of the same
               name may hold the class names as ``classes`` or ``class_of_index``. Pickled arrays are refused;
-            - the path of a folder of image files, where subfolders are classes in alphabetical order;
+            - the path of a folder of image files, where subfolders are classes in alphabetical order, or of one image;
             - ``torchvision:NAME`` or ``hf:NAME``, where those packages are installed; either may download.
         split: "train" or "test" (or another split of a Hugging Face dataset). None: test where there is one, else all.
         count: number of images; None for all of them.
@@ -106,8 +106,13 @@ def load_images(
             source = _folder(path, split)
         elif path.suffix == ".npz":
             source = _npz(path, split)
+        elif _is_image(path):
+            source = _Source(1, lambda _: (_picture(path), None))
         elif path.exists():
-            raise InvalidInput(f"{text!r} is neither an .npz file nor a folder; put single images into a folder.")
+            raise InvalidInput(
+                f"{text!r} is neither an .npz file nor a folder nor a picture; "
+                f"convert it to one, such as {', '.join(_SUFFIXES[:3])}."
+            )
         else:
             raise InvalidFile(
                 f"There is no file or folder {text!r}; check the path, "
@@ -288,15 +293,19 @@ def _folder(path: Path, split: str | None) -> _Source:
 
     def read(index: int) -> tuple[Tensor, int | None]:
         file, label = files[index]
-        try:
-            with Image.open(file) as image:
-                return _pixels(image, f"Image {str(file)!r}"), label
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, UnidentifiedImageError) as error:
-            if isinstance(error, InvalidInput):
-                raise
-            raise InvalidFile(f"{str(file)!r} cannot be read as an image; save it again, or remove it.") from error
+        return _picture(file), label
 
     return _Source(len(files), read, tuple(classes) or None)
+
+
+def _picture(file: Path) -> Tensor:
+    try:
+        with Image.open(file) as image:
+            return _pixels(image, f"Image {str(file)!r}")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, UnidentifiedImageError) as error:
+        if isinstance(error, InvalidInput):
+            raise
+        raise InvalidFile(f"{str(file)!r} cannot be read as an image; save it again, or remove it.") from error
 
 
 def _is_image(file: Path) -> bool:

@@ -53,21 +53,26 @@ def picture(record: Record, inputs: Array, truth: Array | None = None, snapshots
         pairs = [(i, i) for i in range(len(inputs))]
         titles = [f"Reconstruction {i + 1}" for i in range(len(inputs))] if len(inputs) > 1 else ["Reconstruction"]
     shown, guesses = pairs[:_EXAMPLES], [g for _, g in pairs[:_EXAMPLES]]
+
+    def pick(candidates: Array, guess: int | None) -> Array:
+        # Fewer reconstructions than examples: mid-gray stands for none.
+        return np.full_like(candidates[0], 0.5) if guess is None else candidates[guess]
+
     omitted = len(pairs) - len(shown)
     if record.subject.input_kind != "image" or inputs.ndim != 4:
         tables = tuple(
-            _table(title, inputs[g], None if truth is None else truth[i])
+            _table(title, pick(inputs, g), None if truth is None else truth[i])
             for title, (i, g) in zip(titles, shown, strict=False)
         )
         return Pictures(titles=tuple(titles[: len(shown)]), values=tables, omitted=omitted)
-    pngs = tuple(encode_png(inputs[g]) for g in guesses)
+    pngs = tuple(encode_png(pick(inputs, g)) for g in guesses)
     frames = _frames(record, snapshots, sum(map(len, pngs)))
     return Pictures(
         titles=tuple(titles[: len(shown)]),
         truth=None if truth is None else tuple(encode_png(truth[i]) for i, _ in shown),
         guess=pngs,
         frames=frames,
-        snapshots=tuple(tuple(encode_png(snapshots[k][g]) for g in guesses) for k in frames)
+        snapshots=tuple(tuple(encode_png(pick(snapshots[k], g)) for g in guesses) for k in frames)
         if snapshots is not None
         else (),
         omitted=omitted,
@@ -84,8 +89,12 @@ def _frames(record: Record, snapshots: Array | None, size: int) -> tuple[int, ..
 
 def _table(title: str, guess: Array, truth: Array | None) -> Values:
     flat = guess.reshape(-1)[:_VALUES]
-    names = tuple(str(list(int(k) for k in np.unravel_index(i, guess.shape))).strip("[]") for i in range(len(flat)))
-    private = None if truth is None else tuple(f"{v:.4g}" for v in truth.reshape(-1)[:_VALUES])
+    names = tuple(str([int(k) for k in np.unravel_index(i, guess.shape)]).strip("[]") for i in range(len(flat)))
+    private = None if truth is None else tuple(map(_value, truth.reshape(-1)[:_VALUES]))
     more = guess.size - len(flat)
     suffix = f" (first {len(flat)} of {guess.size} values)" if more > 0 else ""
-    return Values(title + suffix, names, private, tuple(f"{v:.4g}" for v in flat))
+    return Values(title + suffix, names, private, tuple(map(_value, flat)))
+
+
+def _value(value: Any) -> str:
+    return str(int(value)) if isinstance(value, (np.integer, np.bool_)) else f"{value:.4g}"

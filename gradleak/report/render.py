@@ -8,9 +8,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from gradleak.audit.numbers import duration, sig
 from gradleak.audit.records import Aggregate, Curves, Pictures, Record
 from gradleak.report.charts import Series, log_chart
-from gradleak.audit.numbers import duration, sig
 
 __all__ = ["render"]
 
@@ -23,8 +23,11 @@ _TOLD = {
     "DEFENSE": "which defense the client applies",
     "BUFFERS": "the client’s running statistics",
     "PUBLIC_DATA": "public examples of the same kind",
+    "ORDER": "the order in which the client took its examples",
 }
 _ACTS = {"MALICIOUS": "send a model of its own making"}
+
+_HEADLINE = ("mse", "psnr", "ssim")
 
 _STATUS = {
     "converged": "ended because the update was matched",
@@ -57,6 +60,7 @@ def render(record: Record, pictures: Pictures) -> str:
         stops=_stops(record, pictures),
         figures=_figures(record),
         noun=_noun(record),
+        columns=_columns(record),
     )
 
 
@@ -68,7 +72,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(sig=sig, duration=duration, shape=_shape)
+    environment.filters.update(sig=sig, duration=duration, shape=_shape, metric=_metric)
     return environment
 
 
@@ -80,12 +84,22 @@ def _noun(record: Record) -> str:
     return "image" if record.subject.input_kind == "image" else "example"
 
 
+def _columns(record: Record) -> list[tuple[str, str]]:
+    """Return the metrics of the table as (name, heading); labels have columns of their own."""
+    units = {a.metric: a.unit for a in record.aggregates if a.metric != "label_accuracy"}
+    return [(name, _metric(name) + (f", {unit}" if unit else "")) for name, unit in units.items()]
+
+
+def _metric(name: str) -> str:
+    return name.upper() if len(name) <= 4 else name.replace("_", " ")
+
+
 def _figures(record: Record) -> list[tuple[str, str]]:
     """Return the key figures under the headline: (name, value)."""
     figures: list[tuple[str, str]] = []
     many = record.examples is not None and len(record.examples) > 1
     for aggregate in record.aggregates:
-        if aggregate.metric in ("mse", "psnr", "ssim"):
+        if aggregate.metric in _HEADLINE:
             name = aggregate.metric.upper() + (", median" if many else "")
             figures.append((name, _value(aggregate)))
     known = [e for e in record.examples or () if e.label is not None and e.recovered is not None]
@@ -131,7 +145,7 @@ def _charts(curves: Curves | None) -> list[_Chart]:
     add(
         "Gradient distance by layer",
         "Squared distance per parameter tensor, first layer to last (Zhu et al. 2019, Figure 5)." + skipped,
-        [Series(name, curves.layers[name], f"s{_hue(i, len(names))}") for i, name in enumerate(names)],
+        _by_layer(names, curves),
         legend=True,
     )
     return charts
@@ -147,8 +161,15 @@ def _chosen(names: list[str]) -> list[str]:
     return [weights[round(i * (len(weights) - 1) / (_LAYERS - 1))] for i in range(_LAYERS)]
 
 
-def _hue(position: int, count: int) -> int:
-    return round(position * (_LAYERS - 1) / max(count - 1, 1))
+def _by_layer(names: list[str], curves: Curves) -> list[Series]:
+    """Return one color per layer from first to last; what is no weight is dashed."""
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    series = []
+    for name in names:
+        layer, _, kind = name.rpartition(".")
+        hue = round(layers.index(layer) * (_LAYERS - 1) / max(len(layers) - 1, 1))
+        series.append(Series(name, curves.layers[name], f"s{hue}" + ("" if kind == "weight" else " dashed")))
+    return series
 
 
 def _stops(record: Record, pictures: Pictures) -> list[dict[str, Any]]:

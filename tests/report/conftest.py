@@ -18,6 +18,7 @@ from gradleak.audit.records import (
     Pictures,
     Record,
     Subject,
+    Success,
     Threat,
     Verdict,
 )
@@ -66,20 +67,21 @@ def make_case(n: int = 1, *, truth: bool = True, frames: int = 24, side: int = 3
                     i,
                     10 + i,
                     10 + i if i != 2 else 99,
-                    float(errors[-1, i]),
-                    float(-10 * np.log10(errors[-1, i])),
-                    float(1 - errors[-1, i] * 8),
+                    {
+                        "mse": float(errors[-1, i]),
+                        "psnr": float(-10 * np.log10(errors[-1, i])),
+                        "ssim": float(1 - errors[-1, i] * 8),
+                    },
                 )
                 for i in range(n)
             ),
-            key=lambda e: -e.mse,
+            key=lambda e: -(e.mse or 0.0),
         )
     )
     aggregates = tuple(
         Aggregate(
             name,
             unit,
-            better,
             n,
             float(np.mean(v)),
             float(np.std(v, ddof=1)) if n > 1 else None,
@@ -87,10 +89,10 @@ def make_case(n: int = 1, *, truth: bool = True, frames: int = 24, side: int = 3
             float(np.median(v)),
             max(v),
         )
-        for name, unit, better, v in (
-            ("mse", "", False, [e.mse for e in examples]),
-            ("psnr", "dB", True, [e.psnr or 0.0 for e in examples]),
-            ("ssim", "", True, [e.ssim or 0.0 for e in examples]),
+        for name, unit, v in (
+            ("mse", "", [e.mse or 0.0 for e in examples]),
+            ("psnr", "dB", [e.psnr or 0.0 for e in examples]),
+            ("ssim", "", [e.ssim or 0.0 for e in examples]),
         )
     )
     subject = Subject(
@@ -138,7 +140,9 @@ def make_case(n: int = 1, *, truth: bool = True, frames: int = 24, side: int = 3
             layers,
             tuple(float(v) for v in errors.mean(1)) if truth else (),
         ),
-        command="gradleak attack --model lenet --model-arg classes=100 --weights weights.safetensors --update update.safetensors --input-shape 3,32,32 --classes 100 --batch-size 1 --attack dlg --truth private.npz --out audit",
+        success=Success(1e-3, 1, n, 0.2, 1.0, 1.0) if truth else None,
+        command="gradleak attack --model lenet --weights weights.safetensors --update update.safetensors "
+        "--input-shape 3,32,32 --classes 100 --batch-size 1 --attack dlg --truth private.npz --out audit",
         environment={"gradleak": "0.1.0", "Python": "3.11.7", "torch": "2.13.0", "machine": "Linux x86_64, 2 CPUs"},
         created="2026-11-21T03:00:00+00:00",
     )

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradleak.audit.records import (
+    SCHEMA,
+    Aggregate,
+    AttackRun,
+    CertificateRecord,
+    Curves,
+    Example,
+    Lift,
+    Match,
+    Outcome,
+    Record,
+    Subject,
+    Success,
+    Threat,
+    Verdict,
+    from_json,
+    to_json,
+)
+from gradleak.errors import InvalidFile
+
+RECORD = Record(
+    subject=Subject("lenet", "LeNet", 10, 2, "image", (3, 4, 4), 5, 2, "gradient", "float32", "FedSGD"),
+    threat=Threat(("BATCH_SIZE",), ("LABELS",)),
+    attack=AttackRun("dlg", {"lr": 0.1, "restarts": 2, "box": True, "solver": "lbfgs", "dtype": None}, 3),
+    outcome=Outcome("budget", 1e-3, 5, 7, 1.5, (1, 0), ("a note",)),
+    verdict=Verdict("leaked", "It came back.", "Because.", ("x",), ("y", "z")),
+    match=Match(1e-3, 1e-7),
+    certificate=CertificateRecord("matched", 1e-8, 1e-7, 3, 4, ("matched", "matched"), "why"),
+    examples=(Example(1, 0, 1, 1, {"mse": 0.5, "psnr": None}), Example(0, None, None, None, {})),
+    aggregates=(Aggregate("mse", "", 2, 0.1, None, 0.0, 0.1, 0.2),),
+    success=Success(1e-3, 1, 2, 0.1, 0.9, None),
+    lifts=(Lift("gray", 10.0, None, True),),
+    curves=Curves((0, 5), (1.0, math.inf), {"fc.weight": (1.0, 0.5)}, (0.5, 0.25)),
+    command="gradleak demo",
+    environment={"torch": "2"},
+    created="2026-01-01T00:00:00+00:00",
+)
+
+
+def test_round_trip_keeps_every_field() -> None:
+    assert from_json(to_json(RECORD)) == RECORD
+
+
+def test_the_file_is_strict_json() -> None:
+    text = to_json(RECORD)
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert json.loads(text)["curves"]["objectives"] == [1.0, "Infinity"]
+
+
+@given(st.floats())
+def test_every_float_survives(value: float) -> None:
+    objective = from_json(to_json(replace(RECORD, outcome=replace(RECORD.outcome, objective=value)))).outcome.objective
+    assert objective == value or (math.isnan(objective) and math.isnan(value))
+
+
+def test_ints_are_read_as_floats_where_floats_belong() -> None:
+    data = json.loads(to_json(RECORD))
+    data["outcome"]["seconds"] = 2
+    assert isinstance(from_json(json.dumps(data)).outcome.seconds, float)
+
+
+def damaged(path: str, value: object) -> str:
+    data = json.loads(to_json(RECORD))
+    *parents, last = path.split(".")
+    place = data
+    for name in parents:
+        place = place[int(name)] if isinstance(place, list) else place[name]
+    place[last] = value
+    return json.dumps(data)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("schema", SCHEMA + 1, "schema"),
+        ("subject", [], "subject is not an object"),
+        ("subject.parameters", "many", "subject.parameters is not a number"),
+        ("subject.parameters", True, "subject.parameters is not a number"),
+        ("subject.input_shape", 3, "subject.input_shape is not a list"),
+        ("subject.evil", 1, "unknown field 'evil'"),
+        ("outcome.labels", ["0"], "outcome.labels"),
+        ("attack.options", {"lr": [1]}, "attack.options.lr"),
+        ("curves.layers", [], "curves.layers is not an object"),
+        ("verdict.headline", None, "verdict.headline is not of type str"),
+        ("examples.0.values", {"mse": "small"}, "values.mse"),
+    ],
+)
+def test_damage_is_named(path: str, value: object, says: str) -> None:
+    with pytest.raises(InvalidFile, match=says):
+        from_json(damaged(path, value))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '{"schema": 1}'])
+def test_anything_else_is_refused(text: str) -> None:
+    with pytest.raises(InvalidFile):
+        from_json(text)

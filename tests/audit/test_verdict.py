@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from gradleak.audit.records import CertificateRecord, Example, Lift, Match, Outcome, Subject
+from gradleak.audit.verdict import HALF_GRAY, judge
+
+SUBJECT = Subject("lenet", "LeNet", 10, 2, "image", (3, 32, 32), 100, 1, "gradient", "float32", "FedSGD")
+OUTCOME = Outcome("converged", 1e-9, 100, 120, 12.0)
+
+
+def example(psnr: float, ssim: float = 0.9) -> Example:
+    return Example(0, 0, 1, 1, {"mse": 10 ** (-psnr / 10), "psnr": psnr, "ssim": ssim})
+
+
+def test_half_a_gray_level() -> None:
+    assert pytest.approx(-20 * math.log10(0.5 / 255), abs=0.01) == HALF_GRAY
+
+
+@pytest.mark.parametrize(
+    ("psnr", "ssim", "grade", "phrase"),
+    [
+        (70, 1.0, "leaked", "the same picture"),
+        (40, 0.99, "leaked", "at once"),
+        (22, 0.7, "leaked", "visible errors"),
+        (22, 0.1, "partly", "hardly recognize"),
+        (17, 0.5, "partly", "hardly recognize"),
+        (9, 0.1, "not_recovered", "not recognize"),
+    ],
+)
+def test_one_image(psnr: float, ssim: float, grade: str, phrase: str) -> None:
+    verdict = judge(SUBJECT, OUTCOME, [example(psnr, ssim)])
+    assert verdict.grade == grade
+    assert phrase in verdict.reason
+
+
+def test_a_batch_counts_and_names_the_worst() -> None:
+    subject = replace(SUBJECT, batch_size=3)
+    verdict = judge(subject, OUTCOME, [example(9), example(35), example(60)])
+    assert verdict.headline == "2 of 3 private images came back."
+    assert "Worst example: MSE 0.13" in verdict.reason
+    assert judge(subject, OUTCOME, [example(40)] * 3).headline == "All 3 private images came back."
+    assert judge(subject, OUTCOME, [example(9)] * 3).headline == "None of the 3 private images came back."
+
+
+def test_no_better_than_a_guess_is_said_and_an_oracle_is_no_guess() -> None:
+    guess = Lift("gray", 12.0, 0.5)
+    assert "no better than a guess" in judge(SUBJECT, OUTCOME, [example(12.5)], [guess]).reason
+    assert (
+        "no better than a guess" not in judge(SUBJECT, OUTCOME, [example(12.5)], [replace(guess, oracle=True)]).reason
+    )
+    assert "no better than a guess" not in judge(SUBJECT, OUTCOME, [example(18)], [replace(guess, lift=6.0)]).reason
+
+
+def test_a_failed_attack_is_no_evidence_of_protection() -> None:
+    assert any("no evidence of protection" in s for s in judge(SUBJECT, OUTCOME, [example(9)]).meaning)
+    assert any("no evidence of protection" in s for s in judge(SUBJECT, OUTCOME, None, (), Match(0.5, 1e-7)).meaning)
+
+
+def test_an_example_without_a_usable_reconstruction_is_the_worst() -> None:
+    lost = Example(0, None, 1, None, {"mse": None, "psnr": None, "ssim": None})
+    verdict = judge(replace(SUBJECT, batch_size=2), OUTCOME, [example(40), lost])
+    assert verdict.headline == "1 of 2 private images came back."
+    assert "no usable reconstruction" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("residual", "floor", "grade"),
+    [(5e-7, 1.2e-7, "matched"), (1e-4, 1.2e-7, "close"), (0.3, 1.2e-7, "unmatched"), (0.3, 7.8e-3, "unmatched")],
+)
+def test_without_truth_the_update_decides(residual: float, floor: float, grade: str) -> None:
+    verdict = judge(SUBJECT, OUTCOME, None, (), Match(residual, floor))
+    assert verdict.grade == grade
+    assert any("--truth" in s for s in verdict.meaning)
+
+
+def test_matched_without_uniqueness_is_not_proved() -> None:
+    verdict = judge(SUBJECT, OUTCOME, None, (), Match(1e-8, 1e-7))
+    assert any("does not prove" in s for s in verdict.meaning)
+    assert "prove" not in verdict.headline
+
+
+def test_a_certificate_that_proves_is_quoted_as_proof() -> None:
+    certificate = CertificateRecord("proved", 1e-8, 1e-7, 100, 100)
+    assert judge(SUBJECT, OUTCOME, None, (), Match(1e-8, 1e-7), certificate).grade == "proved"
+
+
+def test_an_unproved_certificate_is_never_called_matched() -> None:
+    certificate = CertificateRecord("unproved", 1e-8, 1e-7)
+    assert judge(SUBJECT, OUTCOME, None, (), Match(1e-8, 1e-7), certificate).grade == "close"
+
+
+def test_no_match_at_all() -> None:
+    assert judge(SUBJECT, OUTCOME, None).grade == "unmatched"
+
+
+def test_interruption_is_said_first() -> None:
+    verdict = judge(SUBJECT, replace(OUTCOME, status="interrupted"), [example(9)])
+    assert "interrupted" in verdict.meaning[0]
+
+
+def test_values_that_are_no_images_are_not_called_images() -> None:
+    subject = replace(SUBJECT, input_kind="tensor", input_shape=(7,))
+    verdict = judge(subject, OUTCOME, [Example(0, 0, None, None, {"mse": 1e-9})])
+    assert verdict.headline == "The private example came back."
+    assert "picture" not in verdict.reason
