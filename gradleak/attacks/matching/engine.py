@@ -167,7 +167,7 @@ class _Group:
         self.like = next(iter(p.params.values()))
         training = p.observation.training
         assert training is not None
-        self.training = training
+        self.training, self.undefended = training, training.undefended
         self.params, self.params_axis = _stack([q.params for q in problems])
         self.buffers, self.buffers_axis = _stack([q.buffers for q in problems])
         self.observed, self.observed_axis = _stack([q.observed for q in problems])
@@ -204,13 +204,21 @@ class _Group:
 
     def simulate(self, z: Tensor, params: Tensors, buffers: Tensors, labels: Tensor | None) -> dict[str, Tensor]:
         x, y = self.unpack(z, labels)
-        return self.training.tensors(self.first.model, params, x, y, buffers=buffers)
+        return self.undefended.tensors(self.first.model, params, x, y, buffers=buffers)
+
+    def compare(self, simulated: Tensors, observed: Tensors, scale: Tensor) -> Tensor:
+        """Return the objective; under a known defense, of what that defense leaves to be explained."""
+        if self.training is self.undefended:
+            return self.attack.objective(simulated, observed, scale)
+        residual = self.training.residual(simulated, observed)
+        target = {k: (simulated[k] - residual[k]).detach() for k in observed}
+        return self.attack.objective({k: target[k] + residual[k] for k in observed}, target, scale)
 
     def distance(
         self, z: Tensor, params: Tensors, buffers: Tensors, observed: Tensors, scale: Tensor, labels: Tensor | None
     ) -> Tensor:
         x, _ = self.unpack(z, labels)
-        value = self.attack.objective(self.simulate(z, params, buffers, labels), observed, scale)
+        value = self.compare(self.simulate(z, params, buffers, labels), observed, scale)
         for prior in self.attack.priors:
             value = value + prior(x)
         return value
@@ -343,7 +351,7 @@ def _trace(group: _Group, i: int, row: int, recorder: _Recorder) -> Trace:
                 break
             z = x[int(place[0])]
             simulated = group.simulate(z, params, buffers, labels)
-            value = group.attack.objective(simulated, observed, scale)
+            value = group.compare(simulated, observed, scale)
             inputs, _ = group.unpack(z, labels)
             for prior in group.attack.priors:
                 value = value + prior(inputs)

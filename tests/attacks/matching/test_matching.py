@@ -1,0 +1,186 @@
+"""Gradient matching end to end on small models, and its identities."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import gradleak as gl
+from gradleak.attacks.base import Progress
+from gradleak.attacks.matching import Adam, Cosine, GradientMatching, SquaredError, TotalVariation
+from gradleak.errors import InvalidInput, InvalidModel, MissingKnowledge, UnknownName
+
+SHAPE = (1, 8, 8)
+SPACE = gl.ImageSpace(SHAPE)
+
+
+def small(seed: int = 0, width: int = 6) -> nn.Module:
+    return gl.models.lenet(width=width, classes=5, in_channels=1, image_size=8, seed=seed).double()
+
+
+def observe(
+    seed: int = 0, n: int = 1, knows: gl.Knowledge | None = None, **model: int
+) -> tuple[gl.Batch, gl.Observation]:
+    generator = torch.Generator().manual_seed(seed)
+    batch = gl.Batch(
+        torch.rand(n, *SHAPE, generator=generator, dtype=torch.float64),
+        torch.randint(5, (n,), generator=generator),
+    )
+    client = gl.Client(small(seed), batch)
+    threat = gl.ThreatModel() if knows is None else gl.ThreatModel(knows)
+    return batch, threat.observe(
+        client.model, client.send(), space=SPACE, training=client.training, batch_size=n, labels=batch.labels
+    )
+
+
+def test_dlg_recovers_image_and_label() -> None:
+    batch, seen = observe()
+    found = gl.attacks.dlg().reconstruct(seen)
+    assert found.status == "converged"
+    assert found.labels is not None
+    assert found.labels.tolist() == batch.labels.tolist()
+    assert float((found.inputs - batch.inputs).square().mean()) <= 1e-8
+    assert found.trace is not None
+    assert found.trace.objectives[0] > 1e3 * found.objective
+    assert found.trace.snapshots is not None
+    assert found.trace.snapshots.shape == (len(found.trace.iterations), 1, *SHAPE)
+    assert set(found.trace.layers) == set(seen.update.tensors)
+
+
+def test_observations_of_different_models_advance_together_as_alone() -> None:
+    pairs = [observe(seed) for seed in range(3)]
+    attack = gl.attacks.dlg(iterations=40)
+    together = attack.reconstruct_all([seen for _, seen in pairs])
+    first = attack.reconstruct(pairs[0][1])
+    torch.testing.assert_close(first.inputs, together[0].inputs, rtol=1e-6, atol=1e-8)
+    assert len({float(r.objective) for r in together}) == 3
+
+
+def test_vmap_equals_loop() -> None:
+    _, seen = observe(n=2)
+    attack = dataclasses.replace(gl.attacks.idlg(iterations=25), restarts=3)
+    fast = dataclasses.replace(attack, vectorize=True).reconstruct(seen)
+    slow = dataclasses.replace(attack, vectorize=False).reconstruct(seen)
+    assert fast.objective == pytest.approx(slow.objective, rel=1e-4)
+    torch.testing.assert_close(fast.inputs, slow.inputs, rtol=1e-4, atol=1e-6)
+
+
+def test_more_restarts_never_have_a_worse_objective() -> None:
+    _, seen = observe(3)
+    one, four = (gl.attacks.dlg(iterations=60, restarts=r).reconstruct(seen) for r in (1, 4))
+    assert four.objective <= one.objective
+    assert four.evaluations == 4 * one.evaluations
+
+
+def test_known_labels_are_used() -> None:
+    batch, seen = observe(1, n=2, knows=gl.ThreatModel().knows | gl.Knowledge.LABELS)
+    found = gl.attacks.dlg(iterations=5).reconstruct(seen)
+    assert found.labels is not None
+    assert found.labels.tolist() == batch.labels.tolist()
+
+
+def test_inverting_gradients_lowers_its_objective_inside_the_box() -> None:
+    _, seen = observe(2)
+    found = gl.attacks.inverting_gradients(iterations=150).reconstruct(seen)
+    assert found.trace is not None
+    assert found.objective < 0.2 * found.trace.objectives[0]
+    assert float(found.inputs.min()) >= 0
+    assert float(found.inputs.max()) <= 1
+
+
+def test_progress_and_interruption() -> None:
+    _, seen = observe()
+    heard: list[Progress] = []
+
+    def callback(progress: Progress) -> None:
+        heard.append(progress)
+        raise KeyboardInterrupt
+
+    found = gl.attacks.dlg().reconstruct(seen, callback=callback)
+    assert found.status == "interrupted"
+    assert len(heard) == 1
+    assert heard[0].total == 3000
+
+
+def test_missing_knowledge_is_refused_before_any_work() -> None:
+    _, seen = observe(knows=gl.Knowledge.TRAINING)
+    with pytest.raises(MissingKnowledge, match="BATCH_SIZE"):
+        gl.attacks.dlg().reconstruct(seen)
+
+
+def test_active_dropout_and_batch_statistics_are_refused() -> None:
+    for layer in (nn.Dropout(0.5), nn.BatchNorm2d(1)):
+        model = nn.Sequential(layer, nn.Flatten(), nn.Linear(64, 5)).double()
+        update = gl.FedSGD()(model.eval(), gl.Batch(torch.rand(2, *SHAPE).double(), torch.tensor([0, 1])))
+        seen = gl.ThreatModel().observe(model.train(), update, space=SPACE, training=gl.FedSGD(), batch_size=2)
+        with pytest.raises(InvalidModel, match=r"model\.eval\(\)"):
+            gl.attacks.dlg().reconstruct(seen)
+
+
+def test_unknown_options_are_named() -> None:
+    with pytest.raises(UnknownName, match="did you mean 'lbfgs'"):
+        gl.attacks.dlg(solver="lbgfs")
+    with pytest.raises(InvalidInput, match="recovered"):
+        GradientMatching(labels="given")
+
+
+def test_float32_updates_match_to_their_noise() -> None:
+    generator = torch.Generator().manual_seed(4)
+    batch = gl.Batch(torch.rand(1, *SHAPE, generator=generator), torch.tensor([2]))
+    exchange = gl.simulate(gl.Client(small(4).float(), batch), gl.attacks.dlg())
+    assert float((exchange.reconstruction.inputs - exchange.truth.inputs).square().mean()) <= 1e-6
+
+
+def test_normalized_inputs_are_decoded() -> None:
+    generator = torch.Generator().manual_seed(5)
+    images = torch.rand(1, *SHAPE, generator=generator, dtype=torch.float64)
+    space = gl.ImageSpace(SHAPE, mean=(0.4,), std=(0.3,))
+    client = gl.Client(small(5), gl.Batch(space.encode(images), torch.tensor([1])))
+    exchange = gl.simulate(client, gl.attacks.dlg(), space=space)
+    torch.testing.assert_close(exchange.truth.inputs, images)
+    assert float((exchange.reconstruction.inputs - images).square().mean()) <= 1e-6
+
+
+def test_an_attacker_who_knows_the_pruning_beats_one_who_does_not() -> None:
+    generator = torch.Generator().manual_seed(6)
+    batch = gl.Batch(torch.rand(1, *SHAPE, generator=generator, dtype=torch.float64), torch.tensor([1]))
+    client = gl.Client(small(6, 12), batch, gl.defenses.prune(ratio=0.3).wrap(gl.FedSGD()))
+    errors = []
+    for knows in (gl.ThreatModel().knows, gl.ThreatModel().knows | gl.Knowledge.DEFENSE):
+        exchange = gl.simulate(client, gl.attacks.dlg(iterations=800), threat=gl.ThreatModel(knows))
+        errors.append(float((exchange.reconstruction.inputs - batch.inputs).square().mean()))
+    assert errors[1] < 0.1 * errors[0]
+
+
+@pytest.mark.parametrize("objective", [SquaredError(), Cosine()])
+def test_objectives_vanish_at_the_truth_and_pass_gradcheck(objective: SquaredError | Cosine) -> None:
+    batch, seen = observe(n=2)
+    model, labels = seen.model, torch.nn.functional.one_hot(batch.labels, 5).double()
+    observed = dict(seen.update.tensors)
+    scale = objective.scale(observed)
+
+    def distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return objective(gl.FedSGD().tensors(model, seen.params, x, y), observed, scale)
+
+    assert float(distance(batch.inputs, labels)) == pytest.approx(0, abs=1e-12)
+    x = torch.rand_like(batch.inputs).requires_grad_()
+    y = torch.rand_like(labels).softmax(-1).requires_grad_()
+    assert torch.autograd.gradcheck(distance, (x, y), fast_mode=True, atol=1e-6)
+
+
+def test_total_variation_is_the_mean_of_neighbor_differences() -> None:
+    image = torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]]])
+    assert float(TotalVariation(2.0)(image)) == pytest.approx(2.0)
+
+
+def test_group_of_first_order_problems_drops_finished_ones() -> None:
+    _, seen = observe(n=1)
+    attack = GradientMatching(
+        solver=Adam(iterations=300, lr=0.05, check_every=10), labels="recovered", restarts=3, tolerance=1e-2
+    )
+    found = attack.reconstruct(seen)
+    assert found.status == "converged"
+    assert found.evaluations < 900

@@ -1,0 +1,126 @@
+"""What every attack promises; a new attack in ``gl.attacks.__all__`` is checked at once."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+
+import pytest
+import torch
+
+import gradleak as gl
+from gradleak.attacks.base import Attack
+from gradleak.errors import InvalidInput, MissingKnowledge, NotApplicable
+
+SHAPE = (1, 8, 8)
+LIGHT = {"iterations": 6}
+
+
+def build(name: str) -> Attack:
+    factory = getattr(gl.attacks, name)
+    options = {k: v for k, v in LIGHT.items() if k in inspect.signature(factory).parameters}
+    attack = factory(**options)
+    assert isinstance(attack, Attack)
+    return attack
+
+
+def client(n: int = 1, dtype: torch.dtype = torch.float64, linear: bool = False) -> gl.Client:
+    if linear:
+        generator = torch.Generator().manual_seed(0)
+        model: torch.nn.Module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5))
+        for p in model.parameters():
+            torch.nn.init.uniform_(p, -0.5, 0.5, generator=generator)
+    else:
+        model = gl.models.lenet(width=6, classes=5, in_channels=1, image_size=8, seed=0)
+    images = torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    return gl.Client(model.to(dtype), gl.Batch(images, torch.arange(n) % 5))
+
+
+def observe(sender: gl.Client, knows: gl.Knowledge | None = None) -> gl.Observation:
+    threat = gl.ThreatModel(~gl.Knowledge.PUBLIC_DATA if knows is None else knows)
+    return threat.observe(
+        sender.model,
+        sender.send(),
+        space=gl.ImageSpace(SHAPE),
+        training=sender.training,
+        batch_size=len(sender.batch),
+        labels=sender.batch.labels,
+    )
+
+
+def applicable(name: str) -> tuple[gl.Client, gl.Reconstruction]:
+    """Reconstruct from the first victim to which the attack applies."""
+    reasons = []
+    for linear in (False, True):
+        sender = client(linear=linear)
+        try:
+            return sender, build(name).reconstruct(observe(sender))
+        except NotApplicable as reason:
+            reasons.append(str(reason))
+    raise AssertionError(f"{name} applies to neither victim: {reasons}")
+
+
+pytestmark = pytest.mark.parametrize("name", gl.attacks.__all__)
+
+
+def test_factory_is_documented_and_keyword_only(name: str) -> None:
+    factory = getattr(gl.attacks, name)
+    assert inspect.getdoc(factory)
+    assert all(p.kind is p.KEYWORD_ONLY for p in inspect.signature(factory).parameters.values())
+    assert dataclasses.is_dataclass(build(name))
+
+
+def test_result_is_well_formed(name: str) -> None:
+    sender, found = applicable(name)
+    assert len(found) == len(sender.batch)
+    assert bool(torch.isfinite(found.inputs).all())
+    assert found.status in ("converged", "budget", "stalled", "interrupted", "exact")
+
+
+def test_same_seed_same_result_and_nothing_touched(name: str) -> None:
+    sender, _ = applicable(name)
+    seen = observe(sender)
+    state = copy.deepcopy(seen.model.state_dict())
+    before = {k: v.clone() for k, v in seen.update.tensors.items()}
+    generator = torch.get_rng_state()
+    first, second = (build(name).reconstruct(seen, seed=3) for _ in range(2))
+    assert torch.equal(first.inputs, second.inputs)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(torch.equal(v, state[k]) for k, v in seen.model.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in seen.update.tensors.items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in seen.model.modules())
+    assert all(p.grad is None for p in seen.model.parameters())
+
+
+def test_missing_knowledge_raises_before_any_work(name: str) -> None:
+    attack = build(name)
+    if not attack.requires:
+        pytest.skip("this attack needs no knowledge")
+    called = []
+    with pytest.raises(MissingKnowledge, match="grant"):
+        attack.reconstruct(observe(client(), gl.Knowledge.NOTHING), callback=called.append)
+    assert not called
+
+
+def test_float32_updates_are_accepted(name: str) -> None:
+    for linear in (False, True):
+        try:
+            found = build(name).reconstruct(observe(client(dtype=torch.float32, linear=linear)))
+        except NotApplicable:
+            continue
+        assert bool(torch.isfinite(found.inputs).all())
+        return
+    raise AssertionError("applies to neither victim in float32")
+
+
+def test_no_observation_is_an_error(name: str) -> None:
+    with pytest.raises(InvalidInput, match="at least one"):
+        build(name).reconstruct_all([])
+
+
+@pytest.mark.gpu
+def test_runs_on_cuda(name: str) -> None:
+    sender, _ = applicable(name)
+    there = gl.Client(sender.model.cuda(), sender.batch.to("cuda"))
+    assert build(name).reconstruct(observe(there)).inputs.is_cuda

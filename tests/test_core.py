@@ -1,0 +1,157 @@
+"""Forward map, wall and exchange: identities in float64, and clear refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import gradleak as gl
+from gradleak.errors import InvalidInput, InvalidUpdate
+
+SHAPE = (1, 8, 8)
+
+
+def victim(n: int = 3) -> gl.Client:
+    model = gl.models.lenet(width=4, classes=5, in_channels=1, image_size=8, seed=0).double()
+    images = torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return gl.Client(model, gl.Batch(images, torch.arange(n) % 5))
+
+
+def test_client_map_is_the_autograd_gradient_and_the_attacker_map() -> None:
+    client = victim()
+    sent = client.send()
+    loss = nn.CrossEntropyLoss()(client.model(client.batch.inputs), client.batch.labels)
+    names = [k for k, _ in client.model.named_parameters()]
+    for name, gradient in zip(names, torch.autograd.grad(loss, list(client.model.parameters())), strict=True):
+        torch.testing.assert_close(sent.tensors[name], gradient, rtol=1e-12, atol=1e-14)
+    soft = torch.nn.functional.one_hot(client.batch.labels, 5).double()
+    params = {k: p.detach() for k, p in client.model.named_parameters()}
+    again = client.training.tensors(client.model, params, client.batch.inputs, soft)
+    for name in names:
+        torch.testing.assert_close(sent.tensors[name], again[name], rtol=1e-12, atol=1e-14)
+
+
+def test_forward_map_passes_gradcheck_in_inputs_and_soft_labels() -> None:
+    client = victim(2)
+    params = {k: p.detach() for k, p in client.model.named_parameters()}
+    x = client.batch.inputs.clone().requires_grad_()
+    y = torch.rand(2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).softmax(-1).requires_grad_()
+
+    def update(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.cat([v.reshape(-1) for v in gl.FedSGD().tensors(client.model, params, x, y).values()])
+
+    assert torch.autograd.gradcheck(update, (x, y), fast_mode=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_equals_torch(reduction: str, smoothing: float) -> None:
+    logits = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 3, 3, 1])
+    soft = torch.nn.functional.one_hot(labels, 5).double()
+    expected = nn.CrossEntropyLoss(reduction=reduction, label_smoothing=smoothing)
+    ours = gl.CrossEntropy(reduction, smoothing)
+    torch.testing.assert_close(ours(logits, labels), expected(logits, labels))
+    torch.testing.assert_close(ours(logits, soft), expected(logits, soft))
+
+
+def test_fused_attention_can_be_inverted() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.head = nn.Linear(8, 24), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return self.head(nn.functional.scaled_dot_product_attention(q, k, v).mean(1))
+
+    torch.manual_seed(0)
+    model = Attention().double()
+    params = {k: p.detach() for k, p in model.named_parameters()}
+    x = torch.randn(2, 4, 8, dtype=torch.float64, requires_grad=True)
+    tensors = gl.FedSGD().tensors(model, params, x, torch.tensor([0, 1]))
+    (gradient,) = torch.autograd.grad(sum(v.square().sum() for v in tensors.values()), x)
+    assert bool(torch.isfinite(gradient).all())
+    assert float(gradient.abs().max()) > 0
+
+
+def test_client_leaves_its_model_untouched_and_shares_running_statistics() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 5)).double().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    update = gl.Client(model, victim().batch).send()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert update.buffers is not None
+    assert not torch.equal(update.buffers["1.running_mean"], before["1.running_mean"])
+    seen = gl.ThreatModel().observe(model, update, space=gl.ImageSpace(SHAPE), training=gl.FedSGD(), batch_size=3)
+    assert seen.update.buffers is None
+
+
+def test_the_wall_shows_only_what_is_granted() -> None:
+    client = victim()
+    seen = gl.ThreatModel(gl.Knowledge.NOTHING).observe(
+        client.model,
+        client.send(),
+        space=gl.ImageSpace(SHAPE),
+        training=client.training,
+        batch_size=3,
+        labels=client.batch.labels,
+        public=client.batch.inputs,
+    )
+    assert (seen.training, seen.batch_size, seen.labels, seen.public) == (None, None, None, None)
+    assert seen.model is not client.model
+
+
+def test_an_observation_is_made_by_the_wall_only() -> None:
+    client = victim()
+    with pytest.raises(InvalidInput, match=r"ThreatModel\.observe"):
+        gl.Observation(client.model, client.send(), gl.ImageSpace(SHAPE), gl.Knowledge.NOTHING)
+
+
+def test_granting_what_is_not_handed_over_is_an_error() -> None:
+    client = victim()
+    with pytest.raises(InvalidInput, match="BATCH_SIZE"):
+        gl.ThreatModel().observe(client.model, client.send(), space=gl.ImageSpace(SHAPE), training=client.training)
+
+
+def bad_updates() -> dict[str, tuple[gl.Update, str]]:
+    client = victim()
+    good = dict(client.send().tensors)
+    name = next(iter(good))
+    holes = {k: v.clone() for k, v in good.items()}
+    holes[name].view(-1)[0] = torch.nan
+    endless = {k: v.clone() for k, v in good.items()}
+    endless[name].view(-1)[0] = torch.inf
+    return {
+        "nan": (gl.Update(holes), "NaN or infinite"),
+        "infinite": (gl.Update(endless), "NaN or infinite"),
+        "missing": (gl.Update({k: v for k, v in good.items() if k != name}), "lacks"),
+        "extra": (gl.Update(good | {"other": torch.zeros(1)}), "does not train"),
+        "shape": (gl.Update(good | {name: torch.zeros(1)}), "shape"),
+    }
+
+
+@pytest.mark.parametrize("case", ["nan", "infinite", "missing", "extra", "shape"])
+def test_bad_updates_are_refused_with_the_remedy(case: str) -> None:
+    update, words = bad_updates()[case]
+    with pytest.raises(InvalidUpdate, match=words):
+        gl.ThreatModel().observe(victim().model, update, space=gl.ImageSpace(SHAPE), training=gl.FedSGD(), batch_size=3)
+
+
+def test_batches_and_spaces_are_checked() -> None:
+    with pytest.raises(InvalidInput, match="as many labels"):
+        gl.Batch(torch.zeros(2, 3), torch.zeros(1, dtype=torch.long))
+    with pytest.raises(InvalidInput, match="at least one"):
+        gl.Batch(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
+    with pytest.raises(InvalidInput, match="channels, height, width"):
+        gl.ImageSpace((8, 8))
+    with pytest.raises(InvalidInput, match="positive"):
+        gl.ImageSpace(SHAPE, std=(0.0,))
+
+
+def test_image_space_projects_to_what_decodes_to_valid_images() -> None:
+    space = gl.ImageSpace((3, 4, 4), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    wild = 5 * torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    inside = space.project(wild)
+    torch.testing.assert_close(space.encode(space.decode(wild)), inside)
+    torch.testing.assert_close(space.project(inside), inside)
