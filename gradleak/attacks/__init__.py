@@ -1,5 +1,6 @@
 """Attacks: each name in ``__all__`` is a factory with keyword-only options that returns an :class:`Attack`."""
 
 from gradleak.attacks.matching import dlg, idlg, inverting_gradients
+from gradleak.attacks.recursion import recursion
 
-__all__ = ["dlg", "idlg", "inverting_gradients"]
+__all__ = ["dlg", "idlg", "inverting_gradients", "recursion"]

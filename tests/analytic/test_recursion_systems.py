@@ -1,0 +1,88 @@
+"""The matrices of the recursion against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradleak.analytic import layers
+from gradleak.analytic.graph import Affine, trace_chain
+from gradleak.analytic.recursion import _Map, _normal, read_outer_product
+
+CONVOLUTIONS = [
+    nn.Conv2d(2, 6, 3),
+    nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), groups=2),
+    nn.Conv2d(2, 4, 3, stride=3, dilation=2, padding=1),
+    nn.Conv2d(2, 4, 3, padding="same", dilation=2),
+    nn.Conv2d(1, 3, 2, stride=3),
+]
+
+
+def affine(conv: nn.Conv2d, size: tuple[int, int]) -> tuple[Affine, Tensor]:
+    model = nn.Sequential(conv, nn.Flatten(), nn.LazyLinear(2))
+    model(torch.zeros(1, conv.in_channels, *size))
+    chain = trace_chain(model.double(), (conv.in_channels, *size))
+    step = chain.steps[0]
+    assert isinstance(step, Affine)
+    return step, conv.weight.detach()
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("conv", CONVOLUTIONS, ids=str)
+def test_convolution_parts(conv: nn.Conv2d) -> None:
+    step, weight = affine(conv, (9, 8))
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(1, *step.in_shape, generator=draw, dtype=torch.float64)
+    delta = torch.randn(step.outputs, generator=draw, dtype=torch.float64)
+    leaf, kernel = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    out = step._conv(leaf, kernel)
+    dx, dw = torch.autograd.grad(out, (leaf, kernel), delta.reshape(out.shape))
+    assert torch.allclose(out.detach().flatten(), step.apply(x.flatten(1), weight)[0])
+    assert torch.allclose(dx.flatten(), step.adjoint(delta[None], weight)[0])
+    # Both readings of the weight gradient: linear in the input, linear in the output gradient.
+    block = step.gradient_block(delta, weight)
+    per = step.channels // step.groups
+    by_input = torch.einsum("grp,gcp->gcr", block, x.reshape(step.groups, per, -1))
+    wanted = dw.reshape(step.groups, -1, per, weight.shape[2] * weight.shape[3]).transpose(1, 2).flatten(2)
+    assert torch.allclose(by_input, wanted)
+    patches = step.patches(x, weight)
+    by_delta = torch.einsum("gkl,gol->gok", patches, delta.reshape(step.groups, -1, patches.shape[-1]))
+    assert torch.allclose(by_delta.reshape(dw.shape), dw)
+
+
+@pytest.mark.parametrize("channels", [3, 12])
+def test_normal_matrix_is_that_of_the_exact_jacobian(channels: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(2, channels, 3, 2, 1), nn.Sigmoid(), nn.Conv2d(channels, 8, 3, 1, 1, groups=1), nn.Tanh(),
+            nn.Flatten(), nn.Linear(8 * 16, 20),
+        ).double()  # fmt: skip
+        x = torch.rand(1, 2, 8, 8, dtype=torch.float64)
+    params = {k: p.detach() for k, p in model.named_parameters()}
+    grads = torch.autograd.grad(F.cross_entropy(model(x), torch.tensor([3])), list(model.parameters()))
+    seen = dict(zip(params, grads, strict=True))
+    chain = trace_chain(model, (2, 8, 8))
+    whole = _Map(chain, params, seen, read_outer_product(seen["5.weight"], seen["5.bias"]))
+    jacobian = torch.autograd.functional.jacobian(lambda z: whole.outputs(z, graph=True), x[0]).reshape(-1, 128)
+    # The assembled matrix leaves the few bias equations out.
+    sizes = [(seen[n].numel(), "weight" in n) for n in whole.names]
+    keep = [torch.ones(128, dtype=torch.bool)] + [torch.full((size,), weight) for size, weight in sizes]
+    rows = jacobian[torch.cat(keep)]
+    assert torch.allclose(
+        _normal(whole, x[0]), rows.T @ rows, rtol=1e-9, atol=1e-9 * float((rows.T @ rows).abs().max())
+    )
+
+
+def test_conjugate_gradients_solve_several_systems() -> None:
+    draw = torch.Generator().manual_seed(0)
+    root = torch.randn(30, 30, generator=draw, dtype=torch.float64)
+    matrix = root @ root.T + torch.eye(30)
+    right = torch.randn(2, 30, generator=draw, dtype=torch.float64)
+    factor = layers.factorize(matrix.clone())
+    x, steps, done = layers.conjugate_gradients(lambda v: v @ matrix, right, factor.solve, tolerance=1e-12, limit=20)
+    assert done
+    assert steps < 5
+    assert torch.allclose(x @ matrix, right)

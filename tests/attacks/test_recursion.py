@@ -1,0 +1,62 @@
+"""The exact attack behind the wall."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gradleak.attacks import recursion
+from gradleak.errors import MissingKnowledge, NotApplicable
+from gradleak.exchange import Client, simulate
+from gradleak.models import lenet, resnet18
+from gradleak.threat import Knowledge, ThreatModel
+from gradleak.training import SGD, FedAvg, FedSGD, LocalTraining
+from gradleak.types import Batch
+
+
+def batch(n: int = 1, dtype: torch.dtype = torch.float32) -> Batch:
+    draw = torch.Generator().manual_seed(0)
+    return Batch(torch.rand(n, 3, 16, 16, generator=draw).to(dtype), torch.arange(5, 5 + n))
+
+
+@pytest.mark.parametrize(
+    "training",
+    [FedSGD(), FedAvg(lr=0.1), FedAvg(optimizer=SGD(0.05, momentum=0.9, weight_decay=0.1, nesterov=True))],
+    ids=["gradient", "one step", "one step with weight decay"],
+)
+def test_one_float32_example_to_the_noise_floor(training: LocalTraining) -> None:
+    exchange = simulate(Client(lenet(image_size=16, seed=2), batch(), training), recursion())
+    found = exchange.reconstruction
+    assert found.status == "exact", found.notes
+    assert float((found.inputs - exchange.truth.inputs).square().mean()) < 1e-10
+    assert found.labels is not None
+    assert found.labels.tolist() == [5]
+    assert found.features is not None
+
+
+def test_float64_update() -> None:
+    exchange = simulate(Client(lenet(image_size=16, seed=2).double(), batch(dtype=torch.float64)), recursion())
+    assert float((exchange.reconstruction.inputs - exchange.truth.inputs).square().mean()) < 1e-20
+
+
+def test_only_the_batch_size_is_needed() -> None:
+    client = Client(lenet(image_size=16, seed=2), batch())
+    assert simulate(client, recursion(), threat=ThreatModel(Knowledge.BATCH_SIZE)).reconstruction.status == "exact"
+    with pytest.raises(MissingKnowledge):
+        simulate(client, recursion(), threat=ThreatModel(Knowledge.NOTHING))
+
+
+def test_what_it_cannot_do_is_an_answer() -> None:
+    with pytest.raises(NotApplicable, match="one example"):
+        simulate(Client(lenet(image_size=16, seed=2), batch(2)), recursion())
+    with pytest.raises(NotApplicable, match="several steps"):
+        simulate(Client(lenet(image_size=16, seed=2), batch(), FedAvg(lr=0.1, epochs=3)), recursion())
+    with pytest.raises(NotApplicable, match="keeps"):
+        simulate(Client(resnet18(width=4, seed=0).eval(), batch()), recursion())
+
+
+def test_several_steps_that_nobody_told_of_are_noticed() -> None:
+    client = Client(lenet(image_size=16, seed=2), batch(), FedAvg(lr=0.003, epochs=2))
+    found = simulate(client, recursion(), threat=ThreatModel(Knowledge.BATCH_SIZE)).reconstruction
+    assert found.status == "stalled"
+    assert "not the plain gradient" in found.notes[-1]
