@@ -1,0 +1,415 @@
+"""Exact sentences from the gradient of a transformer encoder: linear algebra and a look-up, no optimization."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+
+from gradleak.attacks.base import Attack, Callback, Progress
+from gradleak.errors import NotApplicable
+from gradleak.threat import Knowledge, Observation
+from gradleak.tokens import TokenSpace
+from gradleak.types import Certificate, Reconstruction, UpdateKind
+
+__all__ = ["ReadSentences"]
+
+_IGNORED = -100
+
+
+class _Reached(Exception):
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+@dataclass(frozen=True)
+class ReadSentences(Attack):
+    """Reads the tokens of a batch off the attention gradients of the first two layers, and the masked ones' labels.
+
+    The gradient of a query, key or value matrix is Σ δ xᵀ over all tokens, so its row space is spanned by the layer's
+    inputs x. In the first layer x depends on the token and its position only: a token stands at a position where its
+    x lies in the span (Petrov et al. 2024, DAGER, Section 4.1). Several sentences are told apart in the second layer,
+    whose inputs depend on the whole sentence (Section 4.2): one token is fixed, and Gauss–Newton finds the mixture of
+    the others' candidates whose second-layer inputs lie in the second span; its rounding is the sentence. The
+    masked positions are those where the mask token stands. Their labels are counted in the decoder bias's gradient
+    and put into place by least squares on the gradient of the last linear layer before the decoder, which is linear
+    in the labels once the inputs are known.
+
+    Deviations: DAGER enumerates or beam-searches sentences; labels are not among its unknowns. Thresholds follow the
+    gap in the spectrum instead of fixed constants. Sentences must have equal length and no padding.
+
+    Attributes:
+        mask: id of the mask token.
+        starts: fixed tokens tried, at most.
+        sweeps: steps from one fixed token, at most.
+
+    Raises:
+        NotApplicable: not a token space, not a plain gradient, attention whose inputs cannot be found, or a gradient
+            whose rank is full (too many tokens for the width, or noise).
+
+    """
+
+    mask: int = 103
+    starts: int = 60
+    sweeps: int = 12
+
+    requires = Knowledge.BATCH_SIZE | Knowledge.TRAINING
+
+    def _reconstruct(
+        self, observations: list[Observation], seed: int, callback: Callback | None
+    ) -> list[Reconstruction]:
+        found = []
+        for i, observation in enumerate(observations):
+            found.append(self._read(observation, torch.Generator().manual_seed(seed)))
+            if callback is not None:
+                callback(Progress(i + 1, len(observations), found[-1].objective, "read"))
+        return found
+
+    def _read(self, observation: Observation, generator: torch.Generator) -> Reconstruction:
+        began = time.perf_counter()
+        space = observation.space
+        if not isinstance(space, TokenSpace):
+            raise NotApplicable("Only sentences can be read this way; give observe() a TokenSpace, or use matching.")
+        if observation.update.kind is not UpdateKind.GRADIENT:
+            raise NotApplicable("The update is a weight delta, not a gradient; scale a one-step delta by -1/lr first.")
+        reader = _Reader(observation, space)
+        notes: list[str] = []
+        first = _span(reader.gradient(0), "first", 0.05)
+        candidates = reader.candidates(first)
+        if any(len(c) == 0 for c in candidates):
+            empty = sum(len(c) == 0 for c in candidates)
+            raise NotApplicable(
+                f"At {empty} of {space.length} positions no token lies in the span of the first layer's inputs; "
+                "the gradient is not that of these sentences alone (noise, pruning, padding): use matching."
+            )
+        size = observation.batch_size or 1
+        sentences, exact = self._assemble(reader, candidates, size, generator)
+        if not exact:
+            notes.append("The sentences were not told apart with certainty: the second layer's span was not reached.")
+        labels = reader.labels(sentences, self.mask)
+        if labels is None:
+            notes.append("The labels were not read: no decoder bias is shared, or no mask token was found.")
+        certificate = reader.certificate(sentences, labels)
+        return Reconstruction(
+            inputs=sentences.to(reader.device),
+            labels=labels,
+            objective=certificate.residual**2,
+            status="exact" if certificate.verdict != "unproved" else "stalled",
+            evaluations=1,
+            seconds=time.perf_counter() - began,
+            notes=tuple(notes),
+            certificate=certificate,
+        )
+
+    def _assemble(
+        self, reader: _Reader, candidates: list[Tensor], size: int, generator: torch.Generator
+    ) -> tuple[Tensor, bool]:
+        """Return sentences (N, T) made of ``candidates`` and whether each reaches the second layer's span."""
+        if all(len(c) == 1 for c in candidates):
+            return torch.stack([c[0] for c in candidates]).expand(size, -1).clone(), True
+        span = _span(reader.gradient(1), "second", 1e-3)
+        found: dict[tuple[int, ...], float] = {}
+        inside: list[tuple[int, ...]] = []
+        for position, token in self._anchors(candidates, size, generator):
+            if any(s[position] == token for s in inside):
+                continue
+            choice = self._relax(reader, candidates, span, position, token)
+            sentence = self._settle(reader, candidates, span, choice)
+            key = tuple(sentence.tolist())
+            found[key] = float(reader.residuals(sentence[None], span).max())
+            if found[key] <= span.threshold and key not in inside:
+                inside.append(key)
+            if len(inside) >= size or len(found) >= self.starts:
+                break
+        # The attacker's own measure decides; sentences that occur twice leave fewer than ``size`` distinct ones.
+        chosen = sorted(found, key=lambda s: found[s])[:size]
+        chosen = (inside if inside and len(inside) >= size else chosen)[:size]
+        chosen += [chosen[0]] * (size - len(chosen))
+        return torch.tensor(chosen), len(inside) >= size
+
+    @staticmethod
+    def _anchors(candidates: list[Tensor], size: int, generator: torch.Generator) -> Iterator[tuple[int, int]]:
+        """Yield tokens to fix: first at positions where every sentence seems to have its own."""
+        order = torch.randperm(len(candidates), generator=generator).tolist()
+        for p in sorted(order, key=lambda p: abs(len(candidates[p]) - size)):
+            yield from ((p, t) for t in candidates[p].tolist() if len(candidates[p]) > 1)
+
+    def _relax(self, reader: _Reader, candidates: list[Tensor], span: _Span, position: int, token: int) -> Tensor:
+        """Return the tokens of the sentence that has ``token`` at ``position``, by Gauss–Newton on mixed embeddings.
+
+        Every position is a mixture of its candidates. What leaves the second span is nearly linear in the mixtures,
+        so that the sentences are the corners of its (affine) solution set, and one fixed token selects one corner.
+        """
+        tokens = torch.cat(candidates)
+        where = torch.repeat_interleave(torch.arange(len(candidates)), torch.tensor([len(c) for c in candidates]))
+        counts = torch.bincount(where)
+        weights = (1.0 / counts[where]).double()
+        pinned = where == position
+        weights[pinned] = (tokens[pinned] == token).double()
+        free = (counts[where] > 1) & ~pinned
+        # Directions that keep every position's weights at sum one: one candidate against the mean of its position.
+        columns = free.nonzero().flatten()
+        directions = torch.zeros(len(columns), len(tokens), dtype=torch.float64)
+        for row, column in enumerate(columns.tolist()):
+            same = where == where[column]
+            directions[row, same] = -1.0 / int(counts[where[column]])
+            directions[row, column] += 1.0
+        for _ in range(self.sweeps):
+            rest, jacobian = reader.sensitivity(tokens, where, weights, directions, span)
+            normal = jacobian @ jacobian.T
+            ridge = 1e-9 * normal.diagonal().mean() * torch.eye(len(normal), dtype=normal.dtype, device=normal.device)
+            step = torch.linalg.solve(normal + ridge, -(jacobian @ rest)).cpu()
+            change = directions.T @ step
+            weights = weights + change
+            sentence = torch.stack([c[weights[where == p].argmax()] for p, c in enumerate(candidates)])
+            if float(reader.residuals(sentence[None], span).max()) <= span.threshold or float(change.norm()) < 1e-3:
+                break
+        return sentence
+
+    def _settle(self, reader: _Reader, candidates: list[Tensor], span: _Span, sentence: Tensor) -> Tensor:
+        """Return the sentence to which changing one token after another leads, the best change first."""
+        sentence = sentence.clone()
+        current = float(reader.residuals(sentence[None], span).square().sum())
+        for _ in range(self.sweeps):
+            if current <= len(candidates) * span.threshold**2:
+                break
+            trials = []
+            for p, options in enumerate(candidates):
+                for t in options.tolist():
+                    if t != sentence[p]:
+                        trial = sentence.clone()
+                        trial[p] = t
+                        trials.append(trial)
+            values = reader.residuals(torch.stack(trials), span).square().sum(1)
+            if float(values.min()) >= current:
+                break
+            current, sentence = float(values.min()), trials[int(values.argmin())]
+        return sentence
+
+
+@dataclass(frozen=True, eq=False)
+class _Span:
+    """An orthonormal basis (d, r) of a layer's inputs and the relative distance within which a vector is inside."""
+
+    basis: Tensor
+    threshold: float
+
+    def distance(self, x: Tensor) -> Tensor:
+        """Return the relative distances of ``x`` (..., d) to the span, (...)."""
+        basis = self.basis.to(x)
+        rest = x - (x @ basis) @ basis.T
+        return rest.norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-30)
+
+
+def _span(gradient: Tensor, layer: str, loosest: float) -> _Span:
+    """Return the row space of ``gradient`` (rows, d), cut at the widest gap of its spectrum."""
+    s, vh = torch.linalg.svd(gradient.double(), full_matrices=False)[1:]
+    logs = (s / s[0].clamp_min(1e-300)).clamp_min(1e-17).log10()
+    gaps = logs[:-1] - logs[1:]
+    rank = int(gaps.argmax()) + 1
+    if float(s[0]) == 0.0 or float(gaps.max()) < 1.0:
+        raise NotApplicable(
+            f"The attention gradient of the {layer} layer has no gap in its spectrum: more tokens than the model is "
+            "wide, or noise; use matching."
+        )
+    ratio = 10.0 ** float(-gaps.max())
+    return _Span(vh[:rank].T.contiguous(), min(max(ratio**0.5, 1e-5), loosest))
+
+
+class _Reader:
+    """What a model's structure gives: the inputs of its attention layers, and the gradients that belong to them."""
+
+    def __init__(self, observation: Observation, space: TokenSpace) -> None:
+        self.observation, self.space, self.model = observation, space, observation.model
+        self.update = observation.update.tensors
+        self.params = dict(self.model.named_parameters())
+        self.device = space.table.device
+        self.names = {module: name for name, module in self.model.named_modules()}
+        with torch.no_grad():
+            self.layers, self.tail, self.decoder = self._structure()
+
+    def _structure(self) -> tuple[list[list[nn.Linear]], nn.Linear | None, nn.Linear | None]:
+        """Return groups of linear layers that share one input (query, key, value), the last two linear layers."""
+        calls: list[tuple[nn.Linear, int]] = []
+        inputs: list[Tensor] = []  # keeps them alive, so that identities stay distinct
+
+        def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            assert isinstance(module, nn.Linear)
+            inputs.append(arguments[0])
+            calls.append((module, id(arguments[0])))
+
+        with self._hooks([m for m in self.model.modules() if isinstance(m, nn.Linear)], note):
+            self.model(self.space.table[torch.zeros(1, self.space.length, dtype=torch.long, device=self.device)])
+        groups: dict[int, list[nn.Linear]] = {}
+        for module, key in calls:
+            groups.setdefault(key, []).append(module)
+        layers = [g for g in groups.values() if len(g) >= 3 and all(self._trained(m) for m in g)]
+        if not layers:
+            raise NotApplicable("No layers for query, key and value that share an input were found; use matching.")
+        decoder = calls[-1][0] if calls[-1][0].out_features == len(self.space.table) else None
+        tail = calls[-2][0] if decoder is not None and len(calls) > 1 and self._trained(calls[-2][0]) else None
+        return layers, tail, decoder
+
+    def _trained(self, module: nn.Module) -> bool:
+        return f"{self.names[module]}.weight" in self.update
+
+    @staticmethod
+    @contextmanager
+    def _hooks(modules: list[nn.Linear], hook: Callable[[nn.Module, tuple[Tensor, ...]], None]) -> Iterator[None]:
+        handles = [m.register_forward_pre_hook(hook) for m in modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def gradient(self, layer: int) -> Tensor:
+        """Return the stacked query, key and value gradients (3d, d) of a layer.
+
+        Raises:
+            NotApplicable: the model has no such layer.
+
+        """
+        if layer >= len(self.layers):
+            raise NotApplicable("A model with a single attention layer does not tell several sentences apart.")
+        return torch.cat([self.update[f"{self.names[m]}.weight"] for m in self.layers[layer]])
+
+    def hidden(self, embedded: Tensor, module: nn.Linear) -> Tensor:
+        """Return the input of ``module`` for ``embedded`` (N, T, d), computing nothing behind it."""
+
+        def stop(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            raise _Reached(arguments[0])
+
+        dtype = embedded.dtype
+        values = {k: v.to(dtype) for k, v in self.params.items()}
+        values |= {k: b.to(dtype) if b.is_floating_point() else b for k, b in self.model.named_buffers()}
+        with self._hooks([module], stop):
+            try:
+                functional_call(self.model, values, (embedded,))
+            except _Reached as reached:
+                return reached.hidden
+        raise NotApplicable("The model did not reach a layer that it reached before; it must be deterministic.")
+
+    @torch.no_grad()
+    def candidates(self, span: _Span) -> list[Tensor]:
+        """Return for every position the tokens whose first-layer input lies in ``span``."""
+        table, found = self.space.table, []
+        length, first = self.space.length, self.layers[0][0]
+        for chunk in torch.arange(len(table)).split(max(1, 2**22 // (length * table.shape[1]))):
+            # The first layer's input at a position knows no other position: one token everywhere serves all.
+            x = self.hidden(table[chunk][:, None].expand(-1, length, -1), first)
+            found.append(span.distance(x) <= span.threshold)
+        inside = torch.cat(found)
+        return [inside[:, p].nonzero().flatten().cpu() for p in range(length)]
+
+    @torch.no_grad()
+    def residuals(self, sentences: Tensor, span: _Span) -> Tensor:
+        """Return the distances (M, T) of the second layer's inputs of ``sentences`` (M, T) to ``span``."""
+        parts = sentences.to(self.device).split(128)
+        return torch.cat([span.distance(self.hidden(self.space.table[s], self.layers[1][0])) for s in parts]).cpu()
+
+    @torch.no_grad()
+    def sensitivity(
+        self, tokens: Tensor, where: Tensor, weights: Tensor, directions: Tensor, span: _Span
+    ) -> tuple[Tensor, Tensor]:
+        """Return what leaves the second span, (T·d,), and its derivatives (n, T·d) along ``directions``.
+
+        Args:
+            tokens: (R,) candidate ids.
+            where: (R,) their positions.
+            weights: (R,) their weights in the mixtures.
+            directions: (n, R) changes of the weights.
+            span: the second layer's span.
+
+        """
+        rows = self.space.table[tokens.to(self.device)].double()
+        place = torch.nn.functional.one_hot(where, self.space.length).double().to(self.device)  # (R, T)
+
+        def embed(w: Tensor) -> Tensor:
+            return torch.einsum("nr,rt,rd->ntd", w.to(self.device), place, rows)
+
+        point, module = embed(weights[None]), self.layers[1][0]
+        basis = span.basis.to(rows)
+        parts, rest = [], None
+        for part in directions.split(32):
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(point.expand(len(part), -1, -1).contiguous(), embed(part))
+                value, tangent = forward_ad.unpack_dual(self.hidden(dual, module))
+            scale = value[:1].norm(dim=-1, keepdim=True)
+            value, tangent = value[:1] / scale, tangent / scale
+            rest = (value - value @ basis @ basis.T).flatten()
+            parts.append((tangent - tangent @ basis @ basis.T).flatten(1))
+        assert rest is not None
+        return rest, torch.cat(parts)
+
+    def labels(self, sentences: Tensor, mask: int) -> Tensor | None:
+        """Return the ids (N, T) behind the mask tokens of ``sentences``, −100 elsewhere; None if they do not show."""
+        masked = sentences == mask
+        if self.tail is None or self.decoder is None or self.decoder.bias is None or not bool(masked.any()):
+            return None
+        bias = next((k for k, p in self.params.items() if p is self.decoder.bias), None)
+        if bias not in self.update:
+            return None
+        total = int(masked.sum())
+        decoder_weight, decoder_bias = self.decoder.weight.detach().double(), self.decoder.bias.detach().double()
+        name = f"{self.names[self.tail]}.weight"
+        saved = self.params[name]
+        leaf = saved.detach().double().requires_grad_()
+        self.params[name] = leaf
+        try:
+            hidden = self.hidden(self.space.table.double()[sentences.to(self.device)], self.decoder)
+        finally:
+            self.params[name] = saved
+        hidden = hidden[masked.to(self.device)] if hidden.shape[:2] == masked.shape else hidden.flatten(0, 1)
+        p = (hidden.detach() @ decoder_weight.T + decoder_bias).softmax(-1)
+        counts = (p.sum(0) - total * self.update[bias].double()).round().long().clamp_min(0)
+        ids = torch.repeat_interleave(torch.arange(len(counts)), counts.cpu())
+        if len(ids) != total:
+            return None
+        kinds = ids.unique()
+
+        def response(position: int, row: Tensor) -> Tensor:
+            seed = torch.zeros_like(hidden)
+            seed[position] = row / total
+            return torch.autograd.grad(hidden, leaf, seed, retain_graph=True)[0].flatten()
+
+        base = torch.autograd.grad(hidden, leaf, p @ decoder_weight / total, retain_graph=True)[0].flatten()
+        design = torch.stack([response(k, decoder_weight[c]) for k in range(total) for c in kinds])
+        normal = design @ design.T
+        wanted = design @ (base - self.update[name].double().flatten())
+        weights = torch.linalg.lstsq(normal, wanted[:, None], driver="gelsd").solution.view(total, len(kinds))
+        score = weights[:, torch.searchsorted(kinds, ids).to(weights.device)].detach().cpu().numpy()
+        order = linear_sum_assignment(-np.asarray(score))[1]
+        labels = torch.full_like(sentences, _IGNORED)
+        labels[masked] = ids[torch.from_numpy(order)]
+        return labels.to(self.device)
+
+    def certificate(self, sentences: Tensor, labels: Tensor | None) -> Certificate:
+        """Return what re-simulating the update with the sentences and labels found proves."""
+        own = next(iter(self.update.values()))
+        floor = 1e3 * torch.finfo(own.dtype).eps
+        training = self.observation.training
+        if labels is None or training is None:
+            return Certificate("unproved", float("inf"), floor, reason="Without labels the update was not simulated.")
+        simulated = training.tensors(
+            self.model, self.observation.params, self.space.table[sentences.to(self.device)], labels
+        )
+        total = sum(float(v.double().square().sum()) for v in self.update.values())
+        wrong = sum(float((simulated[k] - v).double().square().sum()) for k, v in self.update.items())
+        residual = (wrong / max(total, 1e-300)) ** 0.5
+        verdict = "proved" if residual <= floor else "unproved"
+        reason = (
+            "Every tokens' input lies in the gradient's span and the simulated update equals the seen one."
+            if verdict == "proved"
+            else "The simulated update differs from the seen one by more than its rounding."
+        )
+        return Certificate(verdict, residual, floor, examples=(verdict,) * len(sentences), reason=reason)
