@@ -52,6 +52,14 @@ class UpdateDefense(Defense):
         leaves a cell in which all updates explain the observation, pruning an interval, clipping a ray.
         """
 
+    @abstractmethod
+    def deviation(self, observed: Tensors) -> dict[str, Tensor]:
+        """Return how far, as a standard deviation per coordinate, what was sent may lie from the update before.
+
+        Least squares weighted by its inverse is the best linear estimate. 0 where nothing is lost (but a common
+        factor), infinite where the value says nothing.
+        """
+
     def residual(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
         """Return what a defense-aware attacker drives to zero; the true batch reaches zero, or the noise.
 
@@ -127,6 +135,11 @@ class Defended(LocalTraining):
     def residual(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
         """Return what a defense-aware attacker drives to zero; ``simulated`` is the undefended simulation."""
         return self.defense.residual(self.inner.distort(simulated), observed)
+
+    def deviation(self, observed: Tensors) -> dict[str, Tensor]:
+        """Return the standard deviation per coordinate that all defenses together leave."""
+        inner, own = self.inner.deviation(observed), self.defense.deviation(observed)
+        return {k: torch.hypot(inner[k], own[k]) for k in observed}
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -43,6 +43,10 @@ class Clipping(UpdateDefense):
         factor = torch.where(self._clipped(square), factor, 1.0).detach()
         return {k: factor * o for k, o in observed.items()}
 
+    def deviation(self, observed: Tensors) -> dict[str, Tensor]:
+        """Return zero: only a common factor is lost."""
+        return {k: torch.zeros_like(o) for k, o in observed.items()}
+
     def residual(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
         """Return a · ``simulated`` − ``observed`` with the clipping factor a in [0, 1] that fits best.
 

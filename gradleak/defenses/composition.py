@@ -41,6 +41,11 @@ class Composition(UpdateDefense):
         """Return what the last defense explains, after the ones before it."""
         return self.defenses[-1].explain(self._before_last(simulated), observed)
 
+    def deviation(self, observed: Tensors) -> dict[str, Tensor]:
+        """Return the root of the sum of squares over the defenses, each as if it had sent ``observed``."""
+        each = [d.deviation(observed) for d in self.defenses]
+        return {k: torch.stack([e[k] for e in each]).square().sum(0).sqrt() for k in observed}
+
     def residual(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
         """Return the residual of the last defense, after the ones before it."""
         return self.defenses[-1].residual(self._before_last(simulated), observed)

@@ -40,6 +40,10 @@ class GaussianNoise(UpdateDefense):
         """Return ``observed``: under equal noise on all coordinates least squares is the likelihood."""
         return {k: observed[k] for k in observed}
 
+    def deviation(self, observed: Tensors) -> dict[str, Tensor]:
+        """Return sigma everywhere."""
+        return {k: torch.full_like(o, self.sigma) for k, o in observed.items()}
+
 
 @dataclass(frozen=True)
 class LaplacianNoise(UpdateDefense):
@@ -64,6 +68,10 @@ class LaplacianNoise(UpdateDefense):
     def explain(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
         """Return ``observed``."""
         return {k: observed[k] for k in observed}
+
+    def deviation(self, observed: Tensors) -> dict[str, Tensor]:
+        """Return √2 times the scale everywhere."""
+        return {k: torch.full_like(o, 2**0.5 * self.scale) for k, o in observed.items()}
 
 
 def gaussian_noise(sigma: float) -> GaussianNoise:

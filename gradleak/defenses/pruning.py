@@ -41,15 +41,22 @@ class Pruning(UpdateDefense):
 
     def explain(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
         """Return ``observed`` where it was sent, and elsewhere the nearest number no larger than any that was sent."""
+        bounds = self._bounds(observed)
+        return {
+            k: torch.where(o != 0, o, simulated[k].detach().clamp(-bounds[k], bounds[k])) for k, o in observed.items()
+        }
+
+    def deviation(self, observed: Tensors) -> dict[str, Tensor]:
+        """Return 0 where a coordinate was sent, elsewhere that of a uniform number no larger than any that was sent."""
+        bounds = self._bounds(observed)
+        return {k: torch.where(o != 0, 0.0, bounds[k] / 3**0.5) for k, o in observed.items()}
+
+    def _bounds(self, observed: Tensors) -> dict[str, Tensor]:
         smallest = {k: torch.where(o != 0, o.abs(), float("inf")).amin() for k, o in observed.items()}
         if self.globally:
             smallest = dict.fromkeys(smallest, torch.stack(list(smallest.values())).amin())
         # Where nothing was sent, nothing but zeros was pruned.
-        smallest = {k: torch.where(torch.isinf(b), 0.0, b) for k, b in smallest.items()}
-        return {
-            k: torch.where(o != 0, o, simulated[k].detach().clamp(-smallest[k], smallest[k]))
-            for k, o in observed.items()
-        }
+        return {k: torch.where(torch.isinf(b), 0.0, b) for k, b in smallest.items()}
 
     def _mask(self, flat: Tensor) -> Tensor:
         kept = max(1, flat.numel() - int(self.ratio * flat.numel()))

@@ -47,6 +47,10 @@ class Quantization(UpdateDefense):
             result[name] = simulated[name].detach().clamp(torch.maximum(o - half, -most), torch.minimum(o + half, most))
         return result
 
+    def deviation(self, observed: Tensors) -> dict[str, Tensor]:
+        """Return the distance of levels over √12: errors of rounding are uniform."""
+        return {k: (self._scale(o) / 12**0.5).expand_as(o).clone() for k, o in observed.items()}
+
     def _scale(self, x: Tensor) -> Tensor:
         return x.abs().amax() / (2 ** (self.bits - 1) - 1)
 

@@ -42,6 +42,11 @@ class Rounding(UpdateDefense):
         """Return the nearest update that rounds to ``observed``."""
         return {k: simulated[k].detach().clamp(*self._cell(o)) for k, o in observed.items()}
 
+    def deviation(self, observed: Tensors) -> dict[str, Tensor]:
+        """Return the width of the cell over √12: errors of rounding are uniform."""
+        cells = {k: self._cell(o) for k, o in observed.items()}
+        return {k: (high - low) / 12**0.5 for k, (low, high) in cells.items()}
+
     def _cell(self, x: Tensor) -> tuple[Tensor, Tensor]:
         bits, smallest = _FORMATS[self.dtype]
         mantissa, exponent = torch.frexp(x)

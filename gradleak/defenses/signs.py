@@ -25,6 +25,10 @@ class Sign(UpdateDefense):
         """Return ``simulated`` with every coordinate of the wrong sign put to zero."""
         return {k: torch.where(simulated[k] * o > 0, simulated[k], 0.0).detach() for k, o in observed.items()}
 
+    def deviation(self, observed: Tensors) -> dict[str, Tensor]:
+        """Return infinity: a sign says nothing about the size."""
+        return {k: torch.full_like(o, float("inf")) for k, o in observed.items()}
+
     def residual(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
         """Return the coordinates of the wrong sign over the root mean square of their tensor, zero elsewhere.
 

@@ -210,3 +210,7 @@ class LocalTraining(ABC):
 
         """
         return {k: simulated[k] - observed[k] for k in observed}
+
+    def deviation(self, observed: Tensors) -> dict[str, Tensor]:
+        """Return the standard deviation per coordinate that the defenses leave between update and ``observed``."""
+        return {k: torch.zeros_like(o) for k, o in observed.items()}

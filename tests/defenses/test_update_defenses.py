@@ -261,6 +261,28 @@ def test_sign_residual_does_not_shrink_with_the_update() -> None:
     assert Sign().residual(simulated, observed)["a"][0] == 0
 
 
+@pytest.mark.parametrize(
+    "defense", [half_precision(), bfloat16(), int8(), *NOISY[:2], compose(bfloat16(), gaussian_noise(1e-2))]
+)
+def test_the_deviation_is_that_of_the_error(defense: UpdateDefense) -> None:
+    tensors = {"a": torch.randn(20_000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)}
+    sent = defense.transform(tensors, torch.Generator().manual_seed(4))
+    score = (sent["a"] - tensors["a"]) / defense.deviation(sent)["a"]
+    assert float(score.square().mean()) == pytest.approx(1.0, rel=0.1)
+
+
+def test_the_deviation_says_what_is_lost() -> None:
+    tensors = update()
+    pruned = prune(0.9).transform(tensors)
+    deviation = prune(0.9).deviation(pruned)
+    assert all(torch.equal(deviation[k] == 0, p != 0) for k, p in pruned.items())
+    assert all((d == 0).all() for d in clip(0.1).deviation(tensors).values())
+    assert all(torch.isinf(d).all() for d in sign().deviation(tensors).values())
+    assert all((d == 0).all() for d in FedSGD().deviation(tensors).values())
+    twice = gaussian_noise(3.0).wrap(gaussian_noise(4.0).wrap(FedSGD())).deviation(tensors)
+    assert all(torch.equal(d, torch.full_like(d, 5.0)) for d in twice.values())
+
+
 EXACT_CELLS = [Rounding(torch.float16), Rounding(torch.bfloat16), Quantization(8), Quantization(2), Pruning(0.6)]
 
 
