@@ -22,7 +22,6 @@ app = typer.Typer(
     name="gradleak",
     help="What a shared gradient gives away: reconstruct private training data from federated-learning updates.",
     epilog="Audit your own federation, teach, do research; never attack data that you have no right to see.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -154,6 +153,7 @@ app.command()(reproduce)
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
@@ -161,6 +161,8 @@ def _root(
 
         typer.echo(f"gradleak {gradleak.__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def main() -> None:
@@ -169,8 +171,13 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> int:
+    command = typer.main.get_command(app)
     try:
-        code = app(arguments, prog_name="gradleak", standalone_mode=False)
+        # Invoked without click's own main(), which would swallow Ctrl-C and print usage errors in its own way.
+        with command.make_context("gradleak", list(arguments)) as context:
+            command.invoke(context)
+    except typer.Exit as ended:
+        return int(ended.exit_code)
     except GradleakError as error:
         return _fail(str(error))
     except _CLICK as error:
@@ -187,7 +194,7 @@ def _run(arguments: list[str]) -> int:
     except OSError as error:
         where = f" {error.filename!r}" if error.filename is not None else ""
         return _fail(f"The system refused to go on{where}: {error.strerror or error}; mend that and run again.")
-    return code if isinstance(code, int) else 0
+    return 0
 
 
 def _fail(sentence: str) -> int:

@@ -6,7 +6,6 @@ import inspect
 import math
 import re
 import signal
-import sys
 import threading
 import time
 import types
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -236,7 +236,7 @@ def _run(job: _Job) -> None:
     _tell(folder, job.out)
     if reconstruction.status == "interrupted":
         _warn("The attack was interrupted; this is the best it had found by then.")
-        sys.exit(130)
+        raise typer.Exit(130)
 
 
 class _Interrupts:
@@ -264,6 +264,7 @@ class _Interrupts:
 
 
 def _attack_with_progress(job: _Job) -> Reconstruction:
+    console = Console(stderr=True)
     with (
         _Interrupts() as interrupts,
         Progress(
@@ -272,8 +273,10 @@ def _attack_with_progress(job: _Job) -> Reconstruction:
             TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
             TextColumn("objective {task.fields[objective]}"),
             TimeElapsedColumn(),
-            console=Console(stderr=True),
+            console=console,
             transient=True,
+            # Where nobody watches, a bar is noise in a log.
+            disable=not console.is_terminal,
         ) as bar,
     ):
         task: TaskID = bar.add_task(job.name, total=1, objective="–", visible=False)
@@ -495,7 +498,8 @@ def _floats(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
                 f"{name!r} of {str(path)!r} holds {tensor.dtype} values, not floats; "
                 "share the gradients or weight differences of the parameters only."
             )
-    return dict(tensors)
+    # Copied into memory of their own: views into a file lie at odd addresses, where sums may round differently.
+    return {k: v.clone() for k, v in tensors.items()}
 
 
 def _training(request: Request) -> LocalTraining:

@@ -31,7 +31,7 @@ from gradleak.audit.records import (
     Success,
     Threat,
 )
-from gradleak.audit.scores import Scores, error_curve
+from gradleak.audit.scores import ExampleScore, Scores, error_curve
 from gradleak.audit.verdict import judge
 from gradleak.inputs import ImageSpace
 from gradleak.threat import Knowledge, Observation
@@ -41,6 +41,8 @@ from gradleak.types import Batch, Reconstruction, Trace
 __all__ = ["build_record", "resimulate"]
 
 Array = npt.NDArray[Any]
+
+LABELS = "label_accuracy"
 
 _FORMATS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
 
@@ -158,10 +160,14 @@ def _curves(
     iterations, objectives, layers = trace.iterations, trace.objectives, {k: tuple(v) for k, v in trace.layers.items()}
     snapshots = None if trace.snapshots is None else trace.snapshots.detach().cpu()
     whole = snapshots is None or tuple(snapshots.shape[1:]) == tuple(reconstruction.inputs.shape)
-    if simulated is not None and reconstruction.iterations > iterations[-1] and whole:
+    ended = (
+        snapshots is not None and whole and torch.equal(snapshots[-1], reconstruction.inputs.cpu().to(snapshots.dtype))
+    )
+    if simulated is not None and whole and not ended:
+        end = max(reconstruction.iterations, iterations[-1] + 1)
         seen = observation.update.tensors
         last = {k: float((simulated[k] - seen[k].double()).square().sum()) for k in layers}
-        iterations, objectives = (*iterations, reconstruction.iterations), (*objectives, reconstruction.objective)
+        iterations, objectives = (*iterations, end), (*objectives, reconstruction.objective)
         layers = {k: (*v, last[k]) for k, v in layers.items()}
         if snapshots is not None:
             snapshots = torch.cat([snapshots, reconstruction.inputs.detach().cpu().to(snapshots.dtype)[None]])
@@ -217,16 +223,25 @@ def _loss(loss: object) -> str:
 def _examples(scores: Scores) -> tuple[Example, ...]:
     return tuple(
         Example(
-            e.index, e.reconstruction, e.label if e.label is None or e.label >= 0 else None, e.guessed_label, e.values
+            e.index,
+            e.reconstruction,
+            e.label if _known(e) else None,
+            e.guessed_label,
+            {k: v for k, v in e.values.items() if _known(e) or k != LABELS},
         )
         for e in scores.examples
     )
 
 
+def _known(example: ExampleScore) -> bool:
+    # A truth without labels carries −1, which no class is.
+    return example.label is None or example.label >= 0
+
+
 def _aggregates(scores: Scores) -> tuple[Aggregate, ...]:
     result = []
     for name, unit in scores.units.items():
-        values = [v for e in scores.examples if (v := e.values.get(name)) is not None]
+        values = [v for e in scores.examples if (v := e.values.get(name)) is not None and (_known(e) or name != LABELS)]
         if values:
             sd = statistics.stdev(values) if len(values) > 1 else None
             mean, median = statistics.fmean(values), statistics.median(values)
@@ -236,7 +251,8 @@ def _aggregates(scores: Scores) -> tuple[Aggregate, ...]:
 
 def _success(scores: Scores) -> Success:
     low, high = scores.interval
-    return Success(scores.threshold, scores.successes, len(scores.examples), low, high, scores.labels_recovered)
+    labels = scores.labels_recovered if all(map(_known, scores.examples)) else None
+    return Success(scores.threshold, scores.successes, len(scores.examples), low, high, labels)
 
 
 def _outcome(reconstruction: Reconstruction, notes: Sequence[str]) -> Outcome:
