@@ -60,7 +60,7 @@ _PUBLIC = 256
 
 @dataclass(frozen=True)
 class Request:
-    """What ``gradleak attack`` was asked to do, as typed; docs/command-line.md explains every field."""
+    """What ``gradleak attack`` was asked to do, as typed; `gradleak attack --help` explains every field."""
 
     model: str
     update: Path

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -104,3 +106,12 @@ def test_damage_is_named(path: str, value: object, says: str) -> None:
 def test_anything_else_is_refused(text: str) -> None:
     with pytest.raises(InvalidFile):
         from_json(text)
+
+
+def test_the_documented_schema_names_every_field() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "result-schema.md").read_text(encoding="utf-8")
+    words = set(re.findall(r"[a-z_]+", " ".join(re.findall(r"`([^`]*)`", text))))
+    kinds = [Record, Subject, Threat, AttackRun, Outcome, Verdict, Match, CertificateRecord, Example, Aggregate]
+    for kind in [*kinds, Success, Lift, Curves]:
+        assert {f.name for f in fields(kind)} - words == set(), kind.__name__
+    assert f"version of this schema: {SCHEMA}" in text
