@@ -29,12 +29,13 @@ def _solver(name: str, iterations: int, lr: float) -> Solver:
 def dlg(
     *,
     solver: str = "lbfgs",
-    iterations: int = 3000,
+    iterations: int = 8000,
     lr: float = 0.1,
     restarts: int = 1,
     init_std: float = 0.1,
-    tolerance: float = 1e-13,
+    tolerance: float = 1e-12,
     dtype: torch.dtype | None = torch.float64,
+    trace: bool = True,
 ) -> GradientMatching:
     """Match the gradient by squared error over a dummy input and a dummy label together.
 
@@ -52,6 +53,7 @@ def dlg(
         init_std: standard deviation of the start.
         tolerance: relative squared distance at which a candidate is done.
         dtype: number type of the search; None keeps the model's.
+        trace: record iterates for the report.
 
     Raises:
         UnknownName: no such solver.
@@ -65,18 +67,20 @@ def dlg(
         restarts=restarts,
         tolerance=tolerance,
         dtype=dtype,
+        trace=trace,
     )
 
 
 def idlg(
     *,
     solver: str = "lbfgs",
-    iterations: int = 3000,
+    iterations: int = 8000,
     lr: float = 0.1,
     restarts: int = 1,
     init_std: float = 0.1,
-    tolerance: float = 1e-13,
+    tolerance: float = 1e-12,
     dtype: torch.dtype | None = torch.float64,
+    trace: bool = True,
 ) -> GradientMatching:
     """Read the labels off the last layer's gradient first, then match as DLG does.
 
@@ -92,6 +96,7 @@ def idlg(
         init_std: standard deviation of the start.
         tolerance: relative squared distance at which a candidate is done.
         dtype: number type of the search; None keeps the model's.
+        trace: record iterates for the report.
 
     Raises:
         UnknownName: no such solver.
@@ -105,6 +110,7 @@ def idlg(
         restarts=restarts,
         tolerance=tolerance,
         dtype=dtype,
+        trace=trace,
     )
 
 
@@ -116,6 +122,7 @@ def inverting_gradients(
     restarts: int = 1,
     init_std: float = 1.0,
     dtype: torch.dtype | None = None,
+    trace: bool = True,
 ) -> GradientMatching:
     """Match the gradient's direction by cosine with a total-variation prior and signed Adam inside the image box.
 
@@ -131,6 +138,7 @@ def inverting_gradients(
         restarts: independent starts, chosen by the objective.
         init_std: standard deviation of the start.
         dtype: number type of the search; None keeps the model's.
+        trace: record iterates for the report.
 
     """
     return GradientMatching(
@@ -142,4 +150,5 @@ def inverting_gradients(
         restarts=restarts,
         box=True,
         dtype=dtype,
+        trace=trace,
     )
