@@ -159,9 +159,7 @@ def _class_means(gw: Tensor, gb: Tensor | None, head: Head, estimate: LabelEstim
     return features
 
 
-def _unidentifiable(
-    gw: Tensor, head: Head, estimate: LabelEstimate, means: Tensor, bound: int
-) -> Disaggregation:
+def _unidentifiable(gw: Tensor, head: Head, estimate: LabelEstimate, means: Tensor, bound: int) -> Disaggregation:
     size = int(estimate.counts.sum())
     features = torch.repeat_interleave(means, estimate.counts[estimate.counts > 0], 0)
     singular = torch.linalg.svdvals(gw.double())

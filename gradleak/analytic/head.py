@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["Head", "features_and_logits", "find_head", "probe_inputs"]
+__all__ = ["Head", "features_and_logits", "find_head", "probe_inputs", "run_quietly"]
 
 Tensors = Mapping[str, Tensor]
 
@@ -67,7 +67,9 @@ def probe_inputs(shape: tuple[int, ...], count: int, like: Tensor, generator: to
     return (mix * noise + (1 - mix) * level).to(like)
 
 
-def find_head(model: nn.Module, params: Tensors, shape: tuple[int, ...], *, inputs: Tensor | None = None) -> Head | None:
+def find_head(
+    model: nn.Module, params: Tensors, shape: tuple[int, ...], *, inputs: Tensor | None = None
+) -> Head | None:
     """Return the linear layer (or 1×1 convolution on a single pixel) whose output is the model's output, if any.
 
     The model is run once on dummy inputs in its own mode and left as it was: no buffer, hook or generator changes.
@@ -97,13 +99,11 @@ def find_head(model: nn.Module, params: Tensors, shape: tuple[int, ...], *, inpu
     def keep(name: str, output: Tensor) -> None:
         calls.setdefault(name, []).append((output.data_ptr(), output.detach().clone()))
 
-    handles = [
-        model.get_submodule(k).register_forward_hook(lambda _m, _i, o, name=k: keep(name, o)) for k in layers
-    ]
+    handles = [model.get_submodule(k).register_forward_hook(lambda _m, _i, o, name=k: keep(name, o)) for k in layers]
     like = next(iter(params.values()))
     probe = probe_inputs(shape, 2, like) if inputs is None else inputs
     try:
-        output = _run(model, params, probe)
+        output = run_quietly(model, params, probe)
     finally:
         for handle in handles:
             handle.remove()
@@ -139,7 +139,7 @@ def features_and_logits(
     seen: list[Tensor] = []
     handle = model.get_submodule(head.module).register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
     try:
-        logits = _run(model, params, inputs, buffers)
+        logits = run_quietly(model, params, inputs, buffers)
     finally:
         handle.remove()
     return seen[-1].flatten(1), logits
@@ -151,7 +151,7 @@ def _is_pointwise(module: nn.Module) -> bool:
     )
 
 
-def _run(model: nn.Module, params: Tensors, inputs: Tensor, buffers: Tensors | None = None) -> Tensor:
+def run_quietly(model: nn.Module, params: Tensors, inputs: Tensor, buffers: Tensors | None = None) -> Tensor:
     """Run the model; batch statistics go into copies of its buffers, random masks leave the global generator alone."""
     own = {k: b.clone() for k, b in model.named_buffers()}
     devices = [inputs.device] if inputs.device.type == "cuda" else []

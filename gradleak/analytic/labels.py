@@ -8,8 +8,8 @@ al. 2023; one example: Zhao et al. 2020, iDLG, Section 3).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from gradleak.analytic.head import Head, features_and_logits, find_head, probe_i
 from gradleak.errors import NotApplicable
 from gradleak.training import CrossEntropy, Loss
 
-__all__ = ["LabelEstimate", "class_counts", "one_hot_label", "recover_labels", "round_counts"]
+__all__ = ["LabelEstimate", "class_counts", "neighbors", "one_hot_label", "recover_labels", "round_counts"]
 
 Tensors = Mapping[str, Tensor]
 
@@ -79,6 +79,22 @@ def round_counts(raw: Tensor, total: int) -> Tensor:
         else:
             counts[torch.where(counts > 0, raw - counts, torch.inf).argmin()] -= 1
     return counts.long()
+
+
+def neighbors(estimate: LabelEstimate, limit: int) -> Iterator[LabelEstimate]:
+    """Yield the ``limit`` next best roundings: one example moved to another class, closest calls first."""
+    if estimate.exact:
+        return
+    doubt = estimate.raw - estimate.counts
+    taken = estimate.counts.nonzero().flatten()
+    cost = doubt[taken][:, None] - doubt[None]
+    cost[torch.arange(len(taken)), taken] = torch.inf
+    for flat in cost.flatten().argsort()[:limit].tolist():
+        counts = estimate.counts.clone()
+        counts[taken[flat // len(doubt)]] -= 1
+        counts[flat % len(doubt)] += 1
+        labels = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        yield replace(estimate, counts=counts, labels=labels, reason="A neighboring rounding.", features=None)
 
 
 def class_counts(
@@ -224,9 +240,7 @@ def _rows(
     return others.T @ features - target_w, others.sum(0) - target_b
 
 
-def _misfit(
-    weighted: Tensor, features: Tensor, target: Tensor, counts: Tensor, present: Tensor, hit: float
-) -> float:
+def _misfit(weighted: Tensor, features: Tensor, target: Tensor, counts: Tensor, present: Tensor, hit: float) -> float:
     """Return the relative distance between the weight gradient of class means and the seen one."""
     explained = weighted.clone()
     explained[torch.arange(len(present), device=present.device), present] -= hit * counts[present]

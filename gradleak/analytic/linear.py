@@ -1,0 +1,130 @@
+"""Exact inputs of a linear layer from its gradient.
+
+A linear layer z = W x + b has the gradients ``∂W = Σ_i δ_i x_iᵀ`` and ``∂b = Σ_i δ_i``, so one example's input is
+``∂W / ∂b`` in every row (Phong et al. 2018, Section III; Geiping et al. 2020, Proposition 3.1). In a batch it still is
+in the rows that a single example reaches, which ReLU makes common in small batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gradleak.analytic.head import probe_inputs, run_quietly
+from gradleak.errors import NotApplicable
+
+__all__ = ["InputLayer", "find_input_layer", "invert_linear", "single_example_inputs"]
+
+
+@dataclass(frozen=True)
+class InputLayer:
+    """A linear layer that sees the flattened model input itself.
+
+    Attributes:
+        weight_name: name of its weight among the parameters.
+        bias_name: name of its bias, None where it has none.
+
+    """
+
+    weight_name: str
+    bias_name: str | None
+
+
+def invert_linear(dw: Tensor, db: Tensor) -> Tensor:
+    """Return the input of a linear layer from the gradient of one example, by least squares over all rows.
+
+    The result does not change when both gradients are scaled: losses, learning rates and deltas need no care. It is
+    computed in float64.
+
+    Args:
+        dw: (..., m, n) weight gradient.
+        db: (..., m) bias gradient.
+
+    Returns:
+        (..., n).
+
+    Raises:
+        NotApplicable: the bias gradient is zero, so nothing of the input reaches the loss.
+
+    """
+    dw, db = dw.double(), db.double()
+    power = db.square().sum(-1)
+    if bool((power == 0).any()):
+        raise NotApplicable(
+            "The bias gradient of the linear layer is zero, so it shows nothing of its input; "
+            "attack another update, taken before the example is fitted."
+        )
+    return torch.einsum("...mn,...m->...n", dw, db) / power[..., None]
+
+
+def single_example_inputs(dw: Tensor, db: Tensor, *, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
+    """Return inputs that two or more rows agree on, each the input of a single example of the batch.
+
+    Rows whose unit only one example activates all show the ratio ``∂W_j / ∂b_j = x_i``; rows that mix examples show
+    different mixtures each. So agreement of several rows is evidence that does not need the truth.
+
+    Args:
+        dw: (m, n) weight gradient.
+        db: (m,) bias gradient.
+        tolerance: relative distance up to which two rows agree; by default the update's rounding unit times 1,000.
+
+    Returns:
+        (K, n) inputs, most rows first, and (K,) the number of rows behind each.
+
+    """
+    tolerance = 1e3 * torch.finfo(dw.dtype).eps if tolerance is None else tolerance
+    dw, db = dw.double(), db.double()
+    active = db.abs() > 1e-6 * db.abs().max()
+    weights, ratios = db[active].abs(), dw[active] / db[active, None]
+    if len(ratios) == 0:
+        return ratios, torch.zeros(0, dtype=torch.long, device=dw.device)
+    size = ratios.norm(dim=1)
+    near = torch.cdist(ratios, ratios, compute_mode="donot_use_mm_for_euclid_dist") <= tolerance * torch.maximum(
+        size[:, None], size
+    )
+    found, rows = [], []
+    free = torch.ones(len(ratios), dtype=torch.bool, device=dw.device)
+    while True:
+        agree = (near & free & free[:, None]).sum(1)
+        best = int(agree.argmax())
+        if int(agree[best]) < 2:
+            break
+        group = near[best] & free
+        # The largest bias gradients carry the least relative rounding.
+        found.append((weights[group, None] * ratios[group]).sum(0) / weights[group].sum())
+        rows.append(int(group.sum()))
+        free &= ~group
+    inputs = torch.stack(found) if found else ratios[:0]
+    return inputs, torch.tensor(rows, dtype=torch.long, device=dw.device)
+
+
+def find_input_layer(model: nn.Module, params: Mapping[str, Tensor], shape: tuple[int, ...]) -> InputLayer | None:
+    """Return the linear layer whose input is the flattened model input, found by running the model once, if any."""
+    names = {id(p): k for k, p in model.named_parameters()}
+    like = next(iter(params.values()))
+    probe = probe_inputs(shape, 2, like)
+    found: list[str] = []
+    handles = []
+
+    def look(name: str, value: Tensor) -> None:
+        if value.ndim == 2 and value.numel() == probe.numel() and torch.equal(value, probe.flatten(1)):
+            found.append(name)
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and names.get(id(module.weight)) in params:
+            handles.append(module.register_forward_pre_hook(lambda _m, args, name=name: look(name, args[0])))
+    try:
+        run_quietly(model, params, probe)
+    finally:
+        for handle in handles:
+            handle.remove()
+    layers = [model.get_submodule(name) for name in found]
+    with_bias = [m for m in layers if isinstance(m, nn.Linear) and m.bias is not None]
+    for module in (*with_bias, *layers):
+        if isinstance(module, nn.Linear):
+            bias = names.get(id(module.bias)) if module.bias is not None else None
+            return InputLayer(names[id(module.weight)], bias if bias in params else None)
+    return None
