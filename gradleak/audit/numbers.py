@@ -37,7 +37,7 @@ def sig(value: float | None, digits: int = 2) -> str:
 def duration(seconds: float) -> str:
     """Return a duration in words that fit its size."""
     if seconds < 1:
-        return f"{seconds:.2f} s"
+        return f"{seconds:.2f}\u202fs"
     if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+        return f"{seconds:.0f}\u202fs"
+    return f"{seconds / 60:.0f}\u202fmin" if seconds < 7200 else f"{seconds / 3600:.1f}\u202fh"

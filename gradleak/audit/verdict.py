@@ -86,12 +86,12 @@ def _against_truth(subject: Subject, outcome: Outcome, examples: Sequence[Exampl
     levels = [_level(e, image) for e in examples]
     back = sum(level >= 2 for level in levels)
     sentences = [_worst(examples, image)]
-    if outcome.seconds > 0:
+    if back and outcome.seconds > 0:
         sentences.append(f"It took {duration(outcome.seconds)} and one update; the attacker never saw the {private}.")
     useless = [lift for lift in lifts if not lift.oracle and lift.lift is not None and lift.lift < 1]
     if back == 0 and useless:
         best = max(lift.psnr for lift in useless)
-        sentences.append(f"It is no better than a guess that never saw the update ({sig(best, 3)} dB).")
+        sentences.append(f"It is no better than a guess that never saw the update ({sig(best, 3)}\u202fdB).")
     reason = " ".join(sentences)
     if back:
         everything = f"The {private} came back." if n == 1 else f"All {n} {private} came back."
@@ -108,7 +108,7 @@ def _worst(examples: Sequence[Example], image: bool) -> str:
     if worst.mse is None:
         return "The worst example has no usable reconstruction."
     figures = f"MSE {sig(worst.mse)}"
-    figures += f", PSNR {sig(worst.psnr, 3)} dB" if worst.psnr is not None else ""
+    figures += f", PSNR {sig(worst.psnr, 3)}\u202fdB" if worst.psnr is not None else ""
     figures += f", SSIM {sig(worst.ssim, 3)}" if worst.ssim is not None else ""
     phrase = (_PHRASES if image else _PHRASES_VALUES)[_level(worst, image)]
     return f"{'Worst example: ' if len(examples) > 1 else ''}{figures}. {phrase}"

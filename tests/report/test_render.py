@@ -239,7 +239,7 @@ def test_numbers(value, text: str) -> None:
 def test_small_words() -> None:
     assert power(0) == "1"
     assert power(-12) == "10⁻¹²"
-    assert [duration(s) for s in (0.25, 30, 600, 7200)] == ["0.25 s", "30 s", "10 min", "2.0 h"]
+    assert [duration(s) for s in (0.25, 30, 600, 7200)] == ["0.25\u202fs", "30\u202fs", "10\u202fmin", "2.0\u202fh"]
 
 
 def points(svg: str) -> list[tuple[float, float]]:
