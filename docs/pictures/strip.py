@@ -44,17 +44,15 @@ def draw(exchange: gl.Exchange, path: Path) -> None:
         return image.permute(1, 2, 0).double().numpy()
 
     trace = exchange.reconstruction.trace
-    assert trace is not None and trace.snapshots is not None
+    assert trace is not None
+    assert trace.snapshots is not None
     numbers = sum(t.numel() for t in exchange.observation.update.tensors.values())
     nearest = [int(np.abs(np.array(trace.iterations) - wanted).argmin()) for wanted in SHOWN]
     last = exchange.reconstruction.iterations
     panels = [
         ("The photograph", "stays on the client", pixels(exchange.truth.inputs[0])),
         ("Its gradient", f"{numbers:,} numbers, shared", gradient_picture(exchange.observation.update)),
-        *(
-            ("The server guesses", f"iteration {trace.iterations[k]:,}", pixels(trace.snapshots[k, 0]))
-            for k in nearest
-        ),
+        *(("The server guesses", f"iteration {trace.iterations[k]:,}", pixels(trace.snapshots[k, 0])) for k in nearest),
         ("What came back", f"iteration {last:,}", pixels(exchange.reconstruction.inputs[0])),
     ]
     figure, axes = plt.subplots(1, len(panels), figsize=(1.62 * len(panels), 2.14), dpi=110, facecolor="white")
