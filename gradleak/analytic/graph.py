@@ -27,6 +27,8 @@ __all__ = ["Affine", "Chain", "Elementwise", "Fixed", "Step", "trace_chain"]
 Tensors = Mapping[str, Tensor]
 Shape = tuple[int, ...]
 
+_CHUNK = 128
+
 
 @dataclass(frozen=True, eq=False)
 class Step(ABC):
@@ -107,21 +109,44 @@ class Affine(Step):
         """Return Kᵀ u for rows u: (k, m) → (k, n)."""
         if self.linear:
             return u @ weight
-        u = u.reshape(-1, *self.out_shape)
-        top, bottom, left, right = self.padding
-        span = [self.dilation[i] * (weight.shape[2 + i] - 1) + 1 for i in (0, 1)]
-        padded = (self.in_shape[1] + top + bottom, self.in_shape[2] + left + right)
-        extra = [padded[i] - ((self.out_shape[1 + i] - 1) * self.stride[i] + span[i]) for i in (0, 1)]
-        even = (top, left) == (bottom, right) and all(
-            e < max(s, d) for e, s, d in zip(extra, self.stride, self.dilation, strict=True)
-        )
-        if even:
-            return F.conv_transpose2d(
-                u, weight, None, self.stride, (top, left), extra, self.groups, self.dilation
-            ).flatten(1)
-        full = F.conv_transpose2d(u, weight, None, self.stride, 0, 0, self.groups, self.dilation)
-        full = F.pad(full, (0, extra[1], 0, extra[0]))
-        return full[:, :, top : padded[0] - bottom, left : padded[1] - right].flatten(1)
+        # Convolving phase by phase beats a transposed convolution, and small chunks stay in the cache.
+        kernel, pads = self._phases(weight)
+        pieces = [self._scatter(chunk, kernel, pads) for chunk in u.reshape(-1, *self.out_shape).split(_CHUNK)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _phases(self, weight: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+        """Return the adjoint's kernels, one per position modulo the stride, and how to pad for them.
+
+        With input position i = s·q + a and tap t = a + p − s·d (in units of the dilation), the adjoint is
+        x[s·q + a] = Σ_d w[t] u[q + d]: a plain convolution for each of the s phases a.
+        """
+        pads: list[int] = []
+        taps: list[Tensor] = []
+        for axis, before in ((0, self.padding[0]), (1, self.padding[2])):
+            stride, spread, size = self.stride[axis], self.dilation[axis], weight.shape[2 + axis]
+            reach = spread * (size - 1)
+            low = -((reach - before) // stride)
+            high = (stride - 1 + before) // stride
+            phase = torch.arange(stride)[:, None] + before - stride * torch.arange(low, high + 1)
+            valid = (phase >= 0) & (phase <= reach) & (phase % spread == 0)
+            taps.append(torch.where(valid, phase // spread, size))  # the last index is a zero tap
+            quotient = -(-self.in_shape[1 + axis] // stride)
+            pads = [-low, quotient + high - self.out_shape[1 + axis], *pads]
+        padded = F.pad(weight, (0, 1, 0, 1))
+        (sh, dh), (sw, dw) = taps[0].shape, taps[1].shape
+        kernel = padded[:, :, taps[0].flatten()][..., taps[1].flatten()]
+        outs, ins = weight.shape[0] // self.groups, weight.shape[1]
+        kernel = kernel.reshape(self.groups, outs, ins, sh, dh, sw, dw).permute(0, 2, 3, 5, 1, 4, 6)
+        return kernel.reshape(self.groups * ins * sh * sw, outs, dh, dw), (pads[0], pads[1], pads[2], pads[3])
+
+    def _scatter(self, u: Tensor, kernel: Tensor, pads: tuple[int, int, int, int]) -> Tensor:
+        phases = F.conv2d(F.pad(u, pads), kernel, groups=self.groups)
+        high, wide = phases.shape[2:]
+        (sh, sw), (channels, height, width) = self.stride, self.in_shape
+        if (sh, sw) != (1, 1):
+            phases = phases.reshape(-1, channels, sh, sw, high, wide).permute(0, 1, 4, 2, 5, 3)
+            phases = phases.reshape(-1, channels, sh * high, sw * wide)
+        return phases[:, :, :height, :width].reshape(len(u), -1)
 
     @property
     def positions(self) -> int:

@@ -13,27 +13,41 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from scipy.linalg import blas, lapack
 from torch import Tensor
 
 from gradleak.analytic.graph import Affine, Elementwise, Fixed
 
 __all__ = [
+    "LARGEST",
     "Composite",
-    "Curvature",
     "Factor",
     "Information",
     "Rows",
     "Solution",
+    "add_gradient_equations",
     "conjugate_gradients",
     "factorize",
+    "precision",
     "solve_layer",
 ]
 
 Tensors = Mapping[str, Tensor]
 Rows = Callable[[Tensor], Tensor]
 
-_DOUBLE = 1024
-"""Up to this many unknowns, a dense matrix is kept in float64; beyond, float32 preconditions a float64 solve."""
+LARGEST = 12_000
+"""Up to this many unknowns, a dense matrix is made to precondition with; beyond, the diagonal has to do."""
+
+_DOUBLE = 512
+"""Up to this many unknowns that matrix is float64; beyond, float32 preconditions the float64 solve as well."""
+
+_CHUNK = 128
+"""Rows that pass a layer together: few enough to stay in the cache."""
+
+
+def precision(size: int) -> torch.dtype:
+    """Return the precision of a dense matrix of ``size`` unknowns."""
+    return torch.float64 if size <= _DOUBLE else torch.float32
 
 
 @final
@@ -78,38 +92,50 @@ class Composite:
     def _slope(step: Elementwise, like: Tensor) -> Tensor:
         return step.derivatives(torch.zeros(step.inputs, dtype=like.dtype, device=like.device))[0]
 
-    def sandwich(self, dense: Tensor) -> Tensor:
-        """Return Kᵀ X K for a symmetric X (m, m)."""
-        return self.adjoint(self.adjoint(dense).T.contiguous())
+    def sandwich(self, dense: Tensor, slope: Tensor | None = None) -> Tensor:
+        """Return Kᵀ D X D K for a symmetric X (m, m) and the diagonal D = ``slope`` (m,)."""
+        if slope is None:
+            first = self.adjoint(dense)
+        else:
+            narrow = slope.to(dense)
+            chunks = zip(dense.split(_CHUNK), narrow.split(_CHUNK), strict=True)
+            first = torch.cat([self.adjoint(rows * narrow * own[:, None]) for rows, own in chunks])
+        return self.adjoint(first.T.contiguous())
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Information:
-    """What is known about a vector: the inverse covariance of its recovered value, in units of the noise.
+    """What is known about a vector: the inverse covariance D X D of its recovered value, in units of the noise.
 
     Attributes:
-        product: v (k, n) → information · v, in the precision of v.
-        dense: the matrix itself (n, n), None where it would be too large.
+        product: v (k, n) → D X D v, in the precision of v.
+        dense: X (n, n), exact or good enough to precondition, None where it would be too large.
+        slope: D (n,), None for ones.
 
     """
 
     product: Rows
     dense: Tensor | None
+    slope: Tensor | None = None
 
     @staticmethod
     def diagonal(values: Tensor) -> Information:
         """Return independent information ``values`` (n,)."""
-        return Information(lambda v: v * values.to(v), torch.diag(values) if len(values) <= 16 * _DOUBLE else None)
+        dense = torch.diag(values.to(precision(len(values)))) if len(values) <= LARGEST else None
+        return Information(lambda v: v * values.to(v), dense)
 
     def scaled(self, slope: Tensor) -> Information:
-        """Return D · information · D for the diagonal ``slope`` (n,)."""
+        """Return the information about what comes before an activation with derivative ``slope`` (n,)."""
         inner = self.product
-        dense = self.dense
-        if dense is not None:
-            narrow = slope.to(dense)
-            dense = dense * narrow * narrow[:, None]
-        return Information(lambda v: inner(v * slope.to(v)) * slope.to(v), dense)
+        both = slope if self.slope is None else slope * self.slope
+        return Information(lambda v: inner(v * slope.to(v)) * slope.to(v), self.dense, both)
+
+    def behind(self, composite: Composite) -> Information:
+        """Return the information about the input of ``composite``."""
+        inner = self.product
+        dense = None if self.dense is None else composite.sandwich(self.dense, self.slope)
+        return Information(lambda v: composite.adjoint(inner(composite.apply(v))), dense)
 
 
 @final
@@ -122,25 +148,40 @@ class Factor:
 
     def solve(self, rows: Tensor) -> Tensor:
         """Return matrix⁻¹ · rows for rows (k, n), to the precision of the factor."""
-        right = (rows * self.scale).to(self.lower).T
-        return torch.cholesky_solve(right, self.lower).T.to(rows) * self.scale
+        scaled = (rows * self.scale).to(self.lower)
+        if self.lower.device.type == "cpu":
+            solve = lapack.spotrs if self.lower.dtype == torch.float32 else lapack.dpotrs
+            solved, _ = solve(self.lower.numpy().T, scaled.numpy().T, lower=0)
+            return torch.from_numpy(solved.T).to(rows) * self.scale
+        return torch.cholesky_solve(scaled.T, self.lower).T.to(rows) * self.scale
 
 
-def factorize(matrix: Tensor) -> Factor:
-    """Return the factor of a symmetric positive semidefinite ``matrix`` (n, n); it is overwritten."""
-    diagonal = matrix.diagonal().double()
-    scale = diagonal.clamp(min=float(diagonal.max()) * 1e-14 + 1e-300).rsqrt()
-    narrow = scale.to(matrix)
-    matrix.mul_(narrow).mul_(narrow[:, None])
-    matrix.diagonal().add_(4 * torch.finfo(matrix.dtype).eps)
-    shift = 4 * torch.finfo(matrix.dtype).eps
-    for _ in range(8):
-        lower, info = torch.linalg.cholesky_ex(matrix)
-        if int(info) == 0:
-            break
-        matrix.diagonal().add_(9 * shift)
-        shift *= 10
-    return Factor(lower, scale)
+def factorize(build: Callable[[], Tensor]) -> Factor:
+    """Return the factor of the symmetric positive semidefinite matrix (n, n) that ``build`` makes.
+
+    Only its lower triangle is read, and it is overwritten: on a CPU the factorization happens in place, which for
+    thousands of unknowns takes half the time of PyTorch's. A matrix too close to singular is built again and shifted.
+    """
+    shift = 0.0
+    while True:
+        matrix = build()
+        diagonal = matrix.diagonal().double()
+        scale = diagonal.clamp(min=float(diagonal.max()) * 1e-14 + 1e-300).rsqrt()
+        narrow = scale.to(matrix)
+        matrix.mul_(narrow).mul_(narrow[:, None])
+        shift = shift * 30 or 8 * torch.finfo(matrix.dtype).eps
+        matrix.diagonal().fill_(1 + shift)
+        if matrix.device.type == "cpu":
+            decompose = lapack.spotrf if matrix.dtype == torch.float32 else lapack.dpotrf
+            factor, info = decompose(matrix.numpy().T, lower=0, overwrite_a=1, clean=0)
+            lower, failed = torch.from_numpy(factor.T), int(info)
+        else:
+            lower, status = torch.linalg.cholesky_ex(matrix)
+            failed = int(status)
+        if not failed:
+            return Factor(lower, scale)
+        if shift > 1:
+            return Factor(torch.eye(len(scale), dtype=matrix.dtype, device=matrix.device), scale)
 
 
 def conjugate_gradients(
@@ -181,22 +222,22 @@ class Solution:
 
     Attributes:
         value: (n,).
-        information: of ``value``, forward and gradient equations together.
-        delta: gradient at the layer's input, (n,).
-        condition: smallest Rayleigh quotient found, relative to the mean of the (scaled) spectrum.
+        forward: Kᵀ D X D K, what the forward equations alone tell (n, n), None where it would be too large.
+        product: v (k, n) → normal matrix · v.
+        condition: smallest Rayleigh quotient found, relative to the scaled diagonal.
         spread: mean variance of ``value`` in units of the squared noise.
         iterations: of conjugate gradients.
-        rows: gradient equations of one input channel, with their numerical rank where it is cheap to know.
+        rank: of the gradient equations of one input channel.
 
     """
 
     value: Tensor
-    information: Information
-    delta: Tensor
+    forward: Tensor | None
+    product: Rows
     condition: float
     spread: float
     iterations: int
-    rows: tuple[int, int]
+    rank: int
 
 
 def solve_layer(
@@ -219,16 +260,15 @@ def solve_layer(
         information: of ``target``.
         delta: gradient at the layer's own output.
         gradient: the layer's weight gradient, None where it is not shared.
-        noise: relative noise of the equations; the solve is accurate far below it.
-        probe: (n,) signs, for the estimate of the spread.
+        noise: relative noise of the equations; the solve is accurate below it.
+        probe: (n,) signs, for the estimates of condition and spread.
 
     """
     weight = composite.params[layer.weight_name]
     block = layer.gradient_block(delta, weight)
-    gram = block.mT @ block
     groups, per = layer.groups, layer.channels // layer.groups
-    trust = 0.0 if gradient is None else 1.0 / max(float(gradient.square().mean()), 1e-300)
-    gram = gram * trust
+    trust = _trust(gradient)
+    gram = (block.mT @ block) * trust
 
     def product(v: Tensor) -> Tensor:
         forward = composite.adjoint(information.product(composite.apply(v)))
@@ -240,49 +280,46 @@ def solve_layer(
         rows = gradient.reshape(groups, layer.out_shape[0] // groups, per, -1).transpose(1, 2).flatten(2)
         right = right + trust * (rows @ block).reshape(1, -1)
 
-    dense = _dense(composite, information.dense, gram, layer) if information.dense is not None else None
-    if dense is not None:
-        factor = factorize(dense.clone())
-        precondition: Rows = factor.solve
-        scale = factor.scale
-    else:
-        diagonal = gram.diagonal(dim1=1, dim2=2)[:, None].expand(groups, per, -1).flatten()
-        scale = (diagonal + diagonal.mean()).rsqrt()
-        precondition = lambda r: r * scale.square()  # noqa: E731
-    tolerance = min(max(1e-3 * noise, 1e-14), 1e-8)
+    forward = None
+    diagonal = gram.diagonal(dim1=1, dim2=2)[:, None].expand(groups, per, -1).flatten()
+    if information.dense is not None and layer.inputs <= LARGEST:
+        dtype = precision(layer.inputs)
+        forward = composite.sandwich(information.dense.to(dtype), information.slope)
+        diagonal = diagonal + forward.diagonal()
+    scale = diagonal.clamp(min=float(diagonal.max()) * 1e-14 + 1e-300).rsqrt()
     both = torch.cat([right, (probe / scale)[None]])
-    solved, iterations, _ = conjugate_gradients(
-        product, both, precondition, tolerance=tolerance, limit=60 if dense is not None else 600
+    tolerance = min(max(0.1 * noise, 1e-14), 1e-7)
+    # A well-conditioned layer needs no factorization.
+    solved, iterations, done = conjugate_gradients(
+        product, both, lambda r: r * scale.square(), tolerance=tolerance, limit=600 if forward is None else 25
     )
+    if not done and forward is not None:
+        kept = forward
+
+        def build() -> Tensor:
+            matrix = kept.clone()
+            _add_blocks(matrix, gram.to(matrix), layer)
+            return matrix
+
+        precondition = factorize(build).solve
+        solved, iterations, _ = conjugate_gradients(product, both, precondition, tolerance=tolerance, limit=60)
     value, response = solved[0], solved[1]
     scaled = response / scale
     condition = float((response * product(response[None])[0]).sum() / scaled.square().sum().clamp(min=1e-300))
-    spread = float((response / scale * probe).sum() / len(probe)) * float(scale.square().mean())
-    return Solution(
-        value, Information(product, dense), composite_delta(layer, delta, weight), condition, spread, iterations,
-        (block.shape[1], _rank(gram)),
-    )  # fmt: skip
+    spread = float((scaled * probe).sum() / len(probe)) * float(scale.square().mean())
+    return Solution(value, forward, product, condition, spread, iterations, _rank(gram, block.shape[1]))
 
 
-def composite_delta(layer: Affine, delta: Tensor, weight: Tensor) -> Tensor:
-    """Return the gradient at the layer's input, (n,)."""
-    return layer.adjoint(delta[None], weight)[0]
+def _trust(gradient: Tensor | None) -> float:
+    return 0.0 if gradient is None else 1.0 / max(float(gradient.square().mean()), 1e-300)
 
 
-def _rank(gram: Tensor) -> int:
+def _rank(gram: Tensor, rows: int) -> int:
     # Eigenvalues of more than a few hundred positions cost more than the solve they would describe.
     if gram.shape[-1] > 256:
-        return -1
+        return min(rows, gram.shape[-1])
     values = torch.linalg.eigvalsh(gram)
     return int((values > values[..., -1:] * 1e-12).sum(-1).min())
-
-
-def _dense(composite: Composite, information: Tensor, gram: Tensor, layer: Affine) -> Tensor:
-    unknowns = layer.inputs
-    dtype = torch.float64 if unknowns <= _DOUBLE else torch.float32
-    matrix = composite.sandwich(information.to(dtype))
-    _add_blocks(matrix, gram.to(dtype), layer)
-    return matrix
 
 
 def _add_blocks(matrix: Tensor, gram: Tensor, layer: Affine) -> None:
@@ -291,90 +328,69 @@ def _add_blocks(matrix: Tensor, gram: Tensor, layer: Affine) -> None:
     blocks += gram.repeat_interleave(per, 0).permute(1, 2, 0)
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class Curvature:
-    """Dense information and Hessian (of the loss with respect to a vector inside the network) at known activations.
+def add_gradient_equations(
+    forward: Tensor,
+    layer: Affine,
+    weight: Tensor,
+    value: Tensor,
+    delta: Tensor,
+    hessian: Rows,
+    gradient: Tensor | None,
+    *,
+    lower_only: bool,
+) -> Tensor:
+    """Return ``forward`` + (M + N H K)ᵀ (M + N H K), the normal matrix of everything from this layer on; in place.
 
-    Attributes:
-        information: (n, n), every equation of the layers behind, linearized in the vector.
-        hessian: (n, n), how the gradient at the vector changes with the vector.
-        delta: (n,), the gradient at the vector.
+    M v is the weight gradient's change with the layer's input, N u its change with the output gradient, and H says how
+    the output gradient changes with the output.
+
+    Args:
+        forward: (n, n), overwritten.
+        layer: the layer.
+        weight: its weight.
+        value: its input (n,).
+        delta: the gradient at its output (m,).
+        hessian: rows u (k, m) → H u.
+        gradient: its weight gradient, None where it is not shared.
+        lower_only: whether the lower triangle of the result is enough.
 
     """
+    if gradient is None:
+        return forward
+    root = _trust(gradient) ** 0.5
+    block = (layer.gradient_block(delta, weight) * root).to(forward)  # (g, o·t, p)
+    patches = layer.patches(value, weight).to(forward) * root  # (g, c·t, L)
+    kernel = weight.to(forward)
+    groups, per = layer.groups, layer.channels // layer.groups
+    outs, length, size = layer.out_shape[0] // groups, patches.shape[-1], layer.positions
+    taps, m = patches.shape[1] // per, layer.outputs
+    if gradient.numel() <= m:
+        spread = torch.zeros(groups, outs, per * taps, groups, outs, length).to(forward)
+        spread.diagonal(dim1=0, dim2=3).diagonal(dim1=0, dim2=2).copy_(patches.permute(1, 2, 0)[..., None])
+        whole = layer.adjoint(hessian(spread.reshape(-1, m)), kernel)
+        whole = whole.reshape(groups, outs, per, taps, groups, per, size)
+        own = block.reshape(groups, outs, taps, size)
+        for g in range(groups):
+            for c in range(per):
+                whole[g, :, c, :, g, c] += own[g]
+        return _add_square(forward, whole.reshape(-1, layer.inputs), lower_only=lower_only)
+    dense = hessian(torch.eye(m).to(forward))
+    q = torch.einsum("gkl,golm->gokm", patches, dense.reshape(groups, outs, length, m))
+    flat = q.reshape(-1, m)
+    cross = torch.einsum(
+        "gotp,goctm->gcpm", block.reshape(groups, outs, taps, size), q.reshape(groups, outs, per, taps, m)
+    )
+    left = layer.adjoint(0.5 * (flat.T @ flat), kernel).T + cross.reshape(-1, m)
+    product = layer.adjoint(left.contiguous(), kernel)
+    forward += product
+    forward += product.T
+    _add_blocks(forward, block.mT @ block, layer)
+    return forward
 
-    information: Tensor
-    hessian: Tensor | None
-    delta: Tensor
 
-    def through(self, slope: Tensor, bend: Tensor) -> Curvature:
-        """Step back through an activation with first and second derivative (n,)."""
-        narrow = slope.to(self.information)
-        both = narrow * narrow[:, None]
-        hessian = torch.zeros_like(self.information) if self.hessian is None else self.hessian * both
-        hessian.diagonal().add_((bend * self.delta).to(hessian))
-        return Curvature(self.information * both, hessian, self.delta * slope)
-
-    def behind(self, composite: Composite) -> Curvature:
-        """Step back through parameter-free maps."""
-        dtype = torch.float64 if composite.steps[0].inputs <= _DOUBLE else torch.float32
-        hessian = None if self.hessian is None else composite.sandwich(self.hessian.to(dtype))
-        return Curvature(
-            composite.sandwich(self.information.to(dtype)), hessian, composite.adjoint(self.delta[None])[0]
-        )
-
-    def before(
-        self, layer: Affine, value: Tensor, gradient: Tensor | None, params: Tensors, *, last: bool
-    ) -> Curvature:
-        """Step back through ``layer`` whose input is ``value``; ``last`` leaves the Hessian out."""
-        weight = params[layer.weight_name]
-        alone = Composite((layer,), params)
-        dtype = torch.float64 if max(layer.inputs, layer.outputs) <= _DOUBLE else torch.float32
-        information, delta = self.information.to(dtype), self.delta
-        hessian = None if self.hessian is None else self.hessian.to(dtype)
-        if gradient is None:
-            matrix = alone.sandwich(information)
-        else:
-            trust = 1.0 / max(float(gradient.square().mean()), 1e-300)
-            block = (layer.gradient_block(delta, weight) * trust**0.5).to(dtype)
-            matrix = self._joint(layer, alone, value, block, information, hessian, trust**0.5, dtype)
-        back = None if last or hessian is None else alone.sandwich(hessian)
-        return Curvature(matrix, back, composite_delta(layer, delta, weight))
-
-    def _joint(
-        self, layer: Affine, alone: Composite, value: Tensor, block: Tensor, information: Tensor,
-        hessian: Tensor | None, root: float, dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
-        """Return Kᵀ I K + (M + N H K)ᵀ (M + N H K), where N maps output gradients to weight gradients."""
-        gram = block.mT @ block
-        if hessian is None:
-            matrix = alone.sandwich(information)
-            _add_blocks(matrix, gram, layer)
-            return matrix
-        weight = alone.params[layer.weight_name]
-        patches = layer.patches(value, weight).to(dtype) * root  # (g, c·t, L)
-        groups, per = layer.groups, layer.channels // layer.groups
-        outs, length = layer.out_shape[0] // groups, patches.shape[-1]
-        m = layer.outputs
-        # Q = N H: (g, o, c·t, m)
-        q = torch.einsum("gkl,golm->gokm", patches, hessian.reshape(groups, outs, length, m))
-        taps = patches.shape[1] // per
-        if q.numel() // m <= m:
-            whole = alone.adjoint(q.reshape(-1, m)).reshape(groups, outs, per, taps, groups, per, layer.positions)
-            spread = block.reshape(groups, outs, taps, layer.positions)
-            for g in range(groups):
-                for c in range(per):
-                    whole[g, :, c, :, g, c] += spread[g]
-            whole = whole.reshape(-1, layer.inputs)
-            return alone.sandwich(information).add_(whole.T @ whole)
-        flat = q.reshape(-1, m)
-        half = 0.5 * (information + flat.T @ flat)
-        # Mᵀ Q per input channel: (g, c, p, m)
-        cross = torch.einsum(
-            "gotp,goctm->gcpm", block.reshape(groups, outs, taps, -1), q.reshape(groups, outs, per, taps, m)
-        )
-        left = alone.adjoint(half).T + cross.reshape(-1, m)  # (n, m)
-        product = alone.adjoint(left.contiguous())
-        matrix = product + product.T
-        _add_blocks(matrix, gram, layer)
-        return matrix
+def _add_square(matrix: Tensor, rows: Tensor, *, lower_only: bool) -> Tensor:
+    """Add rowsᵀ rows to ``matrix``, or to its lower triangle."""
+    if not lower_only or matrix.device.type != "cpu":
+        return matrix.addmm_(rows.T, rows)
+    add = blas.ssyrk if matrix.dtype == torch.float32 else blas.dsyrk
+    return torch.from_numpy(add(1.0, rows.contiguous().numpy().T, 1.0, matrix.numpy().T, lower=0, overwrite_c=1).T)

@@ -13,7 +13,7 @@ changes when the update is scaled (a weight delta of one plain SGD step is −le
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -23,9 +23,12 @@ from torch import Tensor, nn
 from gradleak.analytic.graph import Affine, Chain, Elementwise, Fixed, Step, trace_chain
 from gradleak.analytic.layers import (
     Composite,
-    Curvature,
+    Factor,
     Information,
     Rows,
+    Solution,
+    precision,
+    add_gradient_equations,
     conjugate_gradients,
     factorize,
     solve_layer,
@@ -125,7 +128,8 @@ class RecursionResult:
 def read_outer_product(weight: Tensor, bias: Tensor) -> OuterProduct:
     """Return input and output gradient of a linear layer that saw one vector, from its gradients (C, d) and (C,).
 
-    Every row k gives h = ∂W_k / ∂b_k; rounding is relative, so all rows count alike and are averaged.
+    Every row k gives h = ∂W_k / ∂b_k. Rounding is relative, so all rows count alike; other noise is seen and makes
+    large rows count more.
 
     Raises:
         NotApplicable: the gradient is zero, or no outer product (more than one example, noise, pruning).
@@ -142,7 +146,11 @@ def read_outer_product(weight: Tensor, bias: Tensor) -> OuterProduct:
     used = features.abs() > 1e-3 * scale
     relative = (ratios - features)[:, used] / features[used]
     noise = float(relative.square().mean().sqrt()) if relative.numel() else 0.0
-    mismatch = float((weight - torch.outer(bias, features)).norm() / weight.norm().clamp(min=1e-300))
+    fitted = bias @ weight / bias.square().sum()
+    mismatch = float((weight - torch.outer(bias, fitted)).norm() / weight.norm().clamp(min=1e-300))
+    if noise > 4 * mismatch:
+        # The noise is not that of rounding: small rows are worse, so rows count by their size.
+        features, noise = fitted, mismatch
     if mismatch > 1e-2:
         raise NotApplicable(
             f"The gradient of the linear layer is no outer product (relative distance {mismatch:.1e}), so the update "
@@ -188,21 +196,26 @@ def invert_layers(
     label = _label(outer.delta) if chain.head else None
     walk = _Walk(chain, params, seen, outer, seed)
     walk.run()
-    value = walk.value.reshape(chain.shape) if walk.reached else None
-    if value is None or walk.stop is not None:
-        residual = math.nan
-        if value is not None:
-            residual = _Map(chain, params, seen, outer).relative(value)
-        return RecursionResult(
-            None, walk.stop, tuple(walk.reports), value, outer.features, label, outer.noise, residual, math.nan, 0
-        )
-    whole = _Map(chain, params, seen, outer)
-    steps, spread = 0, math.nan
-    if polish and any(isinstance(s, Affine) for s in chain.steps):
-        value, steps, spread = _polish(whole, value, walk.probe(value.numel()))
-    return RecursionResult(
-        value, None, tuple(walk.reports), None, outer.features, label, outer.noise, whole.relative(value), spread, steps
-    )
+    common = (outer.features, label, outer.noise)
+    if walk.stop is not None:
+        start, residual = None, math.nan
+        if walk.reached:
+            start = walk.value.reshape(chain.shape)
+            residual = _Map(chain, chain.steps, params, seen, outer).relative(start)
+        return RecursionResult(None, walk.stop, tuple(walk.reports), start, *common, residual, math.nan, 0)
+    value, steps, spread = walk.value, 0, math.nan
+    if walk.suffix is None or not polish:
+        residual = _Map(chain, chain.steps, params, seen, outer).relative(value.reshape(chain.shape))
+    else:
+        # Whatever comes before the first layer (scaling, reshaping) is inverted exactly at the end.
+        whole = _Map(chain, chain.steps, params, seen, outer)
+        if walk.information.dense is None:
+            residual = whole.relative(value.reshape(chain.shape))
+        else:
+            factor = factorize(walk.normal)
+            value, steps, spread, residual = _polish(whole, value, factor, walk.probe(value.numel()))
+    found = value.reshape(chain.shape)
+    return RecursionResult(found, None, tuple(walk.reports), None, *common, residual, spread, steps)
 
 
 def _label(delta: Tensor) -> int | None:
@@ -222,37 +235,52 @@ class _Walk:
         weight = params[chain.anchor.weight_name]
         self.value = outer.features
         self.delta = outer.delta @ weight
-        floor = 0.05 * self.value.square().mean().sqrt()
-        self.information = Information.diagonal(self.value.abs().clamp(min=float(floor) + 1e-300).square().reciprocal())
+        self.information = Information.diagonal(_feature_scale(self.value).square())
+        self.hessian: Rows = torch.zeros_like
         self.usable = self.value.numel()
         self.pending: list[Fixed | Elementwise] = []
         self.reports: list[LayerReport] = []
         self.stop: str | None = None
-        self.reached = False
+        self.reached, self.fresh = False, True
+        self.suffix: _Map | None = None
+        self.rebuild: Callable[[], Tensor] | None = None
 
     def probe(self, size: int) -> Tensor:
         signs = torch.randint(0, 2, (size,), generator=self.generator, dtype=torch.int64)
         return (2 * signs - 1).to(self.value)
 
     def run(self) -> None:
-        for step in reversed(self.chain.steps):
+        steps = self.chain.steps
+        for index in range(len(steps) - 1, -1, -1):
+            step = steps[index]
             if isinstance(step, Affine):
-                self._affine(step)
-            elif isinstance(step, Fixed):
-                self.delta = step.adjoint(self.delta[None])[0]
-                if not step.reorders:
-                    self.pending.insert(0, step)
+                self._affine(step, index)
+            elif isinstance(step, Fixed) and step.reorders:
+                continue
+            elif isinstance(step, Fixed) or (isinstance(step, Elementwise) and step.affine and self.pending):
+                single = Composite((step,), self.params)
+                self.delta = single.adjoint(self.delta[None])[0]
+                self.hessian = _between(single, self.hessian)
+                self.pending.insert(0, step)
             elif isinstance(step, Elementwise):
-                if self.pending and step.affine:
-                    self.delta = self.delta * step.derivatives(torch.zeros_like(self.delta))[0]
-                    self.pending.insert(0, step)
-                else:
-                    self._activation(step)
+                self._activation(step)
         if self.chain.stop is not None:
             self._halt(self.chain.stop)
             return
         self._resolve("the model's input")
         self.reached = True
+
+    def normal(self) -> Tensor:
+        """Return the lower triangle of the whole map's normal matrix at the recovered input, to be overwritten."""
+        dense, slope = self.information.dense, self.information.slope
+        assert dense is not None
+        if self.rebuild is not None:
+            dense, self.fresh = (dense if self.fresh else self.rebuild()), False
+        else:
+            dense = dense.clone()
+        if slope is not None:
+            dense.mul_(slope.to(dense)).mul_(slope.to(dense)[:, None])
+        return dense
 
     def _halt(self, reason: str) -> None:
         self.stop = self.stop or reason
@@ -270,16 +298,14 @@ class _Walk:
         names = ", ".join(repr(s.name) for s in self.pending)
         if known < unknowns or not done:
             self._halt(f"{names} keeps {known} of the {unknowns} values before it, so {where} is not determined")
-        information = self.information
-        dense = None if information.dense is None else composite.sandwich(information.dense)
-        self.information = Information(lambda v: composite.adjoint(information.product(composite.apply(v))), dense)
+        self.information = self.information.behind(composite)
         self.value, self.usable, self.pending = value[0], min(known, unknowns), []
 
     def _activation(self, step: Elementwise) -> None:
         self._resolve(f"the output of {step.name!r}")
         value = self.value.reshape(1, *step.in_shape)
         pre = step.inverse(value).flatten()
-        slope, _ = step.derivatives(pre)
+        slope, bend = step.derivatives(pre)
         if step.rectifies:
             # A ReLU is never negative: the most negative recovered value measures the error of the others.
             error = float((-self.value).max().clamp(min=0))
@@ -288,10 +314,11 @@ class _Walk:
             self.usable = int(active.sum())
         else:
             self.usable = int((slope.abs() > 0).sum())
+        self.hessian = _bent(self.hessian, slope, bend * self.delta)
         self.value, self.delta = pre, self.delta * slope
         self.information = self.information.scaled(slope)
 
-    def _affine(self, step: Affine) -> None:
+    def _affine(self, step: Affine, index: int) -> None:
         gradient = self.seen.get(step.weight_name)
         composite = Composite((step, *self.pending), self.params)
         known = min(self.usable, self.value.numel())
@@ -300,9 +327,7 @@ class _Walk:
             step, composite, self.value, self.information, self.delta, gradient,
             noise=self.outer.noise, probe=self.probe(unknowns),
         )  # fmt: skip
-        rows, rank = solution.rows
-        per_channel = min(rows, step.positions) if rank < 0 else rank
-        live = 0 if gradient is None else per_channel * step.channels
+        live = 0 if gradient is None else solution.rank * step.channels
         bound = min(unknowns, known + live)
         determined = bound >= unknowns and solution.condition > _SINGULAR
         equations = 0 if gradient is None else gradient.numel()
@@ -314,127 +339,147 @@ class _Walk:
             self.reports.append(report)
         if not determined:
             self._halt(f"the input of {report}")
-        self.value, self.information, self.delta = solution.value, solution.information, solution.delta
-        self.usable, self.pending = unknowns, []
+        self._linearize(step, composite, solution, gradient, index)
+        self.value, self.usable, self.pending = solution.value, unknowns, []
 
+    def _linearize(
+        self, step: Affine, composite: Composite, solution: Solution, gradient: Tensor | None, index: int
+    ) -> None:
+        """Replace what is known about the layer's input by the exact linearization of everything from there on."""
+        weight = self.params[step.weight_name]
+        product, dense = solution.product, solution.forward
+        if self.stop is None:
+            self.suffix = _Map(self.chain, self.chain.steps[index:], self.params, self.seen, self.outer)
+            product = self.suffix.linearize(solution.value).product
+        if dense is not None:
+            known, delta, hessian = self.information, self.delta, self.hessian
+            more = any(isinstance(s, Affine | Fixed) and not getattr(s, "reorders", False) for s in self.chain.steps[:index])
+
+            def equations(forward: Tensor) -> Tensor:
+                return add_gradient_equations(
+                    forward, step, weight, solution.value, delta, hessian, gradient, lower_only=not more
+                )
+
+            dense = equations(dense)
+            if not more:
+                self.rebuild = lambda: equations(composite.sandwich(known.dense.to(dense), known.slope))
+        self.hessian = _between(Composite((step,), self.params), self.hessian)
+        if step.inputs <= _MATERIAL and index > 0:
+            matrix = self.hessian(torch.eye(step.inputs).to(self.value.device, precision(step.inputs)))
+            self.hessian = lambda rows: rows @ matrix.to(rows)
+        self.information = Information(product, dense)
+        self.delta = step.adjoint(self.delta[None], weight)[0]
+
+
+def _bent(hessian: Rows, slope: Tensor, bend: Tensor) -> Rows:
+    """Return the Hessian before an activation: D H D + diag(φ″ ∂a)."""
+    return lambda rows: hessian(rows * slope.to(rows)) * slope.to(rows) + rows * bend.to(rows)
+
+
+def _between(composite: Composite, hessian: Rows) -> Rows:
+    return lambda rows: composite.adjoint(hessian(composite.apply(rows)))
+
+
+_MATERIAL = 1024
+"""Up to this many values a Hessian is made into a matrix; beyond, it stays a product."""
 
 _SINGULAR = 1e-13
 """Below this share of the scaled spectrum, a direction counts as not determined (float64 cannot tell it from zero)."""
 
 
-class _Map:
-    """The map from the input to features and layer gradients for the seen output gradient, weighted by noise."""
+@final
+@dataclass(frozen=True, eq=False)
+class _Linearization:
+    """The map's value and derivative at one point."""
 
-    def __init__(self, chain: Chain, params: Tensors, seen: Tensors, outer: OuterProduct) -> None:
-        self.chain, self.outer, self.seen = chain, outer, seen
-        self.params = {k: p.clone() for k, p in params.items()}
-        wanted = [
-            n for s in chain.steps if isinstance(s, Affine) for n in (s.weight_name, s.bias_name) if n is not None
-        ]
+    residual: Tensor
+    descent: Tensor
+    product: Rows
+
+
+class _Map:
+    """The map from the input of ``steps`` to features and layer gradients for the seen output gradient, weighted."""
+
+    def __init__(
+        self, chain: Chain, steps: tuple[Step, ...], params: Tensors, seen: Tensors, outer: OuterProduct
+    ) -> None:
+        self.steps, self.params, self.features = steps, params, outer.features
+        wanted = [n for s in steps if isinstance(s, Affine) for n in (s.weight_name, s.bias_name) if n is not None]
         self.names = [n for n in wanted if n in seen and float(seen[n].square().sum()) > 0]
         self.pull = outer.delta @ params[chain.anchor.weight_name]
-        features = outer.features
-        floor = float(0.05 * features.square().mean().sqrt()) + 1e-300
-        self.feature_scale = features.abs().clamp(min=floor).reciprocal()
+        self.feature_scale = _feature_scale(self.features)
         self.scales = {n: float(seen[n].square().mean().rsqrt()) for n in self.names}
         self.target = torch.cat(
-            [features * self.feature_scale] + [(seen[n] * self.scales[n]).flatten() for n in self.names]
+            [self.features * self.feature_scale] + [(seen[n] * self.scales[n]).flatten() for n in self.names]
         )
 
     def outputs(self, x: Tensor, *, graph: bool) -> Tensor:
         """Return the weighted equations' left sides at ``x`` (*shape)."""
-        dtype = x.dtype
-        leaves = {n: self.params[n].to(dtype).detach().requires_grad_() for n in self.names}
-        params = {k: p.to(dtype) for k, p in self.params.items()} | leaves
-        features = self.chain.forward(x[None], params).flatten()
-        grads = torch.autograd.grad(features @ self.pull.to(dtype), list(leaves.values()), create_graph=graph)
-        parts = [features * self.feature_scale.to(dtype)]
-        parts += [(g * self.scales[n]).flatten() for n, g in zip(self.names, grads, strict=True)]
+        leaves = {n: self.params[n].detach().requires_grad_() for n in self.names}
+        params = {**self.params, **leaves}
+        features = x[None]
+        for step in self.steps:
+            features = step.forward(features, params)
+        features = features.flatten()
+        parts = [features * self.feature_scale]
+        if leaves:
+            grads = torch.autograd.grad(features @ self.pull, list(leaves.values()), create_graph=graph)
+            parts += [(g * self.scales[n]).flatten() for n, g in zip(self.names, grads, strict=True)]
         return torch.cat(parts)
 
     def relative(self, x: Tensor) -> float:
         """Return the relative distance of the weighted equations at ``x``."""
-        if not self.names:
-            return float(
-                (self.chain.forward(x[None], self.params).flatten() - self.outer.features).norm()
-                / self.outer.features.norm()
-            )
         with torch.enable_grad():
             return float((self.outputs(x, graph=False).detach() - self.target).norm() / self.target.norm())
 
-
-@torch.enable_grad()
-def _polish(whole: _Map, value: Tensor, probe: Tensor) -> tuple[Tensor, int, float]:
-    """Take Gauss–Newton steps on the whole map until they are below the noise that the residual shows."""
-    x, steps, spread = value, 0, math.nan
-    factor = None
-    best: tuple[float, Tensor] | None = None
-    while True:
-        leaf = x.clone().requires_grad_()
-        left = whole.outputs(leaf, graph=True)
-        residual = (whole.target - left).detach()
-        norm = float(residual.square().sum())
-        if best is not None and not norm < best[0] * (1 + 1e-3):
-            return best[1], steps, spread
-        best = (norm, x)
-        if steps >= _STEPS:
-            return x, steps, spread
+    @torch.enable_grad()
+    def linearize(self, value: Tensor) -> _Linearization:
+        """Return residual r, Jᵀ r (n,) and v (k, n) → Jᵀ J v at ``value`` (n,)."""
+        leaf = value.detach().reshape(self.steps[0].in_shape).requires_grad_()
+        left = self.outputs(leaf, graph=True)
         dummy = torch.zeros_like(left, requires_grad=True)
         (pulled,) = torch.autograd.grad(left, leaf, dummy, create_graph=True)
 
-        right = _pull(left, leaf, residual)[None]
-        if factor is None:
-            factor = factorize(_normal(whole, x))
-        excess = max(len(residual) - probe.numel(), 1)
-        variance = max(norm, 1e-300) / excess
-        spread = variance * float((probe * factor.solve(probe[None])[0]).sum()) / probe.numel()
+        def pull(u: Tensor) -> Tensor:
+            return torch.autograd.grad(left, leaf, u, retain_graph=True)[0].flatten()
+
+        def product(v: Tensor) -> Tensor:
+            # Jᵀ u is linear in u, so its derivative with respect to u is J.
+            rows = [torch.autograd.grad(pulled, dummy, row.reshape(leaf.shape), retain_graph=True)[0] for row in v]
+            return torch.stack([pull(row) for row in rows])
+
+        residual = (self.target - left).detach()
+        return _Linearization(residual, pull(residual), product)
+
+
+def _feature_scale(features: Tensor) -> Tensor:
+    floor = float(0.05 * features.square().mean().sqrt()) + 1e-300
+    return features.abs().clamp(min=floor).reciprocal()
+
+
+def _polish(whole: _Map, value: Tensor, factor: Factor, probe: Tensor) -> tuple[Tensor, int, float, float]:
+    """Take Gauss–Newton steps on the whole map until they are below the noise that the residual shows.
+
+    Returns the input (n,), the number of steps, the estimated mean squared error and the relative residual.
+    """
+    response = float((probe * factor.solve(probe[None])[0]).sum()) / probe.numel()
+    best, distance, steps = value, math.inf, 0
+    while True:
+        local = whole.linearize(value)
+        norm = float(local.residual.square().sum())
+        if not norm < distance:
+            break
+        variance = max(norm, 1e-300) / max(len(local.residual) - probe.numel(), 1)
+        gained = distance - norm
+        best, distance = value, norm
+        right = local.descent[None]
         decrement = float((right * factor.solve(right)).sum())
-        if decrement < 1e-2 * variance * probe.numel():
-            return x, steps, spread
-        product = _normal_product(left, leaf, pulled, dummy)
-        step, _, _ = conjugate_gradients(product, right, factor.solve, tolerance=1e-3, limit=60)
-        x = x + step[0].reshape(x.shape)
-        steps += 1
+        if steps >= _STEPS or decrement < 1e-2 * variance * probe.numel() or gained < 1e-3 * norm:
+            break
+        step, _, _ = conjugate_gradients(local.product, right, factor.solve, tolerance=1e-2, limit=60)
+        value, steps = value + step[0], steps + 1
+    variance = distance / max(len(whole.target) - probe.numel(), 1)
+    return best, steps, variance * response, math.sqrt(distance) / float(whole.target.norm())
 
 
 _STEPS = 8
-
-
-def _pull(left: Tensor, leaf: Tensor, u: Tensor) -> Tensor:
-    return torch.autograd.grad(left, leaf, u, retain_graph=True)[0].flatten()
-
-
-def _normal_product(left: Tensor, leaf: Tensor, pulled: Tensor, dummy: Tensor) -> Rows:
-    """Return v ↦ Jᵀ J v for rows (1, n); ``pulled`` is Jᵀ ``dummy``, so its derivative is J."""
-
-    def product(v: Tensor) -> Tensor:
-        (pushed,) = torch.autograd.grad(pulled, dummy, v.reshape(leaf.shape), retain_graph=True)
-        return _pull(left, leaf, pushed)[None]
-
-    return product
-
-
-@torch.no_grad()
-def _normal(whole: _Map, x: Tensor) -> Tensor:
-    """Return the normal matrix of the whole linearized map at ``x``, (n, n), assembled layer by layer."""
-    chain, params = whole.chain, whole.params
-    values: list[Tensor] = []
-    with torch.no_grad():
-        current = x[None]
-        for step in chain.steps:
-            values.append(current)
-            current = step.forward(current, params)
-    curvature = Curvature(torch.diag(whole.feature_scale.square()), None, whole.pull)
-    first = next(i for i, s in enumerate(chain.steps) if isinstance(s, Affine))
-    for index in range(len(chain.steps) - 1, -1, -1):
-        step: Step = chain.steps[index]
-        if isinstance(step, Elementwise):
-            slope, bend = step.derivatives(values[index].flatten())
-            curvature = curvature.through(slope, bend)
-        elif isinstance(step, Affine):
-            curvature = curvature.before(
-                step, values[index].flatten(), whole.seen.get(step.weight_name), params, last=index == first
-            )
-        elif isinstance(step, Fixed) and not step.reorders:
-            curvature = curvature.behind(Composite((step,), params))
-    return curvature.information

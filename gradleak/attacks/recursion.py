@@ -64,7 +64,7 @@ class Recursion(Attack):
             f"the update itself deviates from an outer product by {result.noise:.1e}."
         )
         rounding = torch.finfo(next(iter(tensors.values())).dtype).eps
-        exact = result.noise <= 4 * rounding and result.residual <= _FLOOR * rounding
+        exact = result.noise <= 16 * rounding and result.residual <= _FLOOR * rounding
         if not exact:
             notes.append(
                 "That is above rounding, so the update is not the plain gradient of one example on this model."

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gradleak.analytic import layers
 from gradleak.analytic.graph import Affine, trace_chain
-from gradleak.analytic.recursion import _Map, _normal, read_outer_product
+from gradleak.analytic.recursion import _Map, _Walk, read_outer_product
 
 CONVOLUTIONS = [
     nn.Conv2d(2, 6, 3),
@@ -52,28 +52,34 @@ def test_convolution_parts(conv: nn.Conv2d) -> None:
     assert torch.allclose(by_delta.reshape(dw.shape), dw)
 
 
-@pytest.mark.parametrize("channels", [3, 12])
-def test_normal_matrix_is_that_of_the_exact_jacobian(channels: int) -> None:
+@pytest.mark.parametrize(("channels", "stride"), [(6, 1), (12, 2)], ids=["fewer weights", "fewer outputs"])
+def test_normal_matrix_is_that_of_the_exact_jacobian(channels: int, stride: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(
-            nn.Conv2d(2, channels, 3, 2, 1), nn.Sigmoid(), nn.Conv2d(channels, 8, 3, 1, 1, groups=1), nn.Tanh(),
-            nn.Flatten(), nn.Linear(8 * 16, 20),
+            nn.Conv2d(2, channels, 3, stride, 1), nn.Sigmoid(), nn.Conv2d(channels, 12, 3, 3 - stride, 1), nn.Tanh(),
+            nn.Flatten(), nn.Linear(12 * 16, 20),
         ).double()  # fmt: skip
         x = torch.rand(1, 2, 8, 8, dtype=torch.float64)
     params = {k: p.detach() for k, p in model.named_parameters()}
     grads = torch.autograd.grad(F.cross_entropy(model(x), torch.tensor([3])), list(model.parameters()))
     seen = dict(zip(params, grads, strict=True))
     chain = trace_chain(model, (2, 8, 8))
-    whole = _Map(chain, params, seen, read_outer_product(seen["5.weight"], seen["5.bias"]))
+    outer = read_outer_product(seen["5.weight"], seen["5.bias"])
+    walk = _Walk(chain, params, seen, outer, 0)
+    walk.run()
+    assert torch.allclose(walk.value.reshape(x.shape), x, atol=1e-10)
+    whole = _Map(chain, chain.steps, params, seen, outer)
     jacobian = torch.autograd.functional.jacobian(lambda z: whole.outputs(z, graph=True), x[0]).reshape(-1, 128)
     # The assembled matrix leaves the few bias equations out.
     sizes = [(seen[n].numel(), "weight" in n) for n in whole.names]
-    keep = [torch.ones(128, dtype=torch.bool)] + [torch.full((size,), weight) for size, weight in sizes]
+    keep = [torch.ones(192, dtype=torch.bool)] + [torch.full((size,), weight) for size, weight in sizes]
     rows = jacobian[torch.cat(keep)]
-    assert torch.allclose(
-        _normal(whole, x[0]), rows.T @ rows, rtol=1e-9, atol=1e-9 * float((rows.T @ rows).abs().max())
-    )
+    wanted = (rows.T @ rows).tril()
+    assert torch.allclose(walk.normal().tril(), wanted, rtol=1e-8, atol=1e-9 * float(wanted.abs().max()))
+    product = whole.linearize(x.flatten()).product
+    v = torch.ones(2, 128, dtype=torch.float64)
+    assert torch.allclose(product(v), v @ jacobian.T @ jacobian)
 
 
 def test_conjugate_gradients_solve_several_systems() -> None:
@@ -81,7 +87,7 @@ def test_conjugate_gradients_solve_several_systems() -> None:
     root = torch.randn(30, 30, generator=draw, dtype=torch.float64)
     matrix = root @ root.T + torch.eye(30)
     right = torch.randn(2, 30, generator=draw, dtype=torch.float64)
-    factor = layers.factorize(matrix.clone())
+    factor = layers.factorize(matrix.clone)
     x, steps, done = layers.conjugate_gradients(lambda v: v @ matrix, right, factor.solve, tolerance=1e-12, limit=20)
     assert done
     assert steps < 5
