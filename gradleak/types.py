@@ -120,7 +120,7 @@ class Trace:
     """How an iterative attack went: values at recorded iterations of the returned candidate.
 
     Attributes:
-        iterations: K iteration numbers, ascending.
+        iterations: K iteration numbers, ascending: evaluations of the objective's gradient so far.
         objectives: the attacker's objective at each.
         layers: parameter name → K squared gradient distances (Figure 5 of Zhu et al. 2019).
         snapshots: decoded candidates, shape (K, N, *shape), in the units of ``Reconstruction.inputs``.

@@ -14,7 +14,7 @@ from gradleak.analytic.labels import recover_labels
 from gradleak.attacks.base import Attack, Callback, Progress
 from gradleak.attacks.matching.objectives import Objective, SquaredError
 from gradleak.attacks.matching.priors import Prior
-from gradleak.attacks.matching.solvers import LBFGS, Outcome, Solver
+from gradleak.attacks.matching.solvers import LBFGS, Outcome, Project, Solver
 from gradleak.errors import InvalidInput
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import Tensors, check_reproducible, soft_labels
@@ -43,6 +43,9 @@ class GradientMatching(Attack):
         box: project candidates to valid inputs after each step.
         tolerance: objective at which a candidate counts as converged.
         dtype: number type of the search; None keeps the model's own.
+        warm_dtype: a cheaper number type to begin in, down to an objective of ``warm_tolerance``; None begins in
+            ``dtype``. Below about 1e-7 the rounding of float32 gradients would mislead a line search.
+        warm_tolerance: see ``warm_dtype``.
         vectorize: vmap over candidates; None decides by model size.
         trace: record iterates for the report.
 
@@ -62,6 +65,8 @@ class GradientMatching(Attack):
     box: bool = False
     tolerance: float = 0.0
     dtype: torch.dtype | None = torch.float64
+    warm_dtype: torch.dtype | None = None
+    warm_tolerance: float = 1e-7
     vectorize: bool | None = None
     trace: bool = True
 
@@ -139,6 +144,20 @@ class _Problem:
     @property
     def size(self) -> int:
         return self.observation.batch_size or 1
+
+    def to(self, dtype: torch.dtype) -> _Problem:
+        """Return the problem in another number type."""
+
+        def cast(items: Tensors) -> dict[str, Tensor]:
+            return {k: v.to(dtype) if v.is_floating_point() else v for k, v in items.items()}
+
+        return replace(
+            self,
+            params=cast(self.params),
+            buffers=cast(self.buffers),
+            observed=cast(self.observed),
+            labels=None if self.labels is None else self.labels.to(dtype),
+        )
 
     def signature(self) -> object:
         """Problems with equal signatures can share one vmapped evaluation."""
@@ -273,9 +292,11 @@ class _Recorder:
     def __init__(self, group: _Group, callback: Callback | None, total: int) -> None:
         self.group, self.callback, self.total = group, callback, total
         self.next, self.best, self.last = 0, float("inf"), 0.0
+        self.offset = 0
         self.frames: list[tuple[int, Tensor, Tensor]] = []
 
     def __call__(self, step: int, rows: Tensor, x: Tensor, objective: Tensor) -> bool:
+        step += self.offset
         if self.group.attack.trace and step >= self.next:
             self.frames.append((step, rows.clone(), x.detach().clone()))
             self.next = max(step + 1, int(step * 1.15))
@@ -301,11 +322,36 @@ def _solve(
             x = z[:, : group.pixels].reshape(-1, *group.shape)
             return torch.cat([space.project(x).reshape(len(z), -1), z[:, group.pixels :]], 1)
 
-    outcome = attack.solver.minimize(
-        group.evaluate, group.start(seed), tolerance=attack.tolerance, project=project, monitor=recorder
-    )
+    outcome = _search(group, attack, seed, project, recorder)
     seconds = (time.perf_counter() - began) / len(problems)
     return [_result(group, i, outcome, recorder, seconds) for i in range(len(problems))]
+
+
+def _search(
+    group: _Group, attack: GradientMatching, seed: int, project: Project | None, recorder: _Recorder
+) -> Outcome:
+    """Run the solver, first in the cheaper number type if there is one, and return one outcome for both stages."""
+    start, solver = group.start(seed), attack.solver
+    if attack.warm_dtype is None or attack.warm_dtype == start.dtype:
+        return solver.minimize(group.evaluate, start, tolerance=attack.tolerance, project=project, monitor=recorder)
+    warm = _Group([p.to(attack.warm_dtype) for p in group.problems], attack)
+    rough = solver.minimize(
+        warm.evaluate,
+        start.to(attack.warm_dtype),
+        tolerance=max(attack.warm_tolerance, attack.tolerance),
+        project=project,
+        monitor=recorder,
+    )
+    recorder.offset = int(rough.evaluations.max())
+    left = solver.iterations - recorder.offset
+    if rough.interrupted or left < 1:
+        return replace(rough, x=rough.x.to(start.dtype), objective=rough.objective.to(start.dtype))
+    fine = replace(solver, iterations=left).minimize(
+        group.evaluate, rough.x.to(start.dtype), tolerance=attack.tolerance, project=project, monitor=recorder
+    )
+    return replace(
+        fine, iterations=fine.iterations + rough.iterations, evaluations=fine.evaluations + rough.evaluations
+    )
 
 
 def _result(group: _Group, i: int, outcome: Outcome, recorder: _Recorder, seconds: float) -> Reconstruction:
@@ -333,10 +379,10 @@ def _result(group: _Group, i: int, outcome: Outcome, recorder: _Recorder, second
         seconds=seconds,
         notes=problem.notes,
     )
-    return replace(result, trace=_trace(group, i, row, recorder)) if group.attack.trace else result
+    return replace(result, trace=_trace(group, i, row, recorder, outcome)) if group.attack.trace else result
 
 
-def _trace(group: _Group, i: int, row: int, recorder: _Recorder) -> Trace:
+def _trace(group: _Group, i: int, row: int, recorder: _Recorder, outcome: Outcome) -> Trace:
     """Evaluate the recorded iterates of one candidate: objective, distance per layer, decoded picture."""
     params, buffers, observed, scale, labels = group.arguments(i)
     space = group.problems[i].observation.space
@@ -344,12 +390,15 @@ def _trace(group: _Group, i: int, row: int, recorder: _Recorder) -> Trace:
     objectives: list[float] = []
     pictures: list[Tensor] = []
     layers: dict[str, list[float]] = {k: [] for k in observed}
+    frames = []
+    for step, rows, x in recorder.frames:
+        place = (rows == row).nonzero()
+        if len(place):
+            frames.append((step, x[int(place[0])].to(group.like)))
+    # The iterate that is returned closes the curve.
+    frames.append((max(int(outcome.evaluations[row]), frames[-1][0] + 1 if frames else 0), outcome.x[row]))
     with torch.no_grad():
-        for step, rows, x in recorder.frames:
-            place = (rows == row).nonzero()
-            if len(place) == 0:
-                break
-            z = x[int(place[0])]
+        for step, z in frames:
             simulated = group.simulate(z, params, buffers, labels)
             value = group.compare(simulated, observed, scale)
             inputs, _ = group.unpack(z, labels)

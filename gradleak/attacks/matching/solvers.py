@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gradleak.errors import InvalidInput
 
-__all__ = ["LBFGS", "Adam", "GradientDescent", "Outcome", "Solver"]
+__all__ = ["LBFGS", "Adam", "GradientDescent", "Outcome", "Project", "Solver"]
 
 Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Monitor = Callable[[int, Tensor, Tensor, Tensor], bool]
@@ -37,10 +37,11 @@ class Outcome:
     interrupted: bool = False
 
 
+@dataclass(frozen=True)
 class Solver(ABC):
-    """Minimizes P independent problems together."""
+    """Minimizes P independent problems together, in at most ``iterations`` rounds."""
 
-    iterations: int
+    iterations: int = 2000
 
     @abstractmethod
     def minimize(
