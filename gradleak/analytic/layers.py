@@ -94,13 +94,14 @@ class Composite:
 
     def sandwich(self, dense: Tensor, slope: Tensor | None = None) -> Tensor:
         """Return Kᵀ D X D K for a symmetric X (m, m) and the diagonal D = ``slope`` (m,)."""
-        if slope is None:
-            first = self.adjoint(dense)
-        else:
-            narrow = slope.to(dense)
-            chunks = zip(dense.split(_CHUNK), narrow.split(_CHUNK), strict=True)
-            first = torch.cat([self.adjoint(rows * narrow * own[:, None]) for rows, own in chunks])
-        return self.adjoint(first.T.contiguous())
+        first = torch.empty(self.steps[0].inputs, len(dense), dtype=dense.dtype, device=dense.device)
+        narrow = None if slope is None else slope.to(dense)
+        for start in range(0, len(dense), _CHUNK):
+            rows = dense[start : start + _CHUNK]
+            if narrow is not None:
+                rows = rows * narrow * narrow[start : start + _CHUNK, None]
+            first[:, start : start + _CHUNK] = self.adjoint(rows).T
+        return self.adjoint(first)
 
 
 @final
@@ -287,13 +288,14 @@ def solve_layer(
         forward = composite.sandwich(information.dense.to(dtype), information.slope)
         diagonal = diagonal + forward.diagonal()
     scale = diagonal.clamp(min=float(diagonal.max()) * 1e-14 + 1e-300).rsqrt()
-    both = torch.cat([right, (probe / scale)[None]])
     tolerance = min(max(0.1 * noise, 1e-14), 1e-7)
-    # A well-conditioned layer needs no factorization.
-    solved, iterations, done = conjugate_gradients(
-        product, both, lambda r: r * scale.square(), tolerance=tolerance, limit=600 if forward is None else 25
-    )
-    if not done and forward is not None:
+    probed = (probe / scale)[None]
+    if forward is None:
+        both, iterations, _ = conjugate_gradients(
+            product, torch.cat([right, probed]), lambda r: r * scale.square(), tolerance=tolerance, limit=600
+        )
+        value, response = both
+    else:
         kept = forward
 
         def build() -> Tensor:
@@ -301,13 +303,22 @@ def solve_layer(
             _add_blocks(matrix, gram.to(matrix), layer)
             return matrix
 
-        precondition = factorize(build).solve
-        solved, iterations, _ = conjugate_gradients(product, both, precondition, tolerance=tolerance, limit=60)
-    value, response = solved[0], solved[1]
-    scaled = response / scale
-    condition = float((response * product(response[None])[0]).sum() / scaled.square().sum().clamp(min=1e-300))
-    spread = float((scaled * probe).sum() / len(probe)) * float(scale.square().mean())
+        factor = factorize(build)
+        solved, iterations, _ = conjugate_gradients(product, right, factor.solve, tolerance=tolerance, limit=60)
+        value, response = solved[0], factor.solve(probed)[0]
+    condition = _quotient(product, response, scale)
+    if forward is not None and condition < 1e3 * torch.finfo(forward.dtype).eps:
+        # Too small for the factor's precision to tell: ask the exact product.
+        exact, _, _ = conjugate_gradients(product, probed, factor.solve, tolerance=1e-10, limit=60)
+        response = exact[0]
+        condition = _quotient(product, response, scale)
+    spread = float((response / scale * probe).sum() / len(probe)) * float(scale.square().mean())
     return Solution(value, forward, product, condition, spread, iterations, _rank(gram, block.shape[1]))
+
+
+def _quotient(product: Rows, v: Tensor, scale: Tensor) -> float:
+    """Return the Rayleigh quotient of the scaled matrix at the scaled vector."""
+    return float((v * product(v[None])[0]).sum() / (v / scale).square().sum().clamp(min=1e-300))
 
 
 def _trust(gradient: Tensor | None) -> float:
@@ -380,10 +391,13 @@ def add_gradient_equations(
     cross = torch.einsum(
         "gotp,goctm->gcpm", block.reshape(groups, outs, taps, size), q.reshape(groups, outs, per, taps, m)
     )
-    left = layer.adjoint(0.5 * (flat.T @ flat), kernel).T + cross.reshape(-1, m)
-    product = layer.adjoint(left.contiguous(), kernel)
-    forward += product
-    forward += product.T
+    square = _add_square(torch.zeros(m, m).to(forward), flat, lower_only=True).tril_()
+    square.diagonal().mul_(0.5)  # X + Xᵀ is the square
+    left = layer.adjoint(square.T.contiguous(), kernel).T + cross.reshape(-1, m)
+    for start in range(0, layer.inputs, _CHUNK):
+        product = layer.adjoint(left[start : start + _CHUNK].contiguous(), kernel)
+        forward[start : start + _CHUNK] += product
+        forward[:, start : start + _CHUNK] += product.T
     _add_blocks(forward, block.mT @ block, layer)
     return forward
 

@@ -27,10 +27,10 @@ from gradleak.analytic.layers import (
     Information,
     Rows,
     Solution,
-    precision,
     add_gradient_equations,
     conjugate_gradients,
     factorize,
+    precision,
     solve_layer,
 )
 from gradleak.errors import NotApplicable
@@ -353,7 +353,9 @@ class _Walk:
             product = self.suffix.linearize(solution.value).product
         if dense is not None:
             known, delta, hessian = self.information, self.delta, self.hessian
-            more = any(isinstance(s, Affine | Fixed) and not getattr(s, "reorders", False) for s in self.chain.steps[:index])
+            more = any(
+                isinstance(s, Affine | Fixed) and not getattr(s, "reorders", False) for s in self.chain.steps[:index]
+            )
 
             def equations(forward: Tensor) -> Tensor:
                 return add_gradient_equations(
