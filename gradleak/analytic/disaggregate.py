@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gradleak.analytic.head import Head
-from gradleak.analytic.labels import LabelEstimate
+from gradleak.analytic.labels import LabelEstimate, rounding
 from gradleak.errors import InvalidInput, ResourceLimit
 from gradleak.training import CrossEntropy
 
@@ -112,7 +112,7 @@ def disaggregate(
     means = _class_means(gw, gb, head, estimate, loss)
     bound = min(head.classes - 1, head.width)
     if size > bound:
-        return _unidentifiable(gw, head, estimate, means, bound)
+        return _unidentifiable(gw, head, estimate, means, loss, bound)
     if size > _LARGEST:
         raise ResourceLimit(
             f"Separating {size} examples takes a dense system of {size**2} unknowns; "
@@ -159,7 +159,9 @@ def _class_means(gw: Tensor, gb: Tensor | None, head: Head, estimate: LabelEstim
     return features
 
 
-def _unidentifiable(gw: Tensor, head: Head, estimate: LabelEstimate, means: Tensor, bound: int) -> Disaggregation:
+def _unidentifiable(
+    gw: Tensor, head: Head, estimate: LabelEstimate, means: Tensor, loss: CrossEntropy, bound: int
+) -> Disaggregation:
     size = int(estimate.counts.sum())
     features = torch.repeat_interleave(means, estimate.counts[estimate.counts > 0], 0)
     singular = torch.linalg.svdvals(gw.double())
@@ -173,15 +175,11 @@ def _unidentifiable(gw: Tensor, head: Head, estimate: LabelEstimate, means: Tens
         (NOT_IDENTIFIABLE,) * size,
         torch.full((size,), math.inf, dtype=torch.float64, device=gw.device),
         math.inf,
-        _noise(gw),
+        rounding(gw.dtype, loss),
         int((singular > 1e-7 * singular[0]).sum()),
         0,
         reason,
     )
-
-
-def _noise(tensor: Tensor) -> float:
-    return float(torch.finfo(tensor.dtype).eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,7 +239,7 @@ class _System:
         cls, gw: Tensor, gb: Tensor | None, head: Head, estimate: LabelEstimate, means: Tensor, loss: CrossEntropy
     ) -> _System:
         size, classes = int(estimate.counts.sum()), head.classes
-        eps = _noise(gw)
+        eps = rounding(gw.dtype, loss)
         factor = float(size) if loss.reduction == "mean" else 1.0
         seen = factor * gw.double()
         soft = torch.nn.functional.one_hot(estimate.labels, classes).to(seen)
@@ -267,7 +265,7 @@ class _System:
         target = torch.cat([u[:, :size] * s[:size], side[:, None]], 1)
         spare = max((1 - size / classes) * (1 - size / max(scaled.shape[1], size + 1)), 1e-3)
         outside = float(s[size:].norm() / s.norm()) / math.sqrt(spare) if len(s) > size else 0.0
-        rank = int((s > 4 * eps * s[0]).sum())
+        rank = int((s > 16 * eps * s[0]).sum())
         weight = head.weight.double()[:, live] * column
         bias = torch.zeros_like(row) if head.bias is None else head.bias.double()
         return cls(
@@ -322,8 +320,8 @@ class _System:
         tilde = self.augment(mixing)
         normal *= (tilde @ tilde.mT)[:, :, None, :, None]
         cross = torch.einsum("rkcl,rmc->rklm", m, d)
-        normal += cross[:, :, :, :, None] * mixing[:, :, None, None, :]
-        normal += cross.permute(0, 3, 1, 2)[:, :, None, :, :] * mixing.mT[:, None, :, :, None]
+        normal.addcmul_(cross[:, :, :, :, None], mixing[:, :, None, None, :])
+        normal.addcmul_(cross.permute(0, 3, 1, 2)[:, :, None, :, :], mixing.mT[:, None, :, :, None])
         normal.diagonal(dim1=2, dim2=4).add_((d @ d.mT)[..., None])
         return m, d, normal.view(r, b * b, b * b)
 
@@ -353,7 +351,8 @@ class _System:
         fresh, iteration = True, 0
         ended = settled = torch.zeros_like(objective, dtype=torch.bool)
         m = d = normal = gradient = diagonal = torch.empty(0)
-        for iteration in range(1, iterations + 1):
+        while iteration < iterations:
+            iteration += 1
             if fresh:
                 m, d, normal = self.jacobian(p, mixing)
                 gradient = self.pull(m, d, mixing, residual)

@@ -68,11 +68,9 @@ def one_hot_label(gw: Tensor | None, gb: Tensor | None) -> int:
 
 def round_counts(raw: Tensor, total: int) -> Tensor:
     """Return the non-negative integers nearest to ``raw`` (C,) that sum to ``total`` (largest remainders)."""
+    raw = torch.nan_to_num(raw, nan=0.0, posinf=float(total), neginf=0.0).clamp(max=total)
     counts = raw.clamp_min(0).floor()
-    for _ in range(raw.numel() + total):
-        gap = total - int(counts.sum())
-        if gap == 0:
-            break
+    while (gap := total - int(counts.sum())) != 0:
         # The change that moves the counts least away from the raw values, one unit at a time.
         if gap > 0:
             counts[(raw - counts).argmax()] += 1
@@ -125,7 +123,7 @@ def class_counts(
 
     """
     loss = CrossEntropy() if loss is None else loss
-    floor = _floor(gw.dtype)
+    floor = _floor(gw.dtype, loss)
     gw, gb = gw.double(), gb.double()
     scale = float(batch_size) if loss.reduction == "mean" else 1.0
     share = loss.label_smoothing / head.classes
@@ -140,6 +138,7 @@ def class_counts(
     # A row's own ratio is its class mean up to the other examples' small share.
     features = gw[present] / torch.where(gb[present].abs() > 1e-30, gb[present], 1e-30)[:, None]
     best: tuple[float, Tensor, Tensor, Tensor, Tensor] | None = None
+    idle = 0
     for _ in range(iterations):
         p = torch.softmax(features @ weight.T + bias, 1)
         weighted = counts[present, None] * (p - share)
@@ -149,9 +148,10 @@ def class_counts(
         own[present] = (hit + share - p.gather(1, present[:, None]).flatten()).clamp_min(1e-6)
         raw = ratio / own
         misfit = _misfit(weighted, features, target_w, counts, present, hit)
+        idle = 0 if best is None or misfit < 0.9 * best[0] else idle + 1
         if best is None or misfit < best[0]:
             best = (misfit, counts, raw, features, present)
-        if misfit <= floor or not bool(torch.isfinite(raw).all()):
+        if misfit <= floor or idle >= 8 or not bool(torch.isfinite(raw).all()):
             break
         counts = round_counts(raw, batch_size)
         fresh = counts.nonzero().flatten()
@@ -226,9 +226,17 @@ def recover_labels(
     return _without_bias(gw, head, batch_size, mean, features.double().mean(0), loss)
 
 
-def _floor(dtype: torch.dtype) -> float:
+def rounding(dtype: torch.dtype, loss: CrossEntropy) -> float:
+    """Return the relative rounding unit of a gradient: its format's, or float32's where the loss smooths labels.
+
+    ``torch.nn.functional.cross_entropy`` holds the smoothing in single precision, whatever the format of the logits.
+    """
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps if loss.label_smoothing > 0 else 0.0)
+
+
+def _floor(dtype: torch.dtype, loss: CrossEntropy) -> float:
     """Relative error that a gradient of this precision carries (sums of some thousand rounded terms)."""
-    return 64 * torch.finfo(dtype).eps
+    return 64 * rounding(dtype, loss)
 
 
 def _rows(
@@ -249,7 +257,7 @@ def _misfit(weighted: Tensor, features: Tensor, target: Tensor, counts: Tensor, 
 
 def _single(gw: Tensor, gb: Tensor | None, head: Head, loss: CrossEntropy) -> LabelEstimate | None:
     """Return the proved label of one example, None where the gradient does not prove it."""
-    floor = _floor(gw.dtype)
+    floor = _floor(gw.dtype, loss)
     gw = gw.double()
     hit, share = 1 - loss.label_smoothing, loss.label_smoothing / head.classes
     if gb is not None:

@@ -99,7 +99,7 @@ def rank_bound(
     total = sum(p.numel() for p in params.values())
     for step, layer in enumerate(order):
         owned = [names[id(p)] for p in model.get_submodule(layer).parameters(recurse=False)]
-        if _separates(model, params, probe, order, step):
+        if before and _separates(model, params, probe, order, step):
             lower = sum(params[k].numel() for k in before if k in params)
             cuts.append((lower + min(total - lower, batch_size * widths[step]), layer))
         before.update(owned)

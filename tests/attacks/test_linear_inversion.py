@@ -1,0 +1,122 @@
+"""Linear inversion from an update as a client sends it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradleak as gl
+from gradleak.attacks import linear_inversion
+from gradleak.errors import NotApplicable
+from gradleak.models import lenet
+from gradleak.training import SGD, CrossEntropy, FedAvg, FedSGD, LocalTraining
+
+SHAPE = (3, 8, 8)
+
+
+def network(dtype: torch.dtype = torch.float64, units: int = 40, bias: bool = True) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, units, bias=bias), nn.ReLU(), nn.Linear(units, 10)).to(dtype)
+    for p in model.parameters():
+        nn.init.uniform_(p, -0.3, 0.3, generator=generator)
+    return model
+
+
+def images(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+
+
+def client(
+    count: int = 1,
+    training: LocalTraining | None = None,
+    model: nn.Module | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> gl.Client:
+    model = network(dtype) if model is None else model
+    batch = gl.Batch(images(count, dtype), torch.arange(count) % 10)
+    return gl.Client(model, batch, FedSGD() if training is None else training)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        FedSGD(),
+        FedSGD(CrossEntropy("sum", label_smoothing=0.1)),
+        FedSGD(nn.functional.multi_margin_loss),
+        FedAvg(lr=0.1, epochs=7),
+        FedAvg(optimizer=SGD(0.05, momentum=0.9), epochs=3),
+    ],
+)
+def test_one_example_is_exact(training: LocalTraining) -> None:
+    sender = client(training=training)
+    found = gl.simulate(sender, linear_inversion()).reconstruction
+    assert float((found.inputs - sender.batch.inputs).abs().max()) <= 1e-9
+    assert found.status == "exact"
+
+
+def test_label_of_one_example() -> None:
+    assert gl.simulate(client(), linear_inversion()).reconstruction.labels.tolist() == [0]  # type: ignore[union-attr]
+
+
+def test_it_needs_no_knowledge_at_all() -> None:
+    sender = client()
+    threat = gl.ThreatModel(gl.Knowledge.NOTHING)
+    found = gl.simulate(sender, linear_inversion(), threat=threat).reconstruction
+    assert float((found.inputs - sender.batch.inputs).abs().max()) <= 1e-9
+
+
+def test_float32_and_normalized_images() -> None:
+    sender = client(dtype=torch.float32)
+    space = gl.ImageSpace(SHAPE, (0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
+    shown = gl.Client(sender.model, gl.Batch(space.encode(sender.batch.inputs), sender.batch.labels))
+    found = gl.simulate(shown, linear_inversion(), space=space).reconstruction
+    assert found.inputs.dtype == torch.float32
+    assert float((found.inputs - sender.batch.inputs).abs().max()) <= 1e-5
+
+
+def test_small_batches_through_relu() -> None:
+    sender = client(2, model=network(units=200))
+    found = gl.simulate(sender, linear_inversion()).reconstruction
+    assert found.status == "exact"
+    distance = torch.cdist(found.inputs.flatten(1), sender.batch.inputs.flatten(1))
+    assert float(distance.min(0).values.max()) <= 1e-9
+    assert found.labels is None
+
+
+def test_examples_that_never_act_alone_are_named() -> None:
+    # The bias keeps the second unit group closed for the first image only, so the first never acts alone.
+    model = network(units=30)
+    found = gl.simulate(client(4, model=model), linear_inversion()).reconstruction
+    alone = int(found.notes[0].split()[0])
+    assert 0 < alone <= 4
+    assert len(found) == 4
+    truth = images(4).flatten(1)
+    distance = torch.cdist(found.inputs.flatten(1)[:alone], truth).min(1).values
+    assert float(distance.max()) <= 1e-9
+    assert (found.status == "exact") == (alone == 4)
+
+
+def test_conditions_are_named() -> None:
+    smooth = nn.Sequential(nn.Flatten(), nn.Linear(192, 40), nn.Sigmoid(), nn.Linear(40, 10)).double()
+    with pytest.raises(NotApplicable, match="needs one example"):
+        gl.simulate(client(3, model=smooth), linear_inversion())
+    with pytest.raises(NotApplicable, match="this model has none"):
+        gl.simulate(client(model=lenet(classes=10, image_size=8, seed=0).double()), linear_inversion())
+    with pytest.raises(NotApplicable, match="no trained bias"):
+        gl.simulate(client(model=network(bias=False)), linear_inversion())
+
+
+def test_a_noised_update_is_not_called_exact() -> None:
+    sender = client()
+    update = sender.send()
+    generator = torch.Generator().manual_seed(0)
+    noised = gl.Update(
+        {k: v + 1e-4 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for k, v in update.tensors.items()}
+    )
+    seen = gl.ThreatModel().observe(
+        sender.model, noised, space=gl.ImageSpace(SHAPE), training=sender.training, batch_size=1
+    )
+    found = linear_inversion().reconstruct(seen)
+    assert found.status == "stalled"
+    assert any("noised" in note for note in found.notes)
