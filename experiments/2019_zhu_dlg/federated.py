@@ -1,0 +1,158 @@
+"""Federated averaging: 1 to 10 local steps, taken as one gradient and unrolled (Table 1).
+
+The client takes k SGD steps on one example and sends the weight delta. The paper's attacker divides it by −lr·k and
+treats it as one gradient; ours differentiates through the k steps, because local training *is* the forward map. A
+second table has k steps on k examples, reported like a batch of k. The paper names neither step size nor model; here
+it is the LeNet with lr 0.01, and 1e-4 for the paper's argument that small weight changes look like one gradient.
+Cost of the default scale: about fifteen minutes of one core, which grows in proportion to k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gradleak as gl
+from gradleak.analytic.ranks import rank_bound
+from gradleak.audit.experiment import Figure, Lab, Measured, Result, Row, median, share
+from gradleak.training import SGD, parameters
+
+from . import _shared  # noqa: TID252
+
+NAME = "federated"
+NEEDS = ("cifar100.npz",)
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """Scale: ``together`` is the number of vmapped images; ``small`` the number of images at the small step size."""
+
+    steps: tuple[int, ...]
+    images: int
+    together: int
+    iterations: int
+    outer: int
+    small: tuple[int, ...]
+    momentum: tuple[int, ...]
+    several: tuple[int, ...]
+    several_width: int
+    several_iterations: int
+
+
+SMOKE = Config((1, 2), 1, 1, 60, 3, (2,), (), (2,), 12, 20)
+DEFAULT = Config((1, 2, 3, 4, 10), 4, 4, 3000, 300, (2, 4), (4,), (2, 4), 24, 2000)
+FULL = Config((1, 2, 3, 4, 10), 100, 50, 6000, 300, (1, 2, 3, 4, 10), (2, 3, 4, 10), (2, 3, 4, 10), 64, 10_000)
+
+
+def training(steps: int, lr: float, momentum: float, examples: int = 1) -> gl.FedAvg:
+    """Return the client's training: ``steps`` steps on one example, or one step on each of ``examples``."""
+    rule = SGD(lr, momentum=momentum) if momentum else SGD(lr)
+    return gl.FedAvg(optimizer=rule, steps=steps, batch_size=1 if examples > 1 else None)
+
+
+def ours(lab: Lab, *, steps: int, lr: float, momentum: float, images: list[int], iterations: int) -> Mapping[str, Any]:
+    """Unroll k steps on one example each; images of one case advance together."""
+    data, local = _shared.images("cifar100"), training(steps, lr, momentum)
+    batches = [_shared.held_out(lab, data, [i]) for i in images]
+    observations = [_shared.observe(data.lenet(i), b, local) for i, b in zip(images, batches, strict=True)]
+    return _shared.merged(_shared.attack_gradients(observations, batches, iterations=iterations))
+
+
+def published(lab: Lab, *, steps: int, lr: float, momentum: float, image: int, outer: int) -> Mapping[str, Any]:
+    """Treat the same delta as one gradient and run the published algorithm."""
+    data = _shared.images("cifar100")
+    batch, model = _shared.held_out(lab, data, [image]), data.lenet(image)
+    observation = _shared.observe(model, batch, training(steps, lr, momentum))
+    return _shared.attack_published(
+        model, batch, observation, classes=100, seed=image, outer=outer, lr=lr, steps=steps
+    )
+
+
+def several(lab: Lab, *, examples: int, lr: float, width: int, images: list[int], iterations: int) -> Mapping[str, Any]:
+    """Unroll one step on each of k examples."""
+    data, local = _shared.images("cifar100"), training(examples, lr, 0.0, examples)
+    batch, model = _shared.held_out(lab, data, images), data.lenet(images[0], width=width)
+    bound = rank_bound(model, parameters(model), data.shape, examples)
+    found = _shared.attack_gradients([_shared.observe(model, batch, local)], [batch], iterations=iterations)[0]
+    return {**found, "rank": bound.rank, "unknowns": bound.unknowns}
+
+
+def several_published(lab: Lab, *, examples: int, lr: float, width: int, images: list[int], outer: int) -> Mapping[str, Any]:
+    """Treat the delta of k steps on k examples as one gradient of a batch of k."""
+    data = _shared.images("cifar100")
+    batch, model = _shared.held_out(lab, data, images), data.lenet(images[0], width=width)
+    observation = _shared.observe(model, batch, training(examples, lr, 0.0, examples))
+    return _shared.attack_published(
+        model, batch, observation, classes=100, seed=images[0], outer=outer, lr=lr, steps=examples
+    )
+
+
+def run(config: Config, lab: Lab) -> Result:
+    chosen = lab.sample(_shared.total("cifar100"), max(config.images, *config.several), seed=0)
+    images = chosen[: config.images]
+    rows: list[Row] = []
+    lines: list[tuple[str, list[Any]]] = []
+    plotted: list[tuple[int, list[float], list[float]]] = []
+
+    def both(steps: int, lr: float, momentum: float) -> tuple[list[Measured], list[Measured]]:
+        fixed = {"steps": steps, "lr": lr, "momentum": momentum}
+        parts = _shared.chunks(images, config.together)
+        mine = lab.measure(ours, [{**fixed, "images": part, "iterations": config.iterations} for part in parts])
+        return mine, lab.measure(published, [{**fixed, "image": i, "outer": config.outer} for i in images])
+
+    for steps in config.steps:
+        mine, theirs = both(steps, 0.01, 0.0)
+        rows += _rows(f"{steps} local step{'s' * (steps > 1)}", mine, theirs, len(images))
+        plotted.append((steps, _shared.series(mine, "mse"), _shared.series(theirs, "mse")))
+        lines.append((f"ours, k = {steps}", [i for r in mine for i in r["images"]][:8]))
+        lines.append((f"published, k = {steps}", [r["images"][0] for r in theirs][:8]))
+    lines.insert(0, ("truth", [i for r in mine for i in r["truth"]][:8]))
+    for steps in config.small:
+        rows += _rows(f"{steps} local steps of size 1e-4", *both(steps, 1e-4, 0.0), len(images))[:1]
+    for steps in config.momentum:
+        rows += _rows(f"{steps} local steps with momentum 0.9", *both(steps, 0.01, 0.9), len(images))[:1]
+    for count in config.several:
+        fixed = {"examples": count, "lr": 0.01, "width": config.several_width, "images": chosen[:count]}
+        mine = lab.measure(several, [{**fixed, "iterations": config.several_iterations}])
+        theirs = lab.measure(several_published, [{**fixed, "outer": config.outer}])
+        room = f"rank at most {mine[0]['rank']:,} of {mine[0]['unknowns']:,}" * (mine[0]["rank"] < mine[0]["unknowns"])
+        title = f"{count} steps on {count} examples, width {config.several_width}"
+        rows += _rows(title, mine, theirs, count, room)
+    figures = [
+        Figure("errors", "Error of every image against the number of local steps, lr 0.01.", _errors(plotted)),
+        Figure("grid", "Random test images after k local steps, none rejected.", lambda f: _shared.pictures(f, lines),
+               (6.0, 10.0)),
+    ]  # fmt: skip
+    return Result(rows, figures, scaled="" if config == FULL else f"{len(images)} instead of {FULL.images} images a row")
+
+
+def _rows(title: str, mine: list[Measured], theirs: list[Measured], examples: int, note: str = "") -> list[Row]:
+    errors = [_shared.series(r, "mse") for r in (mine, theirs)]
+    hits = [share([e <= _shared.HIT for e in column]) for column in errors]
+    seconds = sum(r.seconds for r in mine) / examples
+    evaluations = median([float(e) for e in _shared.series(mine, "evaluations")]).value
+    cost = f"{seconds:.0f} s an image, {evaluations:.0f} evaluations"
+    return [
+        Row(f"median MSE, {title}", *map(median, errors), cost=cost, note=note),
+        Row(f"success at MSE 1e-4, {title}", *hits),
+    ]
+
+
+def _errors(plotted: list[tuple[int, list[float], list[float]]]) -> Any:
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        paper = {1: 3.3e-6, 2: 3.5e-3, 3: 3.0e-3, 4: 1.8e-2}
+        axis.plot(list(paper), list(paper.values()), "k_", markersize=16, label="the paper's Table 1")
+        for k, mine, theirs in plotted:
+            for values, color, label in ((mine, "C0", "unrolled (ours)"), (theirs, "C1", "as one gradient (published)")):
+                y = [min(max(e, 1e-16), 1.0) for e in values]
+                axis.scatter([k] * len(y), y, color=color, s=14, label=label if k == plotted[0][0] else None)
+        axis.axhline(_shared.HIT, color="gray", linestyle="--", linewidth=1)
+        axis.set_yscale("log")
+        axis.set_xlabel("local steps")
+        axis.set_ylabel("mean squared error")
+        axis.legend(fontsize=8)
+
+    return draw
