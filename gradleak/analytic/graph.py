@@ -117,8 +117,9 @@ class Affine(Step):
         if len(u) <= _FEW:
             top, bottom, left, right = self.padding
             channels, height, width = self.in_shape
-            size = (len(u), channels, height + top + bottom, width + left + right)
-            full = torch.nn.grad.conv2d_input(size, weight, u, self.stride, 0, self.dilation, self.groups)
+            x = u.new_zeros(()).expand(len(u), channels, height + top + bottom, width + left + right)
+            options = (self.stride, (0, 0), self.dilation, False, (0, 0), self.groups, (True, False, False))
+            full = torch.ops.aten.convolution_backward(u, x, weight, None, *options)[0]
             return full[:, :, top : top + height, left : left + width].flatten(1)
         # Convolving phase by phase beats a transposed convolution, and small chunks stay in the cache.
         kernel, pads = self._phases(weight)
@@ -549,7 +550,7 @@ class _Reader:
                 tensors[part] = _attribute(self.model, str(value.target))
         if "weight" not in tensors:
             raise _Stop(f"{_label(node)} has no weight that is a parameter")
-        options = {k: given[k] for k in order[3:] if k in given}
+        options: dict[str, Any] = {k: given[k] for k in order[3:] if k in given}
         return self._affine(
             node.name, tensors["weight"], tensors.get("bias"), source, target, linear=key == "linear", **options
         )
@@ -582,18 +583,24 @@ def _reshape(target: Shape) -> Callable[[Tensor], Tensor]:
 def _bind(node: fx.Node) -> Callable[[Tensor], Tensor]:
     rest, options = node.args[1:], dict(node.kwargs)
     if node.op == "call_method":
-        return lambda x: getattr(x, str(node.target))(*rest, **options)  # type: ignore[no-any-return]
-    return lambda x: node.target(x, *rest, **options)  # type: ignore[operator, no-any-return]
+        return lambda x: getattr(x, str(node.target))(*rest, **options)
+    call: Callable[..., Tensor] = node.target  # type: ignore[assignment]
+    return lambda x: call(x, *rest, **options)
 
 
 def _arithmetic(node: fx.Node, key: str, value: float, shape: Shape) -> Elementwise:
-    call = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}.get(key, operator.truediv)
+    calls: dict[str, Callable[[Any, Any], Tensor]]
+    calls = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
+    call: Callable[[Any, Any], Tensor] = calls.get(key, operator.truediv)
     left = isinstance(node.args[0], fx.Node)
     if key in ("truediv", "div") and not left:
         raise _Stop(f"{_label(node)} divides by what is sought")
-    function = (lambda x: call(x, value)) if left else (lambda x: call(value, x))
-    shift = function(torch.zeros((), dtype=torch.float64)).item()
-    scale = function(torch.ones((), dtype=torch.float64)).item() - shift
+
+    def function(x: Tensor) -> Tensor:
+        return call(x, value) if left else call(value, x)
+
+    shift = float(function(torch.tensor(0.0, dtype=torch.float64)))
+    scale = float(function(torch.tensor(1.0, dtype=torch.float64))) - shift
     if scale == 0:
         raise _Stop(f"{_label(node)} multiplies by zero")
     return Elementwise(node.name, shape, shape, function, lambda a: (a - shift) / scale, affine=True)

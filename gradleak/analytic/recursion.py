@@ -363,8 +363,9 @@ class _Walk:
                 )
 
             dense = equations(dense)
-            if not more:
-                self.rebuild = lambda: equations(composite.sandwich(known.dense.to(dense), known.slope))
+            before, dtype = known.dense, dense.dtype
+            if not more and before is not None:
+                self.rebuild = lambda: equations(composite.sandwich(before.to(dtype), known.slope))
         self.hessian = _between(Composite((step,), self.params), self.hessian)
         if step.inputs <= _MATERIAL and index > 0:
             matrix = self.hessian(torch.eye(step.inputs).to(self.value.device, precision(step.inputs)))
