@@ -1,0 +1,149 @@
+"""The documentation: its Python blocks run, what it names exists, its links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gradleak as gl
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+RUN = [ROOT / "README.md", *(ROOT / "docs" / f"{p}.md" for p in ("quickstart", "threat-models", "capture", "extend"))]
+
+_FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def blocks(page: Path, info: str = "python") -> list[str]:
+    return [code for head, code in _FENCE.findall(page.read_text(encoding="utf-8")) if head.startswith(info)]
+
+
+def prose(page: Path) -> str:
+    return _FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ +(.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", t.lower()).strip().replace(" ", "-") for t in titles}
+
+
+def test_blocks_run_in_an_empty_folder(tmp_path: Path) -> None:
+    files = []
+    for page in RUN:
+        codes = blocks(page)
+        assert codes, f"{page.name} has no Python block"
+        for number, code in enumerate(codes):
+            files.append(tmp_path / f"{page.stem}_{number}.py")
+            files[-1].write_text(code, encoding="utf-8")
+    # One process for all blocks, each in a namespace of its own: importing torch takes longer than most of them.
+    runner = "import runpy, sys\nfor path in sys.argv[1:]: runpy.run_path(path, run_name='__main__')"
+    (tmp_path / "empty").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", runner, *map(str, files)],
+        cwd=tmp_path / "empty",
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in _LINK.findall(prose(page)):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        # The site is built from docs/ alone.
+        assert page.parent == ROOT or file.is_relative_to(ROOT / "docs"), f"{page.name} links out of docs/: {target}"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name} links to {target}, but there is no such heading"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    lacking = [p.name for p in (ROOT / "docs").glob("*.md") if p.name not in navigation]
+    assert not lacking
+
+
+def names_in_table(page: Path, heading: str) -> list[str]:
+    section = page.read_text(encoding="utf-8").split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    return [n for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for n in re.findall(r"`(\w+)`", row)]
+
+
+@pytest.mark.parametrize(
+    ("page", "heading"), [("README.md", "Attacks"), ("docs/threat-models.md", "What each attack needs")]
+)
+def test_attack_tables_name_attacks(page: str, heading: str) -> None:
+    names = names_in_table(ROOT / page, heading)
+    assert len(names) >= 3
+    assert set(names) <= set(gl.attacks.__all__)
+
+
+def test_flags_of_knowledge_are_explained() -> None:
+    names = names_in_table(ROOT / "docs" / "threat-models.md", "What a threat model may grant")
+    assert set(names) == {flag.name for flag in gl.Knowledge if flag.value}
+
+
+def test_defenses_that_the_readme_names_exist() -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Defenses\n", 1)[1].split("\n## ", 1)[0]
+    named = [n for n in re.findall(r"`(\w+)`", section) if n.islower()]
+    assert len(named) >= 9
+    assert set(named) <= set(gl.defenses.__all__)
+
+
+def test_options_that_the_pages_name_exist() -> None:
+    from gradleak import cli, cli_reproduce
+
+    functions = (cli.demo, cli.attack, cli.report, cli.list_names, cli_reproduce.reproduce)
+    known = {"--help", "--version"} | {
+        "--" + name.replace("_", "-") for f in functions for name in inspect.signature(f).parameters
+    }
+    for name in ("README.md", "docs/quickstart.md", "docs/command-line.md", "docs/capture.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+        assert used <= known, f"{name} names {sorted(used - known)}"
+
+
+def contract_tests() -> types.ModuleType:
+    path = ROOT / "tests" / "contracts" / "test_attacks.py"
+    spec = importlib.util.spec_from_file_location("contract_tests_of_the_documentation", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ATTACKS = blocks(ROOT / "docs" / "extend.md", 'python title="attack"')
+
+
+@pytest.mark.parametrize(("number", "name"), [(0, "first_layer"), (1, "smooth_dlg")])
+def test_attacks_shown_in_extend_keep_the_contract(number: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
+    exec(compile(ATTACKS[number], "docs/extend.md", "exec"), module.__dict__)
+    monkeypatch.setattr(gl.attacks, name, getattr(module, name), raising=False)
+    contract = contract_tests()
+    checks = [f for n, f in vars(contract).items() if n.startswith("test_") and n != "test_runs_on_cuda"]
+    assert len(checks) >= 5
+    for check in checks:
+        check(name)
+
+
+def test_the_attack_shown_in_extend_is_short() -> None:
+    lines = [line for line in ATTACKS[0].splitlines() if line.strip()]
+    assert len(lines) <= 20
