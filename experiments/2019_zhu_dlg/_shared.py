@@ -20,8 +20,8 @@ from gradleak.metrics.assignment import assign
 from . import _ours, _published  # noqa: TID252
 
 __all__ = [
-    "HIT", "Images", "attack_gradients", "attack_published", "best_effort", "chunks", "errors", "first_hit", "gradients",
-    "held_out", "images", "merged", "observe", "pictures", "psnr", "record", "series", "total",
+    "HIT", "Images", "attack_gradients", "attack_published", "best_effort", "chunks", "errors", "first_hit",
+    "gradients", "held_out", "images", "merged", "observe", "pictures", "psnr", "record", "series", "total",
 ]  # fmt: skip
 
 HIT = 1e-4

@@ -65,9 +65,7 @@ def published(lab: Lab, *, steps: int, lr: float, momentum: float, image: int, o
     data = _shared.images("cifar100")
     batch, model = _shared.held_out(lab, data, [image]), data.lenet(image)
     observation = _shared.observe(model, batch, training(steps, lr, momentum))
-    return _shared.attack_published(
-        model, batch, observation, classes=100, seed=image, outer=outer, lr=lr, steps=steps
-    )
+    return _shared.attack_published(model, batch, observation, classes=100, seed=image, outer=outer, lr=lr, steps=steps)
 
 
 def several(lab: Lab, *, examples: int, lr: float, width: int, images: list[int], iterations: int) -> Mapping[str, Any]:
@@ -79,7 +77,9 @@ def several(lab: Lab, *, examples: int, lr: float, width: int, images: list[int]
     return {**found, "rank": bound.rank, "unknowns": bound.unknowns}
 
 
-def several_published(lab: Lab, *, examples: int, lr: float, width: int, images: list[int], outer: int) -> Mapping[str, Any]:
+def several_published(
+    lab: Lab, *, examples: int, lr: float, width: int, images: list[int], outer: int
+) -> Mapping[str, Any]:
     """Treat the delta of k steps on k examples as one gradient of a batch of k."""
     data = _shared.images("cifar100")
     batch, model = _shared.held_out(lab, data, images), data.lenet(images[0], width=width)
@@ -125,7 +125,9 @@ def run(config: Config, lab: Lab) -> Result:
         Figure("grid", "Random test images after k local steps, none rejected.", lambda f: _shared.pictures(f, lines),
                (6.0, 10.0)),
     ]  # fmt: skip
-    return Result(rows, figures, scaled="" if config == FULL else f"{len(images)} instead of {FULL.images} images a row")
+    return Result(
+        rows, figures, scaled="" if config == FULL else f"{len(images)} instead of {FULL.images} images a row"
+    )
 
 
 def _rows(title: str, mine: list[Measured], theirs: list[Measured], examples: int, note: str = "") -> list[Row]:
@@ -146,7 +148,10 @@ def _errors(plotted: list[tuple[int, list[float], list[float]]]) -> Any:
         paper = {1: 3.3e-6, 2: 3.5e-3, 3: 3.0e-3, 4: 1.8e-2}
         axis.plot(list(paper), list(paper.values()), "k_", markersize=16, label="the paper's Table 1")
         for k, mine, theirs in plotted:
-            for values, color, label in ((mine, "C0", "unrolled (ours)"), (theirs, "C1", "as one gradient (published)")):
+            for values, color, label in (
+                (mine, "C0", "unrolled (ours)"),
+                (theirs, "C1", "as one gradient (published)"),
+            ):
                 y = [min(max(e, 1e-16), 1.0) for e in values]
                 axis.scatter([k] * len(y), y, color=color, s=14, label=label if k == plotted[0][0] else None)
         axis.axhline(_shared.HIT, color="gray", linestyle="--", linewidth=1)

@@ -113,7 +113,8 @@ def run(config: Config, lab: Lab) -> Result:
     fall = traced["errors"]
     rows.insert(0, Row("image error at the end of the traced run", f"{fall[-1]:.1e} (from {fall[0]:.1e})"))
     figures = [
-        Figure("curves", "Squared gradient distance per layer, and the image's own error, along one run.", _curves(traced)),
+        Figure("curves", "Squared gradient distance per layer, and the image's own error, along one run.",
+               _curves(traced)),
         Figure("some layers", "What the gradients of some layers show of random test images.",
                lambda f: _shared.pictures(f, lines), (7.0, 10.0)),
     ]  # fmt: skip

@@ -92,7 +92,9 @@ def run(config: Config, lab: Lab) -> Result:
                 f"{median(errors[1]).value:.1e}; {exact} of {len(mine)} of ours certified exact",
             )
         )
-    scaled = f"{config.images} images for ours, {config.published} for the published algorithm, instead of {FULL.images}"
+    scaled = (
+        f"{config.images} images for ours, {config.published} for the published algorithm, instead of {FULL.images}"
+    )
     figure = Figure("errors", "Error of every image; the dashed line is MSE 1e-4.", _errors(found))
     return Result(rows, [figure], scaled="" if config == FULL else scaled)
 

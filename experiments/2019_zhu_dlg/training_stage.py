@@ -98,7 +98,8 @@ def run(config: Config, lab: Lab) -> Result:
     for stage in STAGES:
         mine = lab.measure(ours, [{"stage": stage, "image": i, **fixed} for i in chosen])
         theirs = lab.measure(
-            published, [{"stage": stage, "image": i, "outer": config.outer, **fixed} for i in chosen[: config.published]]
+            published,
+            [{"stage": stage, "image": i, "outer": config.outer, **fixed} for i in chosen[: config.published]],
         )
         errors = [_shared.series(r, "mse") for r in (mine, theirs)]
         all_errors.append(errors)
@@ -111,8 +112,8 @@ def run(config: Config, lab: Lab) -> Result:
         lines.append((f"published, {stage} %", [r["images"][0] for r in theirs[:10]]))
     lines.insert(0, ("truth", [r["truth"][0] for r in mine[:10]]))
     figures = [
-        Figure("grid", "Random test digits, none rejected, at every stage of training.", lambda f: _shared.pictures(f, lines),
-               (9.0, 7.0)),
+        Figure("grid", "Random test digits, none rejected, at every stage of training.",
+               lambda f: _shared.pictures(f, lines), (9.0, 7.0)),
         Figure("errors", "Error of every image at every stage; the dashed line is MSE 1e-4.", _scatter(all_errors)),
     ]  # fmt: skip
     scaled = f"MNIST, {config.images} images a stage for ours, {config.published} for the published algorithm"
