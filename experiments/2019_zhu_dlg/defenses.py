@@ -6,8 +6,10 @@ it, solves the network backward (least squares on the update), and, where that l
 gradient unexplained, matches under the known defense with the prior weight that the noise level implies; among its
 candidates it takes the more probable one. The truth is not consulted, and nothing was tuned on test images.
 
-A defense holds ("defended") against an attacker who recovers fewer than half of the images at PSNR 20 dB, an error of
-a tenth of the pixel range, at which a person recognizes the picture; the strict threshold, MSE 1e-4, is beside it.
+A defense holds ("defended") against an attacker who recovers, at PSNR 20 dB, fewer than half of the images that the
+same attacker recovers without any defense: the published algorithm fails on many images even then, and that is no
+merit of a defense. 20 dB is an error of a tenth of the pixel range, at which a person recognizes the picture; the
+strict threshold, MSE 1e-4, is beside it.
 Every model whose accuracy is given was trained under its defense: each minibatch is a client's defended update.
 """
 
@@ -87,7 +89,7 @@ class Config:
 
 
 SMOKE = Config(("none", "Gaussian 1e-3", "8 bit"), 1, 20, 3, 640, 1)
-DEFAULT = Config(tuple(n for n in GRID if n not in {f"pruning {p} %" for p in (20, 40, 60, 80)}), 3, 400, 120, 5000, 10)
+DEFAULT = Config(tuple(n for n in GRID if n not in {f"pruning {p} %" for p in (20, 40, 60, 80)}), 3, 400, 60, 5000, 10)
 FULL = Config(tuple(GRID), 100, 3000, 300, 5000, 40)
 
 
@@ -268,13 +270,15 @@ def run(config: Config, lab: Lab) -> Result:
     """Measure accuracy and leakage under every defense."""
     images = lab.sample(1200, config.images, seed=0)
     rows, lines, pictures, marks = [], [], [], []
+    bare: tuple[float, float] | None = None  # shares without a defense, the first of the names
     for name in config.names:
         model = lab.measure(trained, [{"name": name, "train": config.train, "epochs": config.epochs}])[0]
         ours = lab.measure(aware, [{"name": name, "image": i, "iterations": config.matching} for i in images])
         theirs = lab.measure(unaware, [{"name": name, "image": i, "outer": config.outer} for i in images])
         said, mark = PAPER.get(name, ("", None))
         visible = recovered(ours, VISIBLE), recovered(theirs, VISIBLE)
-        holds = visible[0].value < 0.5, visible[1].value < 0.5
+        bare = bare or (visible[0].value, visible[1].value)
+        holds = defended(visible[0].value, bare[0]), defended(visible[1].value, bare[1])
         verdict = fate(mark, *holds)
         seconds = median([r["time"] for r in ours]).value
         alone = recovered(ours, VISIBLE, "recursion").value
@@ -307,7 +311,7 @@ def run(config: Config, lab: Lab) -> Result:
     size = median([r["rms"] for r in ours]).value
     foot = (
         f"Gradient of one image at the random weights that are attacked: rms {size:.2g} per coordinate. "
-        "yes: fewer than half of the images at PSNR 20 dB."
+        "yes: fewer than half of the images that the same attacker recovers at PSNR 20 dB without a defense."
     )
     return Result(
         rows=rows,
@@ -333,15 +337,20 @@ def run(config: Config, lab: Lab) -> Result:
     )
 
 
-def fate(paper: bool | None, ours: bool, theirs: bool) -> str:
+def defended(share_under: float, share_without: float) -> bool | None:
+    """Return whether a defense leaves less than half of the success; None where there was none to begin with."""
+    return None if share_without == 0 else share_under < share_without / 2
+
+
+def fate(paper: bool | None, ours: bool | None, theirs: bool | None) -> str:
     """Return in words what becomes of the paper's mark; True means defended."""
     if paper is None:
-        return "Holds against both here" if ours and theirs else "Falls to ours" if theirs else "Defends against nobody"
+        return "Holds against ours" if ours else "Falls to ours" + (", not to the published" if theirs else "")
     if not paper:
         return "The paper's ✗ stands" if not ours else "The paper's ✗ was not reached here"
     if ours:
         return "The paper's ✓ stands"
-    return "The paper's ✓ falls to the stronger attacker" + ("" if theirs else ", and to the published one")
+    return "The paper's ✓ falls to the stronger attacker" + (", and to the published one" if theirs is False else "")
 
 
 def _mark(defended: bool | None) -> str:

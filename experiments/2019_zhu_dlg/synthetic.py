@@ -52,7 +52,7 @@ class Config:
 
 
 SMOKE = Config(1, 1, 1, 20, 2, 50)
-DEFAULT = Config(5, 8, 3, 800, 150, 5000)
+DEFAULT = Config(4, 8, 3, 800, 100, 2000)
 FULL = Config(10, 100, 100, 5000, 300, 5000)
 
 
