@@ -1,8 +1,19 @@
 """Attacks: each name in ``__all__`` is a factory with keyword-only options that returns an :class:`Attack`."""
 
+from gradleak.attacks.auto import auto
 from gradleak.attacks.disaggregation import disaggregate
+from gradleak.attacks.gauss_newton import gauss_newton
 from gradleak.attacks.linear_inversion import linear_inversion
 from gradleak.attacks.matching import dlg, idlg, inverting_gradients
 from gradleak.attacks.recursion import recursion
 
-__all__ = ["disaggregate", "dlg", "idlg", "inverting_gradients", "linear_inversion", "recursion"]
+__all__ = [
+    "auto",
+    "disaggregate",
+    "dlg",
+    "gauss_newton",
+    "idlg",
+    "inverting_gradients",
+    "linear_inversion",
+    "recursion",
+]

@@ -1,0 +1,425 @@
+"""The attack that chooses: exact where there is an exact way, matching where there is none, a certificate always."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from gradleak.analytic.certify import Construction, certify
+from gradleak.analytic.graph import trace_chain
+from gradleak.analytic.labels import recover_labels
+from gradleak.analytic.recursion import RecursionResult, invert_layers
+from gradleak.attacks.base import Attack, Callback, Progress
+from gradleak.attacks.gauss_newton import gauss_newton, is_smooth
+from gradleak.attacks.linear_inversion import linear_inversion
+from gradleak.attacks.matching import GradientMatching, dlg, idlg, inverting_gradients
+from gradleak.attacks.recursion import _check, _gradient
+from gradleak.errors import InvalidInput, InvalidModel, NotApplicable, ResourceLimit
+from gradleak.inputs import ImageSpace
+from gradleak.threat import Knowledge, Observation
+from gradleak.training import FedSGD, check_reproducible
+from gradleak.types import Certificate, Reconstruction
+
+__all__ = ["Auto", "auto", "certificate"]
+
+_RANK = {"unproved": 0, "matched": 1, "proved": 2}
+_MOST_CLASSES = 256
+"""Up to so many classes, the label of one example is found by trying all of them."""
+
+
+def certificate(
+    observation: Observation,
+    found: Reconstruction,
+    *,
+    construction: Construction | None = None,
+    uniqueness: bool | None = None,
+    seed: int = 0,
+) -> Certificate:
+    """Return what the observed update proves about ``found``; no truth is involved.
+
+    Args:
+        observation: what was seen.
+        found: any attack's result on it.
+        construction: a proof of uniqueness that came with the solution.
+        uniqueness: whether to compute the Jacobian; None does so where it is cheap.
+        seed: of the jitter by which rounding is measured.
+
+    """
+    space, device = observation.space, next(iter(observation.params.values())).device
+    decoded = found.inputs.detach().to(device)
+    inputs = space.encode(decoded.double() if decoded.is_floating_point() else decoded).double()
+    scale = 1 / max(space.std or (1.0,)) if isinstance(space, ImageSpace) else None
+
+    def examined(labels: Tensor) -> Certificate:
+        return certify(
+            observation.model,
+            observation.update.tensors,
+            inputs,
+            labels.to(device),
+            training=observation.training,
+            construction=construction,
+            uniqueness=uniqueness,
+            scale=scale,
+            seed=seed,
+        )
+
+    try:
+        hard, soft = _labels(observation, found, inputs)
+        if hard is None and soft is None:
+            return _unproved(len(found), "The labels are not known, so the update cannot be re-simulated.")
+        best = None
+        for labels in (hard, soft):
+            if labels is not None and (best is None or best.verdict == "unproved"):
+                other = examined(labels)
+                best = other if best is None or _order(other) > _order(best) else best
+        assert best is not None
+        return best
+    except InvalidModel as reason:
+        return _unproved(len(found), str(reason))
+
+
+def _unproved(count: int, reason: str) -> Certificate:
+    return Certificate("unproved", float("nan"), 0.0, examples=("unproved",) * count, reason=reason)
+
+
+def _order(item: Certificate | None) -> tuple[int, float]:
+    """Order by verdict, then by residual; both are the attacker's own."""
+    if item is None:
+        return (-1, float("-inf"))
+    return _RANK[item.verdict], -math.inf if math.isnan(item.residual) else -item.residual
+
+
+def _labels(observation: Observation, found: Reconstruction, inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return class indices and probabilities to re-simulate with; granted labels are taken as they are."""
+    if observation.labels is not None:
+        granted = observation.labels
+        return (None, granted) if granted.is_floating_point() else (granted, None)
+    if found.labels is not None:
+        return found.labels, found.label_probabilities
+    if len(found) > 1:
+        return None, None
+    return _best_label(observation, inputs), None
+
+
+def _best_label(observation: Observation, inputs: Tensor) -> Tensor | None:
+    """Return the label (1,) of one example under which the update points most nearly as the seen one does."""
+    training = FedSGD() if observation.training is None else observation.training.undefended
+    model, seen = observation.model, observation.update.tensors
+    check_reproducible(model)
+    own = next(iter(observation.params.values()))
+    x = inputs.to(own)
+    with torch.no_grad():
+        classes = int(functional_call(model, {}, (x,)).shape[-1])
+    if classes > _MOST_CLASSES:
+        return None
+    target = torch.cat([t.flatten() for t in seen.values()]).to(own)
+    scores = []
+    for label in range(classes):
+        y = torch.tensor([label], device=own.device)
+        found = training.tensors(model, observation.params, x, y, buffers=dict(model.named_buffers()))
+        ours = torch.cat([found[k].flatten() for k in seen])
+        cosine = float(ours @ target / (ours.norm() * target.norm()).clamp(min=1e-30))
+        # Without the client's training, a weight delta has the opposite sign.
+        scores.append(abs(cosine) if observation.training is None else cosine)
+    return torch.tensor([max(range(classes), key=scores.__getitem__)])
+
+
+@final
+@dataclass(frozen=True)
+class Auto(Attack):
+    """Tries exact attacks first, then matching, and proves what it returns; made by :func:`auto`.
+
+    Attributes:
+        budget: seconds for all observations together, None for no limit; the best so far is returned.
+        iterations: of matching, None for each attack's own default.
+        restarts: of matching.
+        polish: whether to finish smooth models with Gauss–Newton steps where they fit.
+        uniqueness: whether certificates compute the Jacobian; None does so where it is cheap.
+
+    """
+
+    budget: float | None = None
+    iterations: int | None = None
+    restarts: int = 1
+    polish: bool = True
+    uniqueness: bool | None = None
+
+    requires = Knowledge.BATCH_SIZE
+
+    def __post_init__(self) -> None:
+        if (self.budget is not None and not self.budget > 0) or self.restarts < 1:
+            raise InvalidInput(
+                f"auto cannot use budget={self.budget} with restarts={self.restarts}; give seconds above 0 (or None) "
+                "and at least one restart."
+            )
+
+    def _reconstruct(
+        self, observations: list[Observation], seed: int, callback: Callback | None
+    ) -> list[Reconstruction]:
+        clock = _Clock(self.budget, callback)
+        cases = [_Case(o, seed) for o in observations]
+        for number, case in enumerate(cases):
+            case.exactly(self)
+            clock(Progress(number + 1, len(cases), case.objective, "exact attacks"), stop=False)
+        open_ = [c for c in cases if c.open]
+        for name, attack, members in self._matching(open_):
+            _match(name, attack, members, seed, clock)
+        for case in open_:
+            if self.polish and case.open and not clock.over:
+                case.polished(self, clock)
+        return [case.result() for case in cases]
+
+    def _matching(self, cases: Sequence[_Case]) -> list[tuple[str, Attack, list[_Case]]]:
+        """Choose a matching attack for every case; cases with the same choice advance together."""
+        groups: dict[str, list[_Case]] = {}
+        for case in cases:
+            name = case.matching()
+            if name is not None:
+                groups.setdefault(name, []).append(case)
+        return [(name, self._made(name), members) for name, members in groups.items()]
+
+    def _made(self, name: str) -> GradientMatching:
+        factories: dict[str, Callable[..., GradientMatching]] = {
+            "idlg": idlg,
+            "dlg": dlg,
+            "inverting_gradients": inverting_gradients,
+        }
+        made = factories[name](restarts=self.restarts)
+        if self.iterations is None:
+            return made
+        return replace(made, solver=replace(made.solver, iterations=self.iterations))
+
+
+class _Clock:
+    """Passes progress on, and stops an attack when the time is over."""
+
+    def __init__(self, budget: float | None, callback: Callback | None) -> None:
+        self.deadline = None if budget is None else time.monotonic() + budget
+        self.callback, self.stopped = callback, False
+
+    @property
+    def over(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def __call__(self, progress: Progress, *, stop: bool = True) -> None:
+        if self.callback is not None:
+            self.callback(progress)
+        if stop and self.over:
+            self.stopped = True
+            raise KeyboardInterrupt
+
+
+class _Case:
+    """One observation on its way through the attacks."""
+
+    def __init__(self, observation: Observation, seed: int) -> None:
+        self.observation, self.seed = observation, seed
+        self.notes: list[str] = []
+        self.best: Reconstruction | None = None
+        self.reasons: list[str] = []
+        self.seconds = 0.0
+        self.by = ""
+
+    @property
+    def open(self) -> bool:
+        """Whether the update is not explained yet."""
+        return self.best is None or self.best.certificate is None or self.best.certificate.verdict == "unproved"
+
+    @property
+    def objective(self) -> float:
+        return float("inf") if self.best is None else self.best.objective
+
+    def offer(
+        self, name: str, found: Reconstruction, uniqueness: bool | None, construction: Construction | None = None
+    ) -> None:
+        """Keep ``found`` if its certificate is better than that of the best so far."""
+        proof = certificate(self.observation, found, construction=construction, uniqueness=uniqueness, seed=self.seed)
+        self.notes.append(f"{name}: {proof.verdict}. {proof.reason}")
+        if self.best is None or _order(proof) > _order(self.best.certificate):
+            self.best, self.by = replace(found, certificate=proof), name
+
+    def exactly(self, options: Auto) -> None:
+        """Try what needs no search."""
+        begin = time.perf_counter()
+        for name, attempt in (("linear_inversion", self._linear), ("recursion", self._recursion)):
+            if not self.open:
+                break
+            try:
+                found, construction = attempt()
+            except (NotApplicable, ResourceLimit) as reason:
+                self._skip(name, reason)
+                continue
+            self.offer(name, found, options.uniqueness, construction)
+        self.seconds += time.perf_counter() - begin
+
+    def _skip(self, name: str, reason: Exception) -> None:
+        self.notes.append(f"{name}: not taken. {reason}")
+        self.reasons.append(f"{name}: {reason}")
+
+    def _linear(self) -> tuple[Reconstruction, Construction | None]:
+        found = linear_inversion().reconstruct(self.observation, seed=self.seed)
+        if found.status != "exact" or len(found) != 1:
+            return found, None
+        size = float(found.inputs.double().square().mean().sqrt())
+        error = max(found.objective**0.5, _rounding(self.observation)) * size
+        proof = Construction(
+            found.inputs.numel(), error, "the first layer's gradient is the input times a known vector"
+        )
+        return found, proof
+
+    def _recursion(self) -> tuple[Reconstruction, Construction | None]:
+        observation = self.observation
+        _check(observation)
+        shape = tuple(observation.space.shape)
+        chain = trace_chain(observation.model, shape)
+        params = {k: p.detach() for k, p in observation.model.named_parameters()}
+        begin = time.perf_counter()
+        result = invert_layers(observation.model, params, _gradient(observation), shape, chain=chain, seed=self.seed)
+        seconds = time.perf_counter() - begin
+        for value, note in ((result.input, ""), (result.start, f"it stops: {result.stopped_at}")):
+            if value is not None:
+                if note:
+                    self.notes.append(f"recursion: {note}; what lies behind is its best guess.")
+                return self._from_layers(result, value, chain.head, seconds), _determined(result)
+        raise NotApplicable(f"The recursion stops: {result.stopped_at}.")
+
+    def _from_layers(self, result: RecursionResult, value: Tensor, head: bool, seconds: float) -> Reconstruction:
+        space = self.observation.space
+        wide = torch.promote_types(next(iter(self.observation.update.tensors.values())).dtype, torch.float32)
+        label = None if result.label is None else torch.tensor([result.label])
+        return Reconstruction(
+            space.decode(value[None].to(wide)),
+            label,
+            result.residual**2,
+            status="exact" if result.input is not None else "stalled",
+            iterations=result.steps,
+            seconds=seconds,
+            notes=tuple(str(r) for r in result.layers),
+            features=result.features[None] if head else None,
+        )
+
+    def matching(self) -> str | None:
+        """Return the matching attack that fits, and note why."""
+        observation = self.observation
+        if Knowledge.TRAINING not in observation.knows or observation.training is None:
+            reason = NotApplicable("Matching simulates the client, which takes TRAINING; grant it in the threat model.")
+            self._skip("matching", reason)
+            return None
+        try:
+            smooth = is_smooth(observation.model, tuple(observation.space.shape))
+        except InvalidModel as reason:
+            self._skip("matching", reason)
+            return None
+        if not smooth:
+            self.notes.append(
+                "inverting_gradients: taken, since the model has kinks (ReLU, max-pooling), where squared error stalls."
+            )
+            return "inverting_gradients"
+        name, why = "dlg", "the labels are optimized with the inputs"
+        if observation.labels is not None:
+            name, why = "idlg", "the labels are granted"
+        else:
+            try:
+                estimate = recover_labels(
+                    observation.model,
+                    observation.params,
+                    observation.update.tensors,
+                    tuple(observation.space.shape),
+                    observation.batch_size or 1,
+                    observation.training.loss,
+                    torch.Generator().manual_seed(self.seed),
+                )
+                if estimate.exact:
+                    name, why = "idlg", "the head's gradient proves the labels"
+            except NotApplicable as reason:
+                why = f"{why}: {reason}"
+        self.notes.append(f"{name}: taken, since the model is smooth and {why}.")
+        return name
+
+    def polished(self, options: Auto, clock: _Clock) -> None:
+        """Finish with Gauss–Newton steps from the best so far, on smooth models where they fit."""
+        if self.best is None:
+            return
+        begin = time.perf_counter()
+        left = None if clock.deadline is None else max(clock.deadline - time.monotonic(), 1e-3)
+        try:
+            found = gauss_newton(budget=left).polish(self.observation, self.best, seed=self.seed)
+        except (NotApplicable, ResourceLimit) as reason:
+            self._skip("gauss_newton", reason)
+            return
+        found = replace(found, evaluations=found.evaluations + self.best.evaluations, trace=self.best.trace)
+        self.offer(f"{self.by} and gauss_newton", found, options.uniqueness)
+        self.seconds += time.perf_counter() - begin
+
+    def result(self) -> Reconstruction:
+        """Return the best, with the way that led to it."""
+        if self.best is None:
+            raise NotApplicable("No attack applies. " + " ".join(self.reasons))
+        notes = (f"Chosen by its certificate: {self.by}.", *self.notes, *self.best.notes)
+        return replace(self.best, notes=notes, seconds=self.seconds)
+
+
+def _match(name: str, attack: Attack, cases: list[_Case], seed: int, clock: _Clock) -> None:
+    """Run one matching attack on all ``cases`` together."""
+    begin = time.perf_counter()
+    clock.stopped = False
+    try:
+        results = attack.reconstruct_all([c.observation for c in cases], seed=seed, callback=clock)
+    except (InvalidModel, NotApplicable, ResourceLimit) as reason:
+        for case in cases:
+            case._skip(name, reason)
+        return
+    share = (time.perf_counter() - begin) / len(cases)
+    for case, found in zip(cases, results, strict=True):
+        if clock.stopped and found.status == "interrupted":
+            found = replace(found, status="budget")
+            case.notes.append(f"{name}: the time budget ended it.")
+        # Its own uniqueness is asked once, at the end of the polish.
+        case.offer(name, found, None)
+        case.seconds += share
+
+
+def _determined(result: RecursionResult) -> Construction | None:
+    if result.input is None or math.isnan(result.spread):
+        return None
+    return Construction(
+        result.input.numel(), result.spread**0.5, "solved backward, every layer's linear system has full rank"
+    )
+
+
+def _rounding(observation: Observation) -> float:
+    return float(torch.finfo(next(iter(observation.update.tensors.values())).dtype).eps)
+
+
+def auto(
+    *,
+    budget: float | None = None,
+    iterations: int | None = None,
+    restarts: int = 1,
+    polish: bool = True,
+    uniqueness: bool | None = None,
+) -> Auto:
+    """Take the exact way where there is one, matching where there is none, and prove what came out.
+
+    The order: ``linear_inversion`` (a first linear layer), ``recursion`` (one example, determined layer by layer); then
+    matching: ``idlg`` or ``dlg`` on smooth models, ``inverting_gradients`` where there are kinks; then Gauss–Newton
+    steps on smooth models where they fit. An attack ends the search when the update proves or matches its result; among
+    results the certificate decides, then the residual of the re-simulated update. The notes say why each step was taken
+    or not.
+
+    Args:
+        budget: seconds for all observations together; the best so far is returned. Exact attacks are not cut short.
+        iterations: of matching; None keeps each attack's default.
+        restarts: of matching, chosen by its objective.
+        polish: finish smooth models with Gauss–Newton steps.
+        uniqueness: whether certificates compute the Jacobian of the update; None does so where it is cheap.
+
+    """
+    return Auto(budget=budget, iterations=iterations, restarts=restarts, polish=polish, uniqueness=uniqueness)
