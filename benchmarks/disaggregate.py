@@ -5,8 +5,8 @@ distances between true and recovered features (assigned one to one within a clas
 distance of the batch's features from their mean (by their norm for one example).
 
 Targets: examples whose class is unique in the batch: error ≤ 1e-4 (ResNet-18, up to 32 examples) and ≤ 1e-2 (LeNet) for
-at least 95 %; at least 99 % of the verdicts right ("exact" if and only if the error is at most 1e-2; "exact wrongly" and
-"withheld" count the two ways to be wrong); 16 examples in 2 s, 64 in 60 s.
+at least 95 %; at least 99 % of the verdicts right ("exact" if and only if the error is at most 1e-2; "exact wrongly"
+and "withheld" count the two ways to be wrong); 16 examples in 2 s, 64 in 60 s.
 
 Only the head's parameters are trained here: its gradient has the same numbers as in an update of the whole model.
 
