@@ -79,7 +79,8 @@ def _masked(windows: Tensor, mask: int, generator: torch.Generator) -> tuple[Ten
 def trained(lab: Lab, *, width: int, layers: int, steps: int, seed: int) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     """Train a BERT on the WikiText-2 validation text; the test text measures the loss (nats per masked token)."""
     words = tokenizer(lab)
-    train, test = _windows(lab, "wikitext2_valid.txt"), _windows(lab, "wikitext2_test.txt")[:400]
+    judged = 400 if steps >= 100 else 20
+    train, test = _windows(lab, "wikitext2_valid.txt"), _windows(lab, "wikitext2_test.txt")[:judged]
     generator = torch.Generator().manual_seed(seed)
     lm = MaskedLanguageModel(bert(len(words), width, layers, seed), share_embeddings=True)
     loss, batch = TokenCrossEntropy(), 16
@@ -114,13 +115,15 @@ def trained(lab: Lab, *, width: int, layers: int, steps: int, seed: int) -> tupl
         "steps": steps,
         "tokens": steps * batch * WINDOW,
         "loss_before": before,
-        "loss_train": evaluate(train[:400]),
+        "loss_train": evaluate(train[:judged]),
         "loss_test": evaluate(test),
     }
     return lm.model.state_dict(), notes
 
 
-def language_model(lab: Lab, *, width: int, layers: int, steps: int, seed: int) -> tuple[MaskedLanguageModel, dict[str, Any]]:
+def language_model(
+    lab: Lab, *, width: int, layers: int, steps: int, seed: int
+) -> tuple[MaskedLanguageModel, dict[str, Any]]:
     """Return a BERT trained for ``steps`` steps (0: random weights) and its training notes."""
     model = bert(len(tokenizer(lab)), width, layers, seed)
     notes: dict[str, Any] = {}

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from gradleak.attacks.base import Attack, Callback, Progress
@@ -50,7 +49,8 @@ class ReadSentences(Attack):
     Attributes:
         mask: id of the mask token.
         starts: fixed tokens tried, at most.
-        sweeps: steps from one fixed token, at most.
+        steps: Gauss–Newton steps from one fixed token, at most.
+        sweeps: rounds of changing up to three tokens afterwards, at most.
 
     Raises:
         NotApplicable: not a token space, not a plain gradient, attention whose inputs cannot be found, or a gradient
@@ -59,8 +59,9 @@ class ReadSentences(Attack):
     """
 
     mask: int = 103
-    starts: int = 60
-    sweeps: int = 12
+    starts: int = 24
+    steps: int = 2
+    sweeps: int = 20
 
     requires = Knowledge.BATCH_SIZE | Knowledge.TRAINING
 
@@ -90,6 +91,11 @@ class ReadSentences(Attack):
             raise NotApplicable(
                 f"At {empty} of {space.length} positions no token lies in the span of the first layer's inputs; "
                 "the gradient is not that of these sentences alone (noise, pruning, padding): use matching."
+            )
+        if max(len(c) for c in candidates) > len(space.table) / 2:
+            raise NotApplicable(
+                "The attention gradient of the first layer has full rank, so that every token lies in its span: more "
+                "tokens than the model is wide; use matching."
             )
         size = observation.batch_size or 1
         sentences, exact = self._assemble(reader, candidates, size, generator)
@@ -163,37 +169,67 @@ class ReadSentences(Attack):
             same = where == where[column]
             directions[row, same] = -1.0 / int(counts[where[column]])
             directions[row, column] += 1.0
-        for _ in range(self.sweeps):
+        before = float("inf")
+        for _ in range(self.steps):
             rest, jacobian = reader.sensitivity(tokens, where, weights, directions, span)
             normal = jacobian @ jacobian.T
             ridge = 1e-9 * normal.diagonal().mean() * torch.eye(len(normal), dtype=normal.dtype, device=normal.device)
-            step = torch.linalg.solve(normal + ridge, -(jacobian @ rest)).cpu()
-            change = directions.T @ step
+            change = directions.T @ torch.linalg.solve(normal + ridge, -(jacobian @ rest)).cpu()
             weights = weights + change
             sentence = torch.stack([c[weights[where == p].argmax()] for p, c in enumerate(candidates)])
-            if float(reader.residuals(sentence[None], span).max()) <= span.threshold or float(change.norm()) < 1e-3:
+            if float(reader.residuals(sentence[None], span).max()) <= span.threshold:
                 break
+            if float(rest.norm()) > 0.97 * before:  # a local minimum: what is left is for single tokens to solve
+                break
+            before = float(rest.norm())
         return sentence
 
     def _settle(self, reader: _Reader, candidates: list[Tensor], span: _Span, sentence: Tensor) -> Tensor:
-        """Return the sentence to which changing one token after another leads, the best change first."""
-        sentence = sentence.clone()
-        current = float(reader.residuals(sentence[None], span).square().sum())
+        """Return the sentence to which changing up to three tokens at a time leads, the best change first.
+
+        Pairs and triples are proposed by adding up what single changes do (a Gram matrix), and then measured: two
+        exchanged tokens hardly change the sentence's average, so single changes would not undo them.
+        """
+        positions = torch.tensor([p for p, c in enumerate(candidates) for _ in range(len(c) if len(c) > 1 else 0)])
+        tokens = torch.cat([c for c in candidates if len(c) > 1])
+        here = reader.leaving(sentence[None], span).flatten()
         for _ in range(self.sweeps):
-            if current <= len(candidates) * span.threshold**2:
+            current = float(here.square().sum())
+            if float(reader.residuals(sentence[None], span).max()) <= span.threshold:
                 break
-            trials = []
-            for p, options in enumerate(candidates):
-                for t in options.tolist():
-                    if t != sentence[p]:
-                        trial = sentence.clone()
-                        trial[p] = t
-                        trials.append(trial)
-            values = reader.residuals(torch.stack(trials), span).square().sum(1)
-            if float(values.min()) >= current:
+            changed = tokens != sentence[positions]
+            where, what = positions[changed], tokens[changed]
+            singles = sentence.repeat(len(where), 1)
+            singles[torch.arange(len(where)), where] = what
+            effects = reader.leaving(singles, span).flatten(1) - here
+            sets = _promising(effects, here, where)
+            trials = sentence.repeat(len(sets), 1)
+            for row, members in enumerate(sets):
+                trials[row, where[members]] = what[members]
+            left = reader.leaving(trials, span).flatten(1)
+            values = left.square().sum(1)
+            best = int(values.argmin())
+            if float(values[best]) >= current:
                 break
-            current, sentence = float(values.min()), trials[int(values.argmin())]
+            sentence, here = trials[best], left[best]
         return sentence
+
+
+def _promising(effects: Tensor, here: Tensor, where: Tensor, keep: int = 24) -> list[list[int]]:
+    """Return the sets of one to three changes at different positions that promise the smallest sum of squares."""
+    gram = effects @ effects.T
+    alone = gram.diagonal() + 2 * effects @ here
+    clash = where[:, None] == where[None]
+    pairs = (alone[:, None] + alone[None] + 2 * gram).masked_fill(clash, torch.inf)
+    sets = [[int(i)] for i in alone.topk(min(keep, len(alone)), largest=False).indices]
+    order = pairs.triu(1).masked_fill(torch.ones_like(clash).tril(), torch.inf).flatten().argsort()[:keep]
+    for i, j in zip((order // len(where)).tolist(), (order % len(where)).tolist(), strict=True):
+        if not clash[i, j]:
+            sets.append([i, j])
+            third = (pairs[i, j] + alone + 2 * gram[i] + 2 * gram[j]).masked_fill(clash[i] | clash[j], torch.inf)
+            if bool(torch.isfinite(third.min())):
+                sets.append([i, j, int(third.argmin())])
+    return sets
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,10 +252,14 @@ def _span(gradient: Tensor, layer: str, loosest: float) -> _Span:
     logs = (s / s[0].clamp_min(1e-300)).clamp_min(1e-17).log10()
     gaps = logs[:-1] - logs[1:]
     rank = int(gaps.argmax()) + 1
-    if float(s[0]) == 0.0 or float(gaps.max()) < 1.0:
+    if float(gaps.max()) < 1.0:
+        # Weak tokens reach down into the rounding: what stands clear of it still spans the others.
+        rank = int((s > 4 * torch.finfo(gradient.dtype).eps * s[0]).sum())
+        gaps = logs[rank - 1] - logs[rank:]
+    if float(s[0]) == 0.0 or rank >= len(s) or float(gaps.max()) < 0.1:
         raise NotApplicable(
-            f"The attention gradient of the {layer} layer has no gap in its spectrum: more tokens than the model is "
-            "wide, or noise; use matching."
+            f"The attention gradient of the {layer} layer has full rank: more tokens than the model is wide, or "
+            "noise; use matching."
         )
     ratio = 10.0 ** float(-gaps.max())
     return _Span(vh[:rank].T.contiguous(), min(max(ratio**0.5, 1e-5), loosest))
@@ -231,7 +271,7 @@ class _Reader:
     def __init__(self, observation: Observation, space: TokenSpace) -> None:
         self.observation, self.space, self.model = observation, space, observation.model
         self.update = observation.update.tensors
-        self.params = dict(self.model.named_parameters())
+        self.params: dict[str, Tensor] = dict(self.model.named_parameters())
         self.device = space.table.device
         self.names = {module: name for name, module in self.model.named_modules()}
         with torch.no_grad():
@@ -281,7 +321,9 @@ class _Reader:
         """
         if layer >= len(self.layers):
             raise NotApplicable("A model with a single attention layer does not tell several sentences apart.")
-        return torch.cat([self.update[f"{self.names[m]}.weight"] for m in self.layers[layer]])
+        parts = [self.update[f"{self.names[m]}.weight"] for m in self.layers[layer]]
+        # Each carries rounding in proportion to its own size: the value gradient's must not bury the others.
+        return torch.cat([part / part.norm().clamp_min(1e-300) for part in parts])
 
     def hidden(self, embedded: Tensor, module: nn.Linear) -> Tensor:
         """Return the input of ``module`` for ``embedded`` (N, T, d), computing nothing behind it."""
@@ -314,8 +356,16 @@ class _Reader:
     @torch.no_grad()
     def residuals(self, sentences: Tensor, span: _Span) -> Tensor:
         """Return the distances (M, T) of the second layer's inputs of ``sentences`` (M, T) to ``span``."""
-        parts = sentences.to(self.device).split(128)
-        return torch.cat([span.distance(self.hidden(self.space.table[s], self.layers[1][0])) for s in parts]).cpu()
+        return self.leaving(sentences, span).norm(dim=-1)
+
+    @torch.no_grad()
+    def leaving(self, sentences: Tensor, span: _Span) -> Tensor:
+        """Return the part (M, T, d) of the second layer's inputs outside ``span``, relative to their norms."""
+        parts, basis = [], span.basis.to(self.device)
+        for part in sentences.to(self.device).split(128):
+            x = self.hidden(self.space.table[part], self.layers[1][0]).double()
+            parts.append((x - (x @ basis) @ basis.T) / x.norm(dim=-1, keepdim=True))
+        return torch.cat(parts).cpu()
 
     @torch.no_grad()
     def sensitivity(
@@ -339,16 +389,16 @@ class _Reader:
 
         point, module = embed(weights[None]), self.layers[1][0]
         basis = span.basis.to(rows)
-        parts, rest = [], None
-        for part in directions.split(32):
-            with forward_ad.dual_level():
-                dual = forward_ad.make_dual(point.expand(len(part), -1, -1).contiguous(), embed(part))
-                value, tangent = forward_ad.unpack_dual(self.hidden(dual, module))
-            scale = value[:1].norm(dim=-1, keepdim=True)
-            value, tangent = value[:1] / scale, tangent / scale
-            rest = (value - value @ basis @ basis.T).flatten()
-            parts.append((tangent - tangent @ basis @ basis.T).flatten(1))
-        assert rest is not None
+
+        def outside(embedded: Tensor) -> Tensor:
+            x = self.hidden(embedded, module) / scale
+            return (x - (x @ basis) @ basis.T).flatten(1)
+
+        scale = self.hidden(point, module).norm(dim=-1, keepdim=True)
+        rest = outside(point)[0]
+        # Differences, not forward mode: half the work, and eight digits are plenty for a step that is rounded anyway.
+        width = 1e-5
+        parts = [(outside(point + width * embed(part)) - rest) / width for part in directions.split(64)]
         return rest, torch.cat(parts)
 
     def labels(self, sentences: Tensor, mask: int) -> Tensor | None:
@@ -357,7 +407,7 @@ class _Reader:
         if self.tail is None or self.decoder is None or self.decoder.bias is None or not bool(masked.any()):
             return None
         bias = next((k for k, p in self.params.items() if p is self.decoder.bias), None)
-        if bias not in self.update:
+        if bias is None or bias not in self.update:
             return None
         total = int(masked.sum())
         decoder_weight, decoder_bias = self.decoder.weight.detach().double(), self.decoder.bias.detach().double()

@@ -376,7 +376,8 @@ def _cells(row: Mapping[str, Any], record: Mapping[str, Any], scaled: str) -> tu
     intervals = "; ".join((label if len(present) > 1 else "") + _interval(v) for label, v in present)
     paper = record.get("paper", "")
     source = f" ({record['source']})" if record.get("source") else ""
-    note = ". ".join(s.rstrip(".") for s in (row["note"], record.get("why", ""), scaled) if s)
+    short = "scaled down" + ("; not measured on a GPU" if "not measured on a GPU" in scaled else "") if scaled else ""
+    note = ". ".join(s.rstrip(".") for s in (row["note"], record.get("why", ""), short) if s)
     unit = f", {row['unit']}" if row["unit"] else ""
     n = next((str(v["n"]) for _, v in present), "")
     published, ours = _number(row["published"]), _number(row["ours"])
@@ -401,9 +402,10 @@ def _tables(
 
 
 def _origin(stored: Mapping[str, Any]) -> str:
+    difference = f" Scaled down: {stored['scaled']}." if stored["scaled"] else ""
     return (
         f"Scale: {stored['scale']}. {stored['hardware']}, {stored['date']}, {stored['seconds']:.0f} s in the last run "
-        "(what was stored before is not counted; costs per example are in the table)."
+        f"(what was stored before is not counted; costs per example are in the table).{difference}"
     )
 
 

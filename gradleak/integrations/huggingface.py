@@ -63,15 +63,16 @@ class MaskedLanguageModel(nn.Module):
 
     """
 
+    model: Any
     positions: Tensor
 
     def __init__(self, model: nn.Module, positions: Tensor | None = None, *, share_embeddings: bool = False) -> None:
         super().__init__()
-        model = copy.deepcopy(model).eval()
-        self.model: Any = model
+        inner: Any = copy.deepcopy(model).eval()
+        self.model = inner
         try:
-            table, decoder = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-            self.model.set_attn_implementation("eager")
+            table, decoder = inner.get_input_embeddings(), inner.get_output_embeddings()
+            inner.set_attn_implementation("eager")
         except (AttributeError, NotImplementedError) as error:
             raise InvalidModel(
                 f"{type(model).__name__} is not a Hugging Face masked language model ({error}); pass one such as "
@@ -163,7 +164,7 @@ class WordPiece:
 
     def __post_init__(self) -> None:
         try:
-            from tokenizers.implementations import BertWordPieceTokenizer
+            from tokenizers.implementations import BertWordPieceTokenizer  # type: ignore[attr-defined]
         except ImportError as error:
             raise InvalidInput("Text needs the extra 'text': pip install 'gradleak[text]'.") from error
         try:

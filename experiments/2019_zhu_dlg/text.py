@@ -1,0 +1,337 @@
+"""A masked language model: are sentences readable from its gradient?
+
+Two ways of ours: gradient matching, which gives the project page's trace, and reading in closed form, which needs no
+iterations and is the better one. The published algorithm is told the masked positions; ours read them off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from gradleak.attacks.matching import GradientMatching
+from gradleak.attacks.matching.solvers import LBFGS
+from gradleak.attacks.sentences import ReadSentences
+from gradleak.audit.experiment import Figure, Lab, Measured, Result, Row, bootstrap, mean, median, share
+from gradleak.errors import NotApplicable
+from gradleak.integrations.huggingface import MaskedLanguageModel, TokenCrossEntropy
+from gradleak.threat import Knowledge, ThreatModel
+from gradleak.training import FedSGD, parameters
+from gradleak.types import Batch
+
+from . import _language  # noqa: TID252
+
+NAME = "text"
+NEEDS = ("wikitext2_valid.txt", "wikitext2_test.txt", "bert_base_uncased_vocab.txt")
+SHOWN = (0, 10, 20, 30)  # iterations of the project page
+INNER = 20  # evaluations an iteration, torch.optim.LBFGS's default
+
+
+@dataclass(frozen=True)
+class Config:
+    """How much is measured.
+
+    Attributes:
+        width: of the small BERT.
+        layers: of the small BERT.
+        steps: training steps of the trained model.
+        sentences: sentences read at batch 1 (and tried by the published algorithm at batch 1).
+        matched: of these, how many are also matched iteratively.
+        batches: batches read at each larger size.
+        sizes: batch sizes beyond 1.
+        iterations: of matching and of the published algorithm.
+        base: sentences read from the shape of bert-base (12 layers, width 768, random weights).
+
+    """
+
+    width: int
+    layers: int
+    steps: int
+    sentences: int
+    matched: int
+    batches: int
+    sizes: tuple[int, ...]
+    iterations: int
+    base: int
+
+
+SMOKE = Config(128, 2, 2, 1, 1, 1, (2,), 1, 0)
+DEFAULT = Config(256, 4, 800, 20, 5, 5, (2, 3, 4), 30, 3)
+FULL = Config(256, 4, 20000, 200, 200, 100, (2, 3, 4, 8), 30, 50)
+
+
+def _batch(lab: Lab, number: int, size: int) -> Tensor:
+    """Return random sentence ``number`` with random others of its length, (N, T); −1 is the project page's sentence."""
+    if number < 0:
+        return torch.tensor([_language.tokenizer(lab).encode(_language.PAGE)])
+    known = _language.sentences(lab)
+    same = [s for i, s in enumerate(known) if len(s) == len(known[number]) and i != number]
+    return torch.tensor([known[number], *(same[j] for j in lab.sample(len(same), size - 1, seed=number))])
+
+
+def _mask(lab: Lab, originals: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    words, generator = _language.tokenizer(lab), torch.Generator().manual_seed(seed)
+    parts = [words.mask(s.tolist(), _language.MASKED_SHARE, generator) for s in originals]
+    ids, positions, labels = (torch.stack(list(x)) for x in zip(*parts, strict=True))
+    return ids, positions, labels
+
+
+def _scores(guesses: Tensor, originals: Tensor, counted: Tensor | None = None) -> list[float]:
+    """Return each sentence's share of right tokens between [CLS] and [SEP], sentences assigned one to one.
+
+    ``counted`` (N, T) leaves out tokens that an attacker was told.
+    """
+    weights = torch.ones_like(originals) if counted is None else counted.long()
+    weights = weights[:, 1:-1].double()
+    right = (guesses[:, None, 1:-1] == originals[None, :, 1:-1]).double()
+    right = (right * weights).sum(-1) / weights.sum(-1)
+    order = _assigned(1 - right)
+    return [float(right[order[j], j]) for j in range(len(originals))]
+
+
+def _assigned(cost: Tensor) -> list[int]:
+    """Return the guess assigned to each original."""
+    rows, columns = linear_sum_assignment(cost.numpy())
+    return [int(rows[list(columns).index(j)]) for j in range(cost.shape[1])]
+
+
+def read(lab: Lab, *, number: int, size: int, seed: int, model: Mapping[str, int]) -> Mapping[str, Any]:
+    """Read a batch in closed form: positions, labels and tokens from the float32 gradient alone."""
+    lm, _ = _language.language_model(lab, **model)
+    originals = _batch(lab, number, size)
+    ids, positions, labels = _mask(lab, originals, seed)
+    training = FedSGD(TokenCrossEntropy())
+    update = training(lm.at(positions), Batch(ids, labels))
+    observation = ThreatModel().observe(
+        lm, update, space=lm.space(ids.shape[1]), training=training, batch_size=size
+    )  # the attacker's copy does not say which positions are masked
+    words = _language.tokenizer(lab)
+    try:
+        found = ReadSentences(mask=words.id("[MASK]")).reconstruct(observation, seed=seed)
+    except NotApplicable as error:
+        return {"accuracy": [0.0] * size, "verdict": f"not applicable: {error}", "texts": []}
+    guesses = found.inputs if found.labels is None else torch.where(found.labels >= 0, found.labels, found.inputs)
+    verdict = found.certificate.verdict if found.certificate else "unproved"
+    return {
+        "accuracy": _scores(guesses, originals),
+        "verdict": verdict,
+        "residual": found.objective**0.5 if verdict == "proved" else -1.0,
+        "seconds": found.seconds,
+        "texts": [words.decode(g) for g in guesses.tolist()],
+        "originals": [words.decode(s) for s in originals.tolist()],
+    }
+
+
+def match(
+    lab: Lab, *, number: int, size: int, seed: int, model: Mapping[str, int], iterations: int, attacker: str
+) -> Mapping[str, Any]:
+    """Match the gradient by L-BFGS over the input embeddings; tokens at every shown iteration."""
+    lm, _ = _language.language_model(lab, **model)
+    originals = _batch(lab, number, size)
+    ids, positions, labels = _mask(lab, originals, seed)
+    lm, training = lm.at(positions), FedSGD(TokenCrossEntropy())
+    words, space = _language.tokenizer(lab), lm.space(ids.shape[1], _never(lab))
+    shown = sorted({min(s, iterations) for s in SHOWN})
+    if attacker == "published":
+        frames = _published(lm, training, ids, labels, seed, shown)
+    else:
+        update = training(lm.double(), Batch(ids, labels))
+        observation = ThreatModel(Knowledge.BATCH_SIZE | Knowledge.TRAINING | Knowledge.LABELS).observe(
+            lm, update, space=space, training=training, batch_size=size, labels=labels
+        )
+        solver = LBFGS(iterations=iterations * INNER, history=100)
+        found = GradientMatching(
+            solver=solver, init_std=float(space.table.std()), tolerance=1e-12, vectorize=False
+        ).reconstruct(observation, seed=seed)
+        assert found.trace is not None
+        assert found.trace.snapshots is not None
+        steps = torch.tensor(found.trace.iterations)
+        frames = {s: found.trace.snapshots[int((steps <= s * INNER).nonzero()[-1])].long() for s in shown}
+        frames[shown[-1]] = found.inputs.long()
+    hidden = torch.zeros_like(ids, dtype=torch.bool).scatter(1, positions, True)
+    return {
+        "accuracy": {str(s): _scores(f, ids, ~hidden) for s, f in frames.items()},
+        "texts": {
+            str(s): [words.decode(g) for g in f.scatter(1, positions, labels).tolist()] for s, f in frames.items()
+        },
+    }
+
+
+def _never(lab: Lab) -> list[int]:
+    words = _language.tokenizer(lab)
+    return [words.id("[PAD]"), *(words.id(f"[unused{i}]") for i in range(99))]
+
+
+def _published(
+    lm: MaskedLanguageModel, training: FedSGD, ids: Tensor, labels: Tensor, seed: int, shown: Sequence[int]
+) -> dict[int, Tensor]:
+    """Algorithm 1: float32, N(0, 1) starts, labels jointly, L-BFGS with unit steps and no line search."""
+    params, space = parameters(lm), lm.space(ids.shape[1])
+    seen = training(lm, Batch(ids, labels)).tensors
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(ids), *space.shape, generator=generator).requires_grad_()
+    y = torch.randn(*labels.shape, len(space.table), generator=generator).requires_grad_()
+    optimizer = torch.optim.LBFGS([x, y], lr=1.0)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        simulated = training.tensors(lm, params, x, y.softmax(-1))
+        distance = torch.stack([(simulated[k] - seen[k]).square().sum() for k in seen]).sum()
+        distance.backward()
+        return distance
+
+    frames = {0: space.decode(x.detach())}
+    for iteration in range(1, shown[-1] + 1):
+        optimizer.step(closure)
+        if iteration in shown:
+            frames[iteration] = space.decode(x.detach())
+    return frames
+
+
+def bag(lab: Lab, *, number: int, seed: int, model: Mapping[str, int]) -> Mapping[str, Any]:
+    """Name the tokens whose rows stand out of the word-embedding gradient, were it shared."""
+    lm, _ = _language.language_model(lab, **model)
+    shared = MaskedLanguageModel(lm.model, share_embeddings=True)
+    ids, positions, labels = _mask(lab, _batch(lab, number, 1), seed)
+    update = FedSGD(TokenCrossEntropy())(shared.at(positions), Batch(ids, labels)).tensors
+    name = next(k for k, p in shared.named_parameters() if p is shared.model.get_input_embeddings().weight)
+    # The tied decoder's part of every row lies in the span of the masked positions' last hidden states.
+    gradient = update[name].double()
+    norms = gradient.norm(dim=1)
+    quiet = gradient[norms <= norms.quantile(0.99)]
+    values, vectors = torch.linalg.eigh(quiet.T @ quiet)
+    logs = values.flip(0).clamp_min(1e-40).log10()[: len(gradient[0]) // 2]
+    span = vectors.flip(1)[:, : int((logs[:-1] - logs[1:]).argmax()) + 1]
+    outside = (gradient - gradient @ span @ span.T).norm(dim=1) / norms.clamp_min(1e-300)
+    bias = next(v for k, v in update.items() if v.shape == norms.shape)
+    named = set((outside > 1e-2).nonzero().flatten().tolist()) | set((bias < 0).nonzero().flatten().tolist())
+    truth = set(ids[0].tolist()) | set(labels[0].tolist())
+    return {"recall": len(named & truth) / len(truth), "precision": len(named & truth) / len(named)}
+
+
+def _cost(records: Sequence[Measured], what: str) -> str:
+    return f"{median([r.seconds for r in records]).value:.0f} s {what}"
+
+
+def run(config: Config, lab: Lab) -> Result:
+    """Measure every row."""
+    total = len(_language.sentences(lab))
+    numbers = lab.sample(total, config.sentences, seed=0)
+    small = {"width": config.width, "layers": config.layers, "seed": 0}
+    models: dict[str, dict[str, int]] = {
+        "random weights": small | {"steps": 0},
+        "trained": small | {"steps": config.steps},
+    }
+    _, notes = _language.language_model(lab, **models["trained"])
+    rows = [
+        Row(
+            "masked-language-model loss of the trained BERT",
+            f"{notes['loss_test']:.2f}",
+            unit="nats a token",
+            cost=f"{notes['seconds']:.0f} s of training",
+            note=f"{config.layers} layers, width {config.width}, {notes['steps']} steps on the WikiText-2 validation "
+            f"text, loss on its test text, {notes['loss_before']:.2f} before; a lightly trained model",
+        )
+    ]
+    texts: dict[str, str] = {}
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for kind, model in models.items():
+        reading = [{"number": n, "size": 1, "seed": n, "model": model} for n in numbers]
+        matching = [c | {"iterations": config.iterations} for c in reading]
+        page = {"number": -1, "size": 1, "seed": 0, "model": model, "iterations": config.iterations}
+        records = lab.measure(read, reading)
+        ours = lab.measure(match, [c | {"attacker": "ours"} for c in [page, *matching[: config.matched]]])
+        published = lab.measure(match, [c | {"attacker": "published"} for c in [page, *matching]])
+        last = str(config.iterations)
+        theirs = mean([r["accuracy"][last][0] for r in published[1:]])
+        matched = mean([r["accuracy"][last][0] for r in ours[1:]])
+        at = f"iteration {config.iterations}"
+        rows += [
+            Row(
+                f"token accuracy, {kind}, batch 1",
+                mean([r["accuracy"][0] for r in records]),
+                theirs,
+                cost=_cost(records, "a sentence"),
+                note=f"ours reads in closed form, published at {at} with the masked positions told",
+            ),
+            Row(
+                f"sentences read without an error and proved, {kind}, batch 1",
+                share([r["accuracy"][0] == 1.0 and r["verdict"] == "proved" for r in records]),
+                share([r["accuracy"][last][0] == 1.0 for r in published[1:]]),
+            ),
+            Row(
+                f"token accuracy by matching at {at}, {kind}, batch 1",
+                matched,
+                theirs,
+                cost=_cost(ours[1:], "a sentence"),
+                note="ours: float64, strong-Wolfe L-BFGS, start of the table's spread, positions and labels as read",
+            ),
+        ]
+        for name, found in (("ours, matching", ours[0]), ("published", published[0])):
+            shown = "\n".join(f"[iter={s}] {t[0]}" for s, t in found["texts"].items())
+            texts[f"The project page's sentence, {kind}, {name}"] = shown
+            curves[f"{kind}, {name}"] = [(int(s), a[0]) for s, a in found["accuracy"].items()]
+        told = lab.measure(read, [{"number": -1, "size": 1, "seed": 0, "model": model}])[0]
+        texts[f"The project page's sentence, {kind}, ours, read ({told['verdict']})"] = "\n".join(told["texts"])
+        for size in config.sizes:
+            cases = [
+                {"number": n, "size": size, "seed": n, "model": model}
+                for n in lab.sample(total, config.batches, seed=size)
+            ]
+            several = lab.measure(read, cases)
+            groups = [sum(r["accuracy"]) / size for r in several]
+            whole = sum(r["verdict"] == "proved" for r in several)
+            rows.append(
+                Row(
+                    f"token accuracy, {kind}, batch {size}",
+                    bootstrap(groups, lambda a: float(a.mean())),
+                    "not run",
+                    cost=_cost(several, "a batch"),
+                    note=f"ours reads in closed form; {whole} of {len(several)} batches proved; n counts batches",
+                )
+            )
+        leaks = lab.measure(bag, [{"number": n, "seed": n, "model": model} for n in numbers])
+        rows.append(
+            Row(
+                f"share of a sentence's tokens named by the word-embedding gradient, {kind}",
+                mean([r["recall"] for r in leaks]),
+                note="a leak of its own, were these rows shared; elsewhere they are not. "
+                f"Precision {mean([r['precision'] for r in leaks]).value:.2f}",
+            )
+        )
+    if config.base:
+        base = {"width": 768, "layers": 12, "steps": 0, "seed": 0}
+        cases = [{"number": n, "size": 1, "seed": n, "model": base} for n in numbers[: config.base]]
+        records = lab.measure(read, cases)
+        rows.append(
+            Row(
+                "token accuracy, shape of bert-base with random weights, batch 1",
+                mean([r["accuracy"][0] for r in records]),
+                "not run",
+                cost=_cost(records, "a sentence"),
+                note=f"{sum(r['verdict'] == 'proved' for r in records)} of {len(records)} proved",
+            )
+        )
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for name, points in curves.items():
+            axes.plot(*zip(*points, strict=True), "o-" if "ours" in name else "s--", label=name)
+        axes.set(xlabel="iteration", ylabel="token accuracy", title="The project page's sentence", ylim=(-0.02, 1.02))
+        axes.legend()
+
+    scaled = (
+        ""
+        if config == FULL
+        else (
+            f"{config.sentences} sentences, {config.batches} batches a size, {config.base} sentences at the shape "
+            f"of bert-base instead of {FULL.sentences}, {FULL.batches} and {FULL.base}; {config.steps} training steps "
+            f"instead of {FULL.steps}"
+        )
+    )
+    return Result(rows, [Figure("text", "Token accuracy along the iterations.", draw)], texts, scaled)
