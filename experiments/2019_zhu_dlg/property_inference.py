@@ -304,8 +304,9 @@ def auc(scores: Sequence[float], truth: Sequence[int]) -> Estimate:
     def outside(theta: float) -> float:
         return (theta - found) ** 2 - 1.959963984540054**2 * variance(theta)
 
-    low = 0.0 if found <= 0 else float(brentq(outside, 0.0, found))
-    high = 1.0 if found >= 1 else float(brentq(outside, found, 1.0))
+    near = 1e-9  # an end of the range is a root itself, but not the wanted one
+    low = 0.0 if found <= near else float(brentq(outside, 0.0, found - near))
+    high = 1.0 if found >= 1 - near else float(brentq(outside, found + near, 1.0))
     return Estimate(found, low, high, m + n)
 
 
