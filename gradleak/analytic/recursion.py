@@ -241,7 +241,7 @@ class _Walk:
         self.pending: list[Fixed | Elementwise] = []
         self.reports: list[LayerReport] = []
         self.stop: str | None = None
-        self.reached, self.fresh = False, True
+        self.reached = False
         self.suffix: _Map | None = None
         self.rebuild: Callable[[], Tensor] | None = None
 
@@ -274,10 +274,7 @@ class _Walk:
         """Return the lower triangle of the whole map's normal matrix at the recovered input, to be overwritten."""
         dense, slope = self.information.dense, self.information.slope
         assert dense is not None
-        if self.rebuild is not None:
-            dense, self.fresh = (dense if self.fresh else self.rebuild()), False
-        else:
-            dense = dense.clone()
+        dense = dense.clone() if self.rebuild is None else self.rebuild()
         if slope is not None:
             dense.mul_(slope.to(dense)).mul_(slope.to(dense)[:, None])
         return dense
@@ -362,10 +359,14 @@ class _Walk:
                     forward, step, weight, solution.value, delta, hessian, gradient, lower_only=not more
                 )
 
-            dense = equations(dense)
-            before, dtype = known.dense, dense.dtype
-            if not more and before is not None:
-                self.rebuild = lambda: equations(composite.sandwich(before.to(dtype), known.slope))
+            before, dtype, first = known.dense, dense.dtype, [dense]
+            if more or before is None:
+                dense = equations(dense)
+            else:
+                # Only the polish needs the last one, and a factorization that fails needs it twice.
+                self.rebuild = lambda: equations(
+                    first.pop() if first else composite.sandwich(before.to(dtype), known.slope)
+                )
         self.hessian = _between(Composite((step,), self.params), self.hessian)
         if step.inputs <= _MATERIAL and index > 0:
             matrix = self.hessian(torch.eye(step.inputs).to(self.value.device, precision(step.inputs)))
