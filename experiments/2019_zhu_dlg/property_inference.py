@@ -123,15 +123,19 @@ def looks(lab: Lab, *, name: str, epochs: int) -> tuple[Mapping[str, Tensor], Ma
     kept = np.flatnonzero(own.properties[name] >= 0)
     x, y = own.x[kept], torch.from_numpy(own.properties[name][kept].astype(np.int64))
     x, y = torch.cat([x, x.flip(-1)]), torch.cat([y, y])
-    model = gl.models.lenet(classes=2, width=24, activation="relu", init="he", seed=3)
-    trained = cohort.fit(model, x, y, epochs=max(1, epochs // 4), batch_size=64, optimizer=Adam(lr=1e-3), seed=3)
+    trained = cohort.fit(_looker(), x, y, epochs=epochs // 2 + 1, batch_size=64, optimizer=Adam(lr=1e-3), seed=3)
     return trained.state_dict(), {"faces": len(x)}
+
+
+def _looker() -> nn.Module:
+    # Chosen on a fifth of the attacker's own faces (SiLU 0.966, ReLU 0.959 after 8 passes over Eyeglasses).
+    return gl.models.lenet(classes=2, width=24, activation="silu", init="he", seed=3)
 
 
 def judge(lab: Lab, name: str, epochs: int, images: Tensor) -> list[float]:
     """Return the face classifier's score for the property, one per image."""
     tensors, _ = lab.tensors(looks, name=name, epochs=epochs)
-    model = gl.models.lenet(classes=2, width=24, activation="relu", init="he", seed=3)
+    model = _looker()
     model.load_state_dict(tensors)
     with torch.no_grad():
         logits = model(torch.nan_to_num(images.float(), nan=0.5, posinf=1.0, neginf=0.0).clamp(0, 1))
