@@ -125,7 +125,7 @@ class Affine(Step):
         kernel, pads = self._phases(weight)
         out = torch.empty(len(u), self.inputs, dtype=u.dtype, device=u.device)
         for start in range(0, len(u), _CHUNK):
-            out[start : start + _CHUNK] = self._scatter(u[start : start + _CHUNK], kernel, pads)
+            self._scatter(u[start : start + _CHUNK], kernel, pads, out[start : start + _CHUNK])
         return out
 
     def _phases(self, weight: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
@@ -153,14 +153,20 @@ class Affine(Step):
         kernel = kernel.reshape(self.groups, outs, ins, sh, dh, sw, dw).permute(0, 2, 3, 5, 1, 4, 6)
         return kernel.reshape(self.groups * ins * sh * sw, outs, dh, dw), (pads[0], pads[1], pads[2], pads[3])
 
-    def _scatter(self, u: Tensor, kernel: Tensor, pads: tuple[int, int, int, int]) -> Tensor:
-        phases = F.conv2d(F.pad(u, pads), kernel, groups=self.groups)
-        high, wide = phases.shape[2:]
+    def _scatter(self, u: Tensor, kernel: Tensor, pads: tuple[int, int, int, int], out: Tensor) -> None:
+        left, right, top, bottom = pads
+        if (left, top) == (right, bottom) and min(pads) >= 0:
+            phases = F.conv2d(u, kernel, padding=(top, left), groups=self.groups)
+        else:
+            phases = F.conv2d(F.pad(u, pads), kernel, groups=self.groups)
         (sh, sw), (channels, height, width) = self.stride, self.in_shape
-        if (sh, sw) != (1, 1):
-            phases = phases.reshape(-1, channels, sh, sw, high, wide).permute(0, 1, 4, 2, 5, 3)
-            phases = phases.reshape(-1, channels, sh * high, sw * wide)
-        return phases[:, :, :height, :width].reshape(len(u), -1)
+        high, wide = phases.shape[2:]
+        phases = phases.reshape(-1, channels, sh, sw, high, wide).permute(0, 1, 4, 2, 5, 3)
+        if (sh * high, sw * wide) == (height, width):
+            out.view(-1, channels, high, sh, wide, sw).copy_(phases)
+        else:
+            whole = phases.reshape(-1, channels, sh * high, sw * wide)
+            out.view(-1, channels, height, width).copy_(whole[:, :, :height, :width])
 
     @property
     def positions(self) -> int:
@@ -180,24 +186,19 @@ class Affine(Step):
         """
         if self.linear:
             return delta.reshape(1, -1, 1)
-        taps = weight.shape[2] * weight.shape[3]
-        # Placing every single tap is the adjoint of a convolution with one-hot kernels.
-        one_hot = torch.eye(taps, dtype=delta.dtype, device=delta.device).view(taps, 1, *weight.shape[2:])
-        single = Affine(
-            self.name,
-            (1, *self.in_shape[1:]),
-            (taps, *self.out_shape[1:]),
-            "",
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-        )
-        maps = delta.reshape(self.out_shape[0], 1, *self.out_shape[1:])
-        spread = torch.zeros(self.out_shape[0], taps, taps, *self.out_shape[1:], dtype=delta.dtype, device=delta.device)
-        spread.diagonal(dim1=1, dim2=2).copy_(maps.permute(0, 2, 3, 1).expand(-1, -1, -1, taps))
-        block = single.adjoint(spread.flatten(0, 1).flatten(1), one_hot)
-        return block.reshape(self.groups, -1, self.positions)
+        top, bottom, left, right = self.padding
+        (_, height, width), (outs, high, wide) = self.in_shape, self.out_shape
+        (down, across), (sh, sw), (dh, dw) = weight.shape[2:], self.stride, self.dilation
+        size = (outs, down, across, height + top + bottom, width + left + right)
+        spread = torch.zeros(size, dtype=delta.dtype, device=delta.device)
+        maps = delta.reshape(outs, high, wide)
+        for i in range(down):
+            for j in range(across):
+                rows = slice(i * dh, i * dh + (high - 1) * sh + 1, sh)
+                columns = slice(j * dw, j * dw + (wide - 1) * sw + 1, sw)
+                spread[:, i, j, rows, columns] = maps
+        inside = spread[..., top : top + height, left : left + width]
+        return inside.reshape(self.groups, -1, self.positions)
 
     def patches(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return the input values under every tap, (groups, channels per group · taps, output positions)."""
