@@ -440,7 +440,11 @@ def _judge(problem: _Problem, fit: _Fit, floor: float, told: str, scale: float |
     errors = (V @ shifts).view(count, -1, shifts.shape[1]).norm(dim=1)
     spread = (share * kept).square().sum((1, 2)).sqrt()
     bound = errors[:, 0] + _SAFETY * (errors[:, 1:].amax(1) + 0.5 * level * spread)
-    bent = _folds(whitened, problem.inputs.double().flatten(), J, V, kept, fit, size, tolerance)
+    along = shifts[:, 0].abs() + _SAFETY * (shifts[:, 1:].abs().amax(1) + 0.5 * level * kept)
+    bent, remainders = _folds(whitened, problem.inputs.double().flatten(), J, V, kept, along, fit, size, tolerance)
+    # What the linearization leaves out along weak directions reaches the other examples too.
+    for pair in remainders:
+        bound = bound + (V @ (kept[:, None] * pull(pair))).view(count, -1, len(pair)).norm(dim=1).amax(1)
     open_ = free | bent
     reach = size * math.sqrt(unknowns)
     touched = (share.norm(dim=1) * reach * open_ > 0.1 * tolerance * size * math.sqrt(unknowns / count)).any(1)
@@ -465,8 +469,10 @@ def _judge(problem: _Problem, fit: _Fit, floor: float, told: str, scale: float |
             why = f"its Jacobian has rank {rank} of {unknowns}, so others nearby explain it as well"
         elif bool(bent.any()):
             why = "the map folds nearby (nearly equal examples, or a kink), so others nearby may explain it as well"
-        else:
+        elif bool(free.any()):
             why = f"{int(free.sum())} of {unknowns} directions are weaker than the noise"
+        else:
+            why = f"the noise leaves an error of up to {max(shown):.1e}, too much for a proof"
         tail = f"{why}; {sure} of {count} examples are determined." if count > 1 else f"{why}."
     certificate = Certificate(verdict, fit.residual, floor, rank, unknowns, verdicts, f"{told}; {tail}")
     return Evidence(certificate, shown, fit.factor, fit.excess)
@@ -495,28 +501,34 @@ def _folds(
     J: Tensor,
     V: Tensor,
     kept: Tensor,
+    along: Tensor,
     fit: _Fit,
     size: float,
     tolerance: float,
-) -> Tensor:
-    """Return a mask (n,) of directions along which the map does not keep half of what its linearization promises."""
-    mask = torch.zeros_like(kept, dtype=torch.bool)
+) -> tuple[Tensor, list[Tensor]]:
+    """Check the linearization at finite steps along the weakest directions.
+
+    Returns:
+        a mask (n,) of directions along which the map does not keep half of what its linearization promises, and for
+        each checked direction what the linearization leaves out at the ends of the error bound ``along`` it, (2, m).
+
+    """
+    mask, remainders = torch.zeros_like(kept, dtype=torch.bool), []
     order = torch.argsort(kept, descending=True)[:_WEAKEST]
     order = order[kept[order] > 0]
-    if len(order) == 0:
-        return mask
     largest = tolerance * size * math.sqrt(len(z))
-    radius = 2 * (float(fit.whitened.norm()) + _MATCHED * math.sqrt(len(J))) * kept[order]
-    radius = radius.clamp(max=largest)
-    steps = torch.tensor([s * f for s in (-1, 1) for f in (0.125, 0.25, 0.5, 1.0)], dtype=z.dtype, device=z.device)
-    moves = (V[:, order] * radius).T[:, None] * steps[:, None]  # (k, s, n)
+    steps = [s * f for s in (-1, 1) for f in (0.125, 0.25, 0.5, 1.0)]
     with torch.no_grad():
         base = whitened(z)
-        for place, group in zip(order.tolist(), moves, strict=True):
-            reached = torch.stack([whitened(z + move) for move in group]) - base
-            promised = group @ J.T
+        for place in order.tolist():
+            radius = 2 * (float(fit.whitened.norm()) + _MATCHED * math.sqrt(len(J))) * float(kept[place])
+            lengths = [min(radius, largest) * s for s in steps] + [-float(along[place]), float(along[place])]
+            moves = torch.stack([length * V[:, place] for length in lengths])
+            reached = torch.stack([whitened(z + move) for move in moves]) - base
+            promised = moves @ J.T
             mask[place] = bool((reached.norm(dim=1) < 0.5 * promised.norm(dim=1)).any())
-    return mask
+            remainders.append((reached - promised)[-2:])
+    return mask, remainders
 
 
 def _cast(tensors: Tensors, dtype: torch.dtype) -> dict[str, Tensor]:

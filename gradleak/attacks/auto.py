@@ -17,7 +17,7 @@ from gradleak.analytic.graph import trace_chain
 from gradleak.analytic.labels import recover_labels
 from gradleak.analytic.recursion import RecursionResult, invert_layers
 from gradleak.attacks.base import Attack, Callback, Progress
-from gradleak.attacks.gauss_newton import gauss_newton, is_smooth
+from gradleak.attacks.gauss_newton import as_gradient, gauss_newton, is_smooth
 from gradleak.attacks.linear_inversion import linear_inversion
 from gradleak.attacks.matching import GradientMatching, dlg, idlg, inverting_gradients
 from gradleak.attacks.recursion import _check, _gradient
@@ -330,7 +330,7 @@ class _Case:
                 estimate = recover_labels(
                     observation.model,
                     observation.params,
-                    observation.update.tensors,
+                    as_gradient(observation),
                     tuple(observation.space.shape),
                     observation.batch_size or 1,
                     observation.training.loss,

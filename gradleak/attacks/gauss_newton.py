@@ -18,7 +18,7 @@ from gradleak.analytic.labels import recover_labels
 from gradleak.attacks.base import Attack, Callback, Progress
 from gradleak.errors import InvalidInput, NotApplicable, ResourceLimit
 from gradleak.threat import Knowledge, Observation
-from gradleak.training import check_reproducible
+from gradleak.training import SGD, FedAvg, check_reproducible
 from gradleak.types import Reconstruction
 
 __all__ = ["GaussNewton", "gauss_newton", "is_smooth"]
@@ -67,10 +67,11 @@ def is_smooth(model: nn.Module, shape: tuple[int, ...]) -> bool:
         return first.detach(), torch.zeros_like(t) if second is None else second
 
     try:
-        for _ in range(2):
+        # A large model has enough units for any line to meet a kink.
+        for _ in range(32 if sum(p.numel() for p in model.parameters()) < 100_000 else 2):
             start, way = (torch.randn(shape, generator=draw, dtype=torch.float64).to(like) for _ in range(2))
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                first, second = derivatives(start, 0.1 * way)
+                first, second = derivatives(start, 0.2 * way)
                 if not bool(second.any()):  # affine, or linear in pieces, of which a long line meets several
                     first, second = derivatives(start, 10 * way)
             change = first[-1] - first[0]
@@ -80,6 +81,16 @@ def is_smooth(model: nn.Module, shape: tuple[int, ...]) -> bool:
     except (NotImplementedError, RuntimeError):
         return False  # an operation without second derivatives cannot be judged, nor taken by this attack
     return True
+
+
+def as_gradient(observation: Observation) -> Mapping[str, Tensor]:
+    """Return the update in the scale of a gradient: a delta over minus step size and steps is the mean gradient."""
+    tensors, training = observation.update.tensors, observation.training
+    training = None if training is None else training.undefended
+    if not isinstance(training, FedAvg) or not isinstance(training.rule, SGD):
+        return tensors
+    factor = -training.rule.lr * training.count(observation.batch_size or 1)
+    return {k: t / factor for k, t in tensors.items()}
 
 
 @final
@@ -242,7 +253,7 @@ class _Problem:
             estimate = recover_labels(
                 model,
                 observation.params,
-                tensors,
+                as_gradient(observation),
                 tuple(space.shape),
                 observation.batch_size,
                 observation.training.loss,

@@ -1,0 +1,130 @@
+"""The attack that chooses."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import gradleak as gl
+from gradleak import defenses
+from gradleak.attacks import auto
+from gradleak.attacks.auto import certificate
+from gradleak.attacks.base import Progress
+from gradleak.errors import InvalidInput, NotApplicable
+from gradleak.models import lenet
+
+SHAPE = (1, 8, 8)
+
+
+def victim(n: int = 1, dtype: torch.dtype = torch.float32, activation: str = "sigmoid") -> gl.Client:
+    model = lenet(width=6, classes=5, in_channels=1, image_size=8, seed=0, activation=activation)  # type: ignore[arg-type]
+    images = torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(1))
+    return gl.Client(model.to(dtype), gl.Batch(images.to(dtype), torch.arange(n) % 5))
+
+
+def observe(client: gl.Client, threat: gl.ThreatModel | None = None) -> gl.Observation:
+    return (threat or gl.ThreatModel()).observe(
+        client.model,
+        client.send(),
+        space=gl.ImageSpace(SHAPE),
+        training=client.training,
+        batch_size=len(client.batch),
+        labels=client.batch.labels,
+    )
+
+
+def error(client: gl.Client, found: gl.Reconstruction) -> float:
+    return float((found.inputs.double() - client.batch.inputs.double()).square().mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("training", [gl.FedSGD(), gl.FedAvg(lr=0.1)], ids=["gradient", "one step"])
+def test_one_example_takes_the_exact_way(dtype: torch.dtype, training: gl.LocalTraining) -> None:
+    client = victim(dtype=dtype)
+    client = gl.Client(client.model, client.batch, training)
+    found = auto().reconstruct(observe(client))
+    assert found.certificate is not None
+    assert (found.status, found.certificate.verdict) == ("exact", "proved")
+    assert found.notes[0] == "Chosen by its certificate: recursion."
+    assert found.labels is not None
+    assert found.labels.tolist() == [0]
+    assert error(client, found) < (1e-12 if dtype is torch.float32 else 1e-26)
+
+
+def test_a_first_linear_layer_is_divided_out() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 5))
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.rand(p.shape, generator=draw) - 0.5)
+    client = gl.Client(model, victim().batch)
+    found = auto().reconstruct(observe(client))
+    assert found.certificate is not None
+    assert found.certificate.verdict == "proved"
+    assert found.notes[0] == "Chosen by its certificate: linear_inversion."
+    assert error(client, found) < 1e-12
+
+
+def test_a_batch_is_matched_and_polished() -> None:
+    clients = [victim(2), gl.Client(victim().model, gl.Batch(victim(4).batch.inputs[2:], torch.tensor([0, 1])))]
+    results = auto().reconstruct_all([observe(c) for c in clients])
+    for client, found in zip(clients, results, strict=True):
+        assert found.certificate is not None
+        assert found.certificate.examples == ("proved", "proved")
+        assert "idlg" in found.notes[0]
+        assert any("one example" in n for n in found.notes)
+        assert error(client, found) < 1e-11
+    assert "gauss_newton" in results[0].notes[0]
+
+
+def test_kinks_are_left_to_inverting_gradients() -> None:
+    found = auto(iterations=20).reconstruct(observe(victim(2, activation="relu")))
+    assert found.certificate is not None
+    assert found.certificate.verdict == "unproved"
+    assert any(n.startswith("inverting_gradients: taken") for n in found.notes)
+    assert any(n.startswith("gauss_newton: not taken") for n in found.notes)
+
+
+def test_without_the_training_the_scale_is_fitted() -> None:
+    client = victim()
+    client = gl.Client(client.model, client.batch, gl.FedAvg(lr=0.25))
+    found = auto().reconstruct(observe(client, gl.ThreatModel(gl.Knowledge.BATCH_SIZE)))
+    assert found.certificate is not None
+    assert found.certificate.verdict == "proved"
+    assert "factor of -0.25" in found.certificate.reason
+    with pytest.raises(NotApplicable, match="TRAINING"):
+        auto().reconstruct(observe(victim(2), gl.ThreatModel(gl.Knowledge.BATCH_SIZE)))
+
+
+def test_a_noised_update_is_not_proved() -> None:
+    client = victim()
+    noised = gl.Client(client.model, client.batch, defenses.gaussian_noise(1e-3).wrap(gl.FedSGD()))
+    found = auto(iterations=30).reconstruct(observe(noised))
+    assert found.certificate is not None
+    assert found.certificate.verdict == "unproved"
+
+
+def test_budget_returns_the_best_so_far() -> None:
+    begin = time.monotonic()
+    seen: list[Progress] = []
+    found = auto(budget=1.0, iterations=10**6).reconstruct(observe(victim(4, activation="relu")), callback=seen.append)
+    assert time.monotonic() - begin < 20
+    assert found.status == "budget"
+    assert any("time budget" in n for n in found.notes)
+    assert seen
+    with pytest.raises(InvalidInput, match="budget"):
+        auto(budget=0)
+
+
+def test_certificate_of_any_result() -> None:
+    client = victim()
+    seen = observe(client)
+    # Without a label in the result, the best one is found from the update.
+    truth = gl.Reconstruction(client.batch.inputs, None, 0.0)
+    assert certificate(seen, truth).verdict == "proved"
+    assert certificate(seen, gl.Reconstruction(1 - client.batch.inputs, None, 0.0)).verdict == "unproved"
+    unknown = certificate(observe(victim(2)), gl.Reconstruction(victim(2).batch.inputs, None, 0.0))
+    assert "labels" in unknown.reason

@@ -1,0 +1,145 @@
+"""Least squares on smooth models: convergence, noise, and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import gradleak as gl
+from gradleak import defenses
+from gradleak.attacks import gauss_newton as factory
+from gradleak.attacks.base import Progress
+from gradleak.attacks.gauss_newton import GaussNewton, _Problem, _Sampled, gauss_newton, is_smooth
+from gradleak.errors import InvalidInput, InvalidModel, NotApplicable, ResourceLimit
+from gradleak.models import lenet, resnet18
+
+SHAPE = (1, 8, 8)
+
+
+def client(
+    n: int = 1,
+    dtype: torch.dtype = torch.float64,
+    training: gl.LocalTraining | None = None,
+    activation: str = "sigmoid",
+) -> gl.Client:
+    model = lenet(width=6, classes=5, in_channels=1, image_size=8, seed=0, activation=activation)  # type: ignore[arg-type]
+    images = torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(1))
+    return gl.Client(model.to(dtype), gl.Batch(images.to(dtype), torch.arange(n) % 5), training or gl.FedSGD())
+
+
+def observe(sender: gl.Client, knows: gl.Knowledge | None = None) -> gl.Observation:
+    threat = gl.ThreatModel() if knows is None else gl.ThreatModel(knows)
+    return threat.observe(
+        sender.model,
+        sender.send(),
+        space=gl.ImageSpace(SHAPE),
+        training=sender.training,
+        batch_size=len(sender.batch),
+        labels=sender.batch.labels,
+    )
+
+
+def error(sender: gl.Client, found: gl.Reconstruction) -> float:
+    return float((found.inputs.double() - sender.batch.inputs.double()).square().mean())
+
+
+def test_factory_is_the_attack() -> None:
+    assert factory is gauss_newton
+    assert isinstance(gauss_newton(), GaussNewton)
+    for wrong in ({"iterations": 0}, {"restarts": 0}, {"budget": 0.0}):
+        with pytest.raises(InvalidInput, match="positive"):
+            gauss_newton(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("training", [gl.FedSGD(), gl.FedAvg(lr=0.1, epochs=2)], ids=["gradient", "two steps"])
+def test_random_start_converges_to_rounding(training: gl.LocalTraining) -> None:
+    sender = client(2, training=training)
+    found = gauss_newton().reconstruct(observe(sender))
+    assert found.status == "converged"
+    assert found.iterations < 40
+    assert error(sender, found) < 1e-20
+
+
+def test_float32_update_to_its_floor() -> None:
+    sender = client(dtype=torch.float32)
+    assert error(sender, gauss_newton().reconstruct(observe(sender))) < 1e-12
+
+
+def test_sampled_rows_precondition_the_whole() -> None:
+    sender = client()
+    problem = _Problem.of(observe(sender), None, 0)
+    z = sender.batch.inputs.flatten() + 0.01 * torch.randn(64, generator=torch.Generator().manual_seed(0)).double()
+    dense, sampled = problem.linearize(z, None), _Sampled(problem, z, None)
+    for damping in (1e-2, 1e-9):
+        # The means that scale the damping differ, so compare what the steps achieve.
+        exact, found = dense.decrease(dense.step(damping)), dense.decrease(sampled.step(damping))
+        assert found == pytest.approx(exact, rel=0.02)
+    step = dense.step(1e-3)
+    assert sampled.decrease(step) == pytest.approx(dense.decrease(step), rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "limit"), [("half_precision", 1e-7), ("bfloat16", 1e-4)])
+def test_weights_reach_through_16_bits(name: str, limit: float) -> None:
+    training = getattr(defenses, name)().wrap(gl.FedSGD())
+    sender = client(training=training)
+    knows = gl.Knowledge.BATCH_SIZE | gl.Knowledge.TRAINING
+    for granted in (knows, knows | gl.Knowledge.DEFENSE):  # the number format shows in the numbers, told or not
+        found = gauss_newton(restarts=3).reconstruct(observe(sender, granted))
+        assert error(sender, found) < limit
+
+
+def test_polish_keeps_what_was_found() -> None:
+    sender = client()
+    seen = observe(sender)
+    near = sender.batch.inputs + 1e-2 * torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0)).double()
+    rough = gl.Reconstruction(near, torch.tensor([0]), 1.0, notes=("rough",), features=torch.zeros(1, 3))
+    found = gauss_newton().polish(seen, rough)
+    assert error(sender, found) < 1e-20
+    assert found.notes[0] == "rough"
+    assert found.features is rough.features
+    blind = observe(sender, gl.Knowledge.BATCH_SIZE)
+    with pytest.raises(NotApplicable, match="TRAINING"):
+        gauss_newton().polish(blind, rough)
+
+
+def test_kinks_are_refused_with_a_remedy() -> None:
+    with pytest.raises(NotApplicable, match=r"recursion\(\).*inverting_gradients\(\)"):
+        gauss_newton().reconstruct(observe(client(activation="relu")))
+
+
+def test_too_many_unknowns() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(5000, 2))
+    sender = gl.Client(model, gl.Batch(torch.rand(1, 1, 50, 100), torch.tensor([0])))
+    with pytest.raises(ResourceLimit, match="5000"):
+        gl.simulate(sender, gauss_newton())
+
+
+def test_interruption_and_budget_return_the_best_so_far() -> None:
+    def stop(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    found = gauss_newton().reconstruct(observe(client()), callback=stop)
+    assert (found.status, found.iterations) == ("interrupted", 1)
+    assert replace(gauss_newton(), budget=1e-6).reconstruct(observe(client())).status == "budget"
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "softplus", "gelu"])
+def test_smooth_models(activation: str) -> None:
+    assert is_smooth(client(activation=activation).model, SHAPE)
+
+
+def test_models_with_kinks() -> None:
+    affine = nn.Linear(6, 4)
+    assert is_smooth(affine, (6,))
+    for kink in (nn.ReLU(), nn.LeakyReLU(0.9), nn.MaxPool1d(2), nn.Hardtanh()):
+        last = 2 if isinstance(kink, nn.MaxPool1d) else 4
+        layers = (affine, kink, nn.Sigmoid(), nn.Linear(last, 3), nn.Tanh())
+        assert not is_smooth(nn.Sequential(*layers), (6,))
+        assert not is_smooth(nn.Sequential(affine, kink), (6,))
+    assert not is_smooth(client(activation="relu").model, SHAPE)
+    assert not is_smooth(resnet18(width=4, seed=0).eval(), (3, 16, 16))
+    with pytest.raises(InvalidModel, match="dropout"):
+        is_smooth(nn.Dropout(0.5), (6,))
