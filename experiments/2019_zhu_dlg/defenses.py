@@ -89,7 +89,7 @@ class Config:
 
 
 SMOKE = Config(("none", "Gaussian 1e-3", "8 bit"), 1, 20, 3, 640, 1)
-DEFAULT = Config(tuple(n for n in GRID if n not in {f"pruning {p} %" for p in (20, 40, 60, 80)}), 3, 400, 60, 5000, 10)
+DEFAULT = Config(tuple(n for n in GRID if n not in {f"pruning {p} %" for p in (20, 40, 60, 80)}), 3, 400, 120, 5000, 10)
 FULL = Config(tuple(GRID), 100, 3000, 300, 5000, 40)
 
 
