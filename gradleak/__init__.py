@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradleak import attacks, defenses, metrics, models
+    from gradleak import attacks, defenses, errors, metrics, models
     from gradleak.exchange import Client, Exchange, simulate
     from gradleak.inputs import ImageSpace, InputSpace, TensorSpace
     from gradleak.threat import Knowledge, Observation, ThreatModel
@@ -36,6 +36,7 @@ __all__ = [
     "UpdateKind",
     "attacks",
     "defenses",
+    "errors",
     "metrics",
     "models",
     "simulate",
@@ -43,7 +44,7 @@ __all__ = [
 
 # Public names are imported when they are first used: the command line answers --help, and reports are rendered,
 # without torch (PEP 562).
-_PACKAGES = ("attacks", "defenses", "metrics", "models")
+_PACKAGES = ("attacks", "defenses", "errors", "metrics", "models")
 _HOMES = {
     "exchange": ("Client", "Exchange", "simulate"),
     "inputs": ("ImageSpace", "InputSpace", "TensorSpace"),

@@ -129,6 +129,8 @@ def resimulate(observation: Observation, reconstruction: Reconstruction) -> dict
     labels = reconstruction.labels if labels is None else labels
     if observation.training is None or labels is None:
         return None
+    if tuple(reconstruction.inputs.shape[1:]) != tuple(observation.space.shape):
+        return None  # Features, not inputs: nothing that the model could be run on.
     params = {k: v.double() for k, v in observation.params.items()}
     others = {k: v.detach() for k, v in observation.model.named_parameters() if not v.requires_grad}
     others |= dict(observation.model.named_buffers())

@@ -1,6 +1,6 @@
 """Defenses: wrappers of the forward map. Adding one is a file and an import line here."""
 
-from gradleak.defenses.base import Defended, Defense, UpdateDefense, straight_through
+from gradleak.defenses.base import Defended, Defense, UpdateDefense
 from gradleak.defenses.clipping import Clipping, clip
 from gradleak.defenses.composition import Composition, compose
 from gradleak.defenses.noise import GaussianNoise, LaplacianNoise, gaussian_noise, laplacian_noise
@@ -30,6 +30,5 @@ __all__ = [
     "laplacian_noise",
     "prune",
     "sign",
-    "straight_through",
     "top_k",
 ]

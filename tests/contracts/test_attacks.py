@@ -38,7 +38,7 @@ def client(n: int = 1, dtype: torch.dtype = torch.float64, linear: bool = False)
 
 
 def observe(sender: gl.Client, knows: gl.Knowledge | None = None) -> gl.Observation:
-    threat = gl.ThreatModel(~gl.Knowledge.PUBLIC_DATA if knows is None else knows)
+    threat = gl.ThreatModel(~gl.Knowledge.NOTHING if knows is None else knows)
     return threat.observe(
         sender.model,
         sender.send(),
@@ -46,6 +46,7 @@ def observe(sender: gl.Client, knows: gl.Knowledge | None = None) -> gl.Observat
         training=sender.training,
         batch_size=len(sender.batch),
         labels=sender.batch.labels,
+        public=torch.rand(4, *SHAPE, generator=torch.Generator().manual_seed(2), dtype=sender.batch.inputs.dtype),
     )
 
 

@@ -34,9 +34,9 @@ from gradleak.defenses import (
     laplacian_noise,
     prune,
     sign,
-    straight_through,
     top_k,
 )
+from gradleak.defenses.base import straight_through
 from gradleak.errors import InvalidInput
 from gradleak.inputs import TensorSpace
 from gradleak.threat import Knowledge, ThreatModel

@@ -34,7 +34,7 @@ def _warm(solver: str, dtype: torch.dtype | None) -> torch.dtype | None:
 def dlg(
     *,
     solver: str = "lbfgs",
-    iterations: int = 8000,
+    iterations: int = 10000,
     lr: float = 0.1,
     restarts: int = 1,
     init_std: float = 0.1,
@@ -80,7 +80,7 @@ def dlg(
 def idlg(
     *,
     solver: str = "lbfgs",
-    iterations: int = 8000,
+    iterations: int = 10000,
     lr: float = 0.1,
     restarts: int = 1,
     init_std: float = 0.1,
