@@ -48,6 +48,7 @@ def published(
     batch_size: int = 1,
     seed: int = 0,
     outer: int = OUTER,
+    budget: int | None = None,
     watch: Watch | None = None,
 ) -> Published:
     """Match ``gradient`` as Zhu et al. 2019 do (Algorithm 1 and the options of the authors' code).
@@ -65,6 +66,7 @@ def published(
         batch_size: number of examples.
         seed: of the start.
         outer: outer iterations; 300 as published.
+        budget: evaluations after which no further outer iteration begins; None as published, where 6,000 is the most.
         watch: called after each outer iteration with its number, the evaluations so far, and the iterate.
 
     """
@@ -97,5 +99,7 @@ def published(
             break
         if torch.equal(before[0], x.detach()) and torch.equal(before[1], y.detach()):
             status = "settled"
+            break
+        if budget is not None and evaluations >= budget:
             break
     return Published(x.detach(), y.detach().argmax(-1), done, evaluations, distance, status)

@@ -125,8 +125,8 @@ def gradients(model: nn.Module, update: gl.Update, lr: float = 1.0, steps: int =
 
 
 def attack_published(
-    model: nn.Module, batch: gl.Batch, observation: gl.Observation, *, classes: int, seed: int, outer: int,
-    lr: float = 1.0, steps: int = 1,
+    model: nn.Module, batch: gl.Batch, observation: gl.Observation, *, classes: int, seed: int,
+    outer: int = _published.OUTER, budget: int | None = None, lr: float = 1.0, steps: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the published algorithm on one observation and score it."""
     start = time.perf_counter()
@@ -138,6 +138,7 @@ def attack_published(
         batch_size=len(batch),
         seed=seed,
         outer=outer,
+        budget=budget,
     )
     return record(
         result.inputs,
@@ -170,6 +171,7 @@ def best_effort(result: gl.Reconstruction, batch: gl.Batch) -> dict[str, Any]:
         status=result.status,
         seconds=result.seconds,
         objective=result.objective,
+        verdict="" if result.certificate is None else result.certificate.verdict,
         labels=int((result.labels == batch.labels).sum()) if result.labels is not None and len(batch) == 1 else -1,
     )
 

@@ -35,12 +35,12 @@ class Config:
     settings: tuple[tuple[int, int], ...]
     groups: int
     iterations: int
-    outer: int
+    budget: int
 
 
-SMOKE = Config(12, ((1, 1), (2, 1)), 1, 40, 3)
-DEFAULT = Config(24, ((1, 1), (2, 1), (4, 1), (2, 2)), 1, 2500, 300)
-FULL = Config(64, ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (4, 4), (16, 1)), 10, 20_000, 300)
+SMOKE = Config(12, ((1, 1), (2, 1)), 1, 40, 40)
+DEFAULT = Config(24, ((1, 1), (2, 1), (4, 1), (2, 2)), 1, 2500, 3200)
+FULL = Config(64, ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (4, 4), (16, 1)), 10, 20_000, 6000)
 
 
 def average(model: nn.Module, batches: list[gl.Batch]) -> gl.Update:
@@ -65,10 +65,10 @@ def ours(lab: Lab, *, images: list[int], clients: int, width: int, iterations: i
     return {**found, "rank": bound.rank, "unknowns": bound.unknowns}
 
 
-def published(lab: Lab, *, images: list[int], clients: int, width: int, outer: int) -> Mapping[str, Any]:
+def published(lab: Lab, *, images: list[int], clients: int, width: int, budget: int) -> Mapping[str, Any]:
     """Reconstruct all examples behind one averaged gradient with the published algorithm."""
     model, whole, observation = _exchange(lab, images, clients, width)
-    return _shared.attack_published(model, whole, observation, classes=100, seed=images[0], outer=outer)
+    return _shared.attack_published(model, whole, observation, classes=100, seed=images[0], budget=budget)
 
 
 def run(config: Config, lab: Lab) -> Result:
@@ -81,7 +81,7 @@ def run(config: Config, lab: Lab) -> Result:
         groups = [order[g * largest : g * largest + count] for g in range(config.groups)]
         fixed = {"clients": clients, "width": config.width}
         mine = lab.measure(ours, [{"images": g, **fixed, "iterations": config.iterations} for g in groups])
-        theirs = lab.measure(published, [{"images": g, **fixed, "outer": config.outer} for g in groups])
+        theirs = lab.measure(published, [{"images": g, **fixed, "budget": config.budget} for g in groups])
         errors = [_shared.series(r, "mse") for r in (mine, theirs)]
         hits = [share([e <= _shared.HIT for e in column]) for column in errors]
         title = f"{clients} × {size} examples, width {config.width}"

@@ -35,7 +35,7 @@ class Setting:
         width: channels.
         size: batch size N.
         iterations: evaluations for ours.
-        outer: outer iterations of the published algorithm.
+        budget: evaluations after which the published algorithm ends.
         depth: of the ResNet.
 
     """
@@ -44,7 +44,7 @@ class Setting:
     width: int
     size: int
     iterations: int
-    outer: int
+    budget: int
     depth: int = 3
 
     @property
@@ -59,25 +59,25 @@ class Config:
     batches: int
 
 
-def _lenets(widths: tuple[int, ...], sizes: tuple[int, ...], iterations: int, outer: int) -> tuple[Setting, ...]:
-    return tuple(Setting("lenet", w, n, iterations, outer) for w in widths for n in sizes)
+def _lenets(widths: tuple[int, ...], sizes: tuple[int, ...], iterations: int, budget: int) -> tuple[Setting, ...]:
+    return tuple(Setting("lenet", w, n, iterations, budget) for w in widths for n in sizes)
 
 
-SMOKE = Config((*_lenets((12,), (1, 2), 40, 2), Setting("resnet", 4, 1, 3, 1, 8)), 1)
+SMOKE = Config((*_lenets((12,), (1, 2), 40, 40), Setting("resnet", 4, 1, 3, 20, 8)), 1)
 DEFAULT = Config(
     (
-        *_lenets((12,), (1, 2, 4, 8), 2000, 150),
-        *_lenets((24,), (1, 2, 4, 8), 2500, 100),
-        *_lenets((64,), (1, 2), 1500, 50),
-        *(Setting("resnet", 8, n, 200, 10, 8) for n in (1, 2)),
+        *_lenets((12,), (1, 2, 4, 8), 2000, 2000),
+        *_lenets((24,), (1, 2, 4, 8), 2500, 2000),
+        *_lenets((64,), (1, 2), 2000, 1000),
+        *(Setting("resnet", 8, n, 400, 400, 8) for n in (1, 2)),
     ),
     1,
 )
 FULL = Config(
     (
-        *_lenets((12, 24, 32, 48, 64), (1, 2, 4, 8, 16, 32), 20_000, 300),
-        *(Setting("resnet", 16, n, 20_000, 300, 20) for n in (1, 2, 4, 8)),
-        *(Setting("resnet", 16, n, 20_000, 300, 56) for n in (1, 2, 4, 8)),
+        *_lenets((12, 24, 32, 48, 64), (1, 2, 4, 8, 16, 32), 20_000, 6000),
+        *(Setting("resnet", 16, n, 20_000, 6000, 20) for n in (1, 2, 4, 8)),
+        *(Setting("resnet", 16, n, 20_000, 6000, 56) for n in (1, 2, 4, 8)),
     ),
     10,
 )
@@ -99,12 +99,12 @@ def ours(lab: Lab, *, model: str, width: int, depth: int, images: list[int], ite
     return {**found, "rank": bound.rank, "unknowns": bound.unknowns, "bound": bound.reason}
 
 
-def published(lab: Lab, *, model: str, width: int, depth: int, images: list[int], outer: int) -> Mapping[str, Any]:
+def published(lab: Lab, *, model: str, width: int, depth: int, images: list[int], budget: int) -> Mapping[str, Any]:
     """Reconstruct the same batch with the published algorithm."""
     batch = _shared.held_out(lab, _shared.images("cifar100"), images)
     net = victim(model, width, depth, images[0])
     observation = _shared.observe(net, batch)
-    return _shared.attack_published(net, batch, observation, classes=100, seed=images[0], outer=outer)
+    return _shared.attack_published(net, batch, observation, classes=100, seed=images[0], budget=budget)
 
 
 Found = list[tuple[Setting, list[Measured], list[Measured]]]
@@ -118,15 +118,16 @@ def run(config: Config, lab: Lab) -> Result:
         groups = [order[g * largest : g * largest + setting.size] for g in range(config.batches)]
         fixed = {"model": setting.model, "width": setting.width, "depth": setting.depth}
         mine = lab.measure(ours, [{**fixed, "images": g, "iterations": setting.iterations} for g in groups])
-        theirs = lab.measure(published, [{**fixed, "images": g, "outer": setting.outer} for g in groups])
+        theirs = lab.measure(published, [{**fixed, "images": g, "budget": setting.budget} for g in groups])
         found.append((setting, mine, theirs))
     rows = [row for item in found for row in _rows(*item)]
     for title in dict.fromkeys(s.title for s, _, _ in found):
         rows.append(Row(f"largest batch recovered, {title}", *_limits([f for f in found if f[0].title == title])))
-    caps = f"published algorithm capped at {min(s.outer for s in config.settings)} to 150 outer iterations"
+    budgets = [s.budget for s in config.settings]
+    caps = f"published algorithm ends at {min(budgets):,} to {max(budgets):,} evaluations"
     scaled = f"{config.batches} batch a setting instead of {FULL.batches}, width 64 up to N = 2, small ResNet; {caps}"
     figures = [
-        Figure("batch size", "PSNR of every image, evaluations, and the rank bound against the batch size.",
+        Figure("batch size", "PSNR, evaluations and rank bound against batch size; hollow: rank excludes exactness.",
                _plots(found), (12.0, 4.0)),
         Figure("grid", "Random test images, none rejected, as batches show them (assigned to the truth).", _grid(found),
                (8.0, 1.0 * 3 * len(found))),
@@ -142,7 +143,7 @@ def _rows(setting: Setting, mine: list[Measured], theirs: list[Measured]) -> lis
     room = "rank does not exclude exactness" if rank >= unknowns else f"rank at most {rank:,} of {unknowns:,}"
     spent = f"{max(r['evaluations'] for r in mine)} evaluations, {mean([r.seconds for r in mine]).value:.0f} s a batch"
     title = f"N = {setting.size}, {setting.title}"
-    note = f"{room}; published: at most {setting.outer} outer iterations, {theirs[0]['status']}"
+    note = f"{room}; published: at most {setting.budget:,} evaluations, {theirs[0]['status']}"
     return [
         Row(f"PSNR, {title}", *quality, unit="dB", cost=spent, note=note),
         Row(f"success at MSE 1e-4, {title}", *hits, note=room),
@@ -170,6 +171,10 @@ def _plots(found: Found) -> Any:
             for place, style, label in ((1, "o-", f"{title}, ours"), (2, "x:", "published" if not k else None)):
                 quality = [mean([_shared.psnr(e) for e in _shared.series(f[place], "mse")]).value for f in chosen]
                 left.plot(sizes, quality, style, color=f"C{k}", label=label)
+                if place == 1:
+                    excluded = [j for j, f in enumerate(chosen) if f[1][0]["rank"] < f[1][0]["unknowns"]]
+                    hollow = {"mfc": "white", "color": f"C{k}", "markersize": 9, "linestyle": "none"}
+                    left.plot([sizes[j] for j in excluded], [quality[j] for j in excluded], "o", **hollow)
             spent = [f[1][0]["first_hit"] if f[1][0]["first_hit"] >= 0 else f[1][0]["evaluations"] for f in chosen]
             middle.plot(sizes, [max(s, 1) for s in spent], "o-", color=f"C{k}")
             right.plot(sizes, [f[1][0]["rank"] / f[1][0]["unknowns"] for f in chosen], "s-", color=f"C{k}", label=title)
@@ -178,6 +183,7 @@ def _plots(found: Found) -> Any:
         middle.set_ylabel("evaluations to MSE 1e-4, or all that were spent")
         middle.set_yscale("log")
         right.set_ylabel("rank bound / unknowns (below 1: not exact)")
+        right.set_ylim(0, 1.05)
         right.axhline(1, color="gray", linestyle="--", linewidth=1)
         for axis in (left, middle, right):
             axis.set_xlabel("batch size N")

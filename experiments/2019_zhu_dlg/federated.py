@@ -33,7 +33,7 @@ class Config:
     images: int
     together: int
     iterations: int
-    outer: int
+    budget: int
     small: tuple[int, ...]
     momentum: tuple[int, ...]
     several: tuple[int, ...]
@@ -41,9 +41,9 @@ class Config:
     several_iterations: int
 
 
-SMOKE = Config((1, 2), 1, 1, 60, 3, (2,), (), (2,), 12, 20)
-DEFAULT = Config((1, 2, 3, 4, 10), 4, 4, 3000, 300, (2, 4), (4,), (2, 4), 24, 2000)
-FULL = Config((1, 2, 3, 4, 10), 100, 50, 6000, 300, (1, 2, 3, 4, 10), (2, 3, 4, 10), (2, 3, 4, 10), 64, 10_000)
+SMOKE = Config((1, 2), 1, 1, 60, 40, (2,), (), (2,), 12, 20)
+DEFAULT = Config((1, 2, 3, 4, 10), 4, 4, 2500, 3200, (4,), (4,), (2, 4), 24, 2000)
+FULL = Config((1, 2, 3, 4, 10), 100, 50, 6000, 6000, (1, 2, 3, 4, 10), (2, 3, 4, 10), (2, 3, 4, 10), 64, 10_000)
 
 
 def training(steps: int, lr: float, momentum: float, examples: int = 1) -> gl.FedAvg:
@@ -60,12 +60,14 @@ def ours(lab: Lab, *, steps: int, lr: float, momentum: float, images: list[int],
     return _shared.merged(_shared.attack_gradients(observations, batches, iterations=iterations))
 
 
-def published(lab: Lab, *, steps: int, lr: float, momentum: float, image: int, outer: int) -> Mapping[str, Any]:
+def published(lab: Lab, *, steps: int, lr: float, momentum: float, image: int, budget: int) -> Mapping[str, Any]:
     """Treat the same delta as one gradient and run the published algorithm."""
     data = _shared.images("cifar100")
     batch, model = _shared.held_out(lab, data, [image]), data.lenet(image)
     observation = _shared.observe(model, batch, training(steps, lr, momentum))
-    return _shared.attack_published(model, batch, observation, classes=100, seed=image, outer=outer, lr=lr, steps=steps)
+    return _shared.attack_published(
+        model, batch, observation, classes=100, seed=image, budget=budget, lr=lr, steps=steps
+    )
 
 
 def several(lab: Lab, *, examples: int, lr: float, width: int, images: list[int], iterations: int) -> Mapping[str, Any]:
@@ -78,14 +80,14 @@ def several(lab: Lab, *, examples: int, lr: float, width: int, images: list[int]
 
 
 def several_published(
-    lab: Lab, *, examples: int, lr: float, width: int, images: list[int], outer: int
+    lab: Lab, *, examples: int, lr: float, width: int, images: list[int], budget: int
 ) -> Mapping[str, Any]:
     """Treat the delta of k steps on k examples as one gradient of a batch of k."""
     data = _shared.images("cifar100")
     batch, model = _shared.held_out(lab, data, images), data.lenet(images[0], width=width)
     observation = _shared.observe(model, batch, training(examples, lr, 0.0, examples))
     return _shared.attack_published(
-        model, batch, observation, classes=100, seed=images[0], outer=outer, lr=lr, steps=examples
+        model, batch, observation, classes=100, seed=images[0], budget=budget, lr=lr, steps=examples
     )
 
 
@@ -100,7 +102,7 @@ def run(config: Config, lab: Lab) -> Result:
         fixed = {"steps": steps, "lr": lr, "momentum": momentum}
         parts = _shared.chunks(images, config.together)
         mine = lab.measure(ours, [{**fixed, "images": part, "iterations": config.iterations} for part in parts])
-        return mine, lab.measure(published, [{**fixed, "image": i, "outer": config.outer} for i in images])
+        return mine, lab.measure(published, [{**fixed, "image": i, "budget": config.budget} for i in images])
 
     for steps in config.steps:
         mine, theirs = both(steps, 0.01, 0.0)
@@ -116,7 +118,7 @@ def run(config: Config, lab: Lab) -> Result:
     for count in config.several:
         fixed = {"examples": count, "lr": 0.01, "width": config.several_width, "images": chosen[:count]}
         mine = lab.measure(several, [{**fixed, "iterations": config.several_iterations}])
-        theirs = lab.measure(several_published, [{**fixed, "outer": config.outer}])
+        theirs = lab.measure(several_published, [{**fixed, "budget": config.budget}])
         room = f"rank at most {mine[0]['rank']:,} of {mine[0]['unknowns']:,}" * (mine[0]["rank"] < mine[0]["unknowns"])
         title = f"{count} steps on {count} examples, width {config.several_width}"
         rows += _rows(title, mine, theirs, count, room)
@@ -125,9 +127,9 @@ def run(config: Config, lab: Lab) -> Result:
         Figure("grid", "Random test images after k local steps, none rejected.", lambda f: _shared.pictures(f, lines),
                (6.0, 10.0)),
     ]  # fmt: skip
-    return Result(
-        rows, figures, scaled="" if config == FULL else f"{len(images)} instead of {FULL.images} images a row"
-    )
+    scaled = f"{len(images)} instead of {FULL.images} images a row; published algorithm ends at {config.budget:,} "
+    scaled += "evaluations"
+    return Result(rows, figures, scaled="" if config == FULL else scaled)
 
 
 def _rows(title: str, mine: list[Measured], theirs: list[Measured], examples: int, note: str = "") -> list[Row]:

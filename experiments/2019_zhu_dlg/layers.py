@@ -32,13 +32,13 @@ SHARES = (("first", 1), ("first", 2), ("first", 3), ("last", 1), ("last", 2), ("
 class Config:
     images: int
     iterations: int
-    outer: int
+    budget: int
     shares: tuple[tuple[str, int], ...] = SHARES
 
 
-SMOKE = Config(1, 60, 3, (("first", 1), ("last", 2), ("all", 4)))
-DEFAULT = Config(4, 2000, 300)
-FULL = Config(100, 6000, 300)
+SMOKE = Config(1, 60, 40, (("first", 1), ("last", 2), ("all", 4)))
+DEFAULT = Config(4, 2000, 3200)
+FULL = Config(100, 6000, 6000)
 
 
 def shared_layers(side: str, count: int) -> tuple[str, ...]:
@@ -79,11 +79,11 @@ def ours(lab: Lab, *, images: list[int], side: str, count: int, iterations: int)
     return {**_shared.merged(results), "rank": bound.rank, "unknowns": bound.unknowns}
 
 
-def published(lab: Lab, *, image: int, side: str, count: int, outer: int) -> Mapping[str, Any]:
+def published(lab: Lab, *, image: int, side: str, count: int, budget: int) -> Mapping[str, Any]:
     """Reconstruct from some layers with the published algorithm."""
     batch, model = _shared.held_out(lab, _shared.images("cifar100"), [image]), _victim(image, side, count)
     observation = _shared.observe(model, batch)
-    return _shared.attack_published(model, batch, observation, classes=100, seed=image, outer=outer)
+    return _shared.attack_published(model, batch, observation, classes=100, seed=image, budget=budget)
 
 
 def run(config: Config, lab: Lab) -> Result:
@@ -96,7 +96,7 @@ def run(config: Config, lab: Lab) -> Result:
         mine = lab.measure(
             ours, [{"images": part, **fixed, "iterations": config.iterations} for part in _shared.chunks(chosen, 8)]
         )
-        theirs = lab.measure(published, [{"image": i, **fixed, "outer": config.outer} for i in chosen])
+        theirs = lab.measure(published, [{"image": i, **fixed, "budget": config.budget} for i in chosen])
         errors = [_shared.series(r, "mse") for r in (mine, theirs)]
         hits = [share([e <= _shared.HIT for e in column]) for column in errors]
         label = "all layers" if side == "all" else f"{side} {count} of 4 layers"
@@ -112,13 +112,16 @@ def run(config: Config, lab: Lab) -> Result:
     lines.insert(0, ("truth", truth))
     fall = traced["errors"]
     rows.insert(0, Row("image error at the end of the traced run", f"{fall[-1]:.1e} (from {fall[0]:.1e})"))
+    scaled = (
+        f"{config.images} instead of {FULL.images} images; published algorithm ends at {config.budget:,} evaluations"
+    )
     figures = [
         Figure("curves", "Squared gradient distance per layer, and the image's own error, along one run.",
                _curves(traced)),
         Figure("some layers", "What the gradients of some layers show of random test images.",
                lambda f: _shared.pictures(f, lines), (7.0, 10.0)),
     ]  # fmt: skip
-    return Result(rows, figures, scaled="" if config == FULL else f"{config.images} instead of {FULL.images} images")
+    return Result(rows, figures, scaled="" if config == FULL else scaled)
 
 
 def _curves(traced: Any) -> Any:
