@@ -2,6 +2,7 @@
 
 from gradleak.attacks.auto import auto
 from gradleak.attacks.disaggregation import disaggregate
+from gradleak.attacks.feature_matching import feature_matching
 from gradleak.attacks.gauss_newton import gauss_newton
 from gradleak.attacks.linear_inversion import linear_inversion
 from gradleak.attacks.matching import dlg, idlg, inverting_gradients
@@ -11,6 +12,7 @@ __all__ = [
     "auto",
     "disaggregate",
     "dlg",
+    "feature_matching",
     "gauss_newton",
     "idlg",
     "inverting_gradients",

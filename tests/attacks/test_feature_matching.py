@@ -1,0 +1,61 @@
+"""Matching with one feature target per example."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gradleak as gl
+from gradleak.analytic.head import find_head
+from gradleak.attacks.feature_matching import FEATURES, decouple
+from gradleak.errors import NotApplicable
+
+SHAPE = (1, 8, 8)
+
+
+def victim(n: int, labels: list[int], loss: gl.CrossEntropy | None = None) -> tuple[gl.Client, gl.Observation]:
+    model = gl.models.lenet(width=8, classes=12, in_channels=1, image_size=8, seed=0).double()
+    images = torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    training = gl.FedSGD(gl.CrossEntropy() if loss is None else loss)
+    client = gl.Client(model, gl.Batch(images, torch.tensor(labels)), training)
+    seen = gl.ThreatModel().observe(model, client.send(), space=gl.ImageSpace(SHAPE), training=training, batch_size=n)
+    return client, seen
+
+
+@pytest.mark.parametrize("loss", [gl.CrossEntropy(), gl.CrossEntropy("sum", 0.1)])
+def test_the_decoupled_map_equals_the_body_of_the_gradient(loss: gl.CrossEntropy) -> None:
+    client, seen = victim(3, [0, 4, 7], loss)
+    head = find_head(seen.model, seen.params, SHAPE)
+    assert head is not None
+    features = seen.model.body(client.batch.inputs).flatten(1).detach()
+    reduced = decouple(seen, head, features, client.batch.labels, 0.2)
+    assert reduced.training is not None
+    again = reduced.training.tensors(reduced.model, reduced.params, client.batch.inputs, client.batch.labels)
+    assert set(again) == {k for k in seen.update.tensors if not k.startswith("fc")} | {FEATURES}
+    for name, tensor in again.items():
+        torch.testing.assert_close(tensor, reduced.update.tensors[name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_batch_comes_back_with_its_labels_and_the_model_is_left_alone() -> None:
+    client, seen = victim(3, [7, 0, 4])
+    state = {k: v.clone() for k, v in seen.model.state_dict().items()}
+    found = gl.attacks.feature_matching(iterations=1500).reconstruct(seen)
+    assert list(seen.model.state_dict()) == list(state)
+    assert found.labels is not None
+    assert sorted(found.labels.tolist()) == [0, 4, 7]
+    order = [found.labels.tolist().index(k) for k in (7, 0, 4)]
+    assert float((found.inputs[order] - client.batch.inputs).square().mean()) <= 1e-4
+
+
+def test_weight_deltas_are_refused_with_the_alternative() -> None:
+    client, _ = victim(1, [3])
+    training = gl.FedAvg(lr=0.1)
+    seen = gl.ThreatModel().observe(
+        client.model,
+        gl.Client(client.model, client.batch, training).send(),
+        space=gl.ImageSpace(SHAPE),
+        training=training,
+        batch_size=1,
+    )
+    with pytest.raises(NotApplicable, match=r"dlg\(\)"):
+        gl.attacks.feature_matching().reconstruct(seen)
