@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import itertools
 import math
+import re
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from gradleak import defenses
-from gradleak.analytic.certify import examine
-from gradleak.attacks import gauss_newton, recursion
+from gradleak.analytic.certify import Evidence, examine
+from gradleak.attacks import auto, gauss_newton
 from gradleak.errors import NotApplicable
 from gradleak.inputs import TensorSpace
 from gradleak.threat import Knowledge, Observation, ThreatModel
@@ -48,7 +48,7 @@ SCENARIOS = (
     "unknown training",
 )
 CLEAN = ("clean", "near duplicates", "exact duplicates", "saturated", "dead units", "unknown training")
-CANDIDATES = ("truth", "near", "fitted", "fitted", "random start")
+CANDIDATES = ("truth", "near", "fitted", "fitted", "random start", "auto")
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,15 @@ def _fit(observation: Observation, start: Tensor, labels: Tensor, seed: int) -> 
         return start
 
 
+def _auto(observation: Observation, seed: int) -> tuple[Evidence, Tensor]:
+    """Return what ``auto`` finds for one example by exact attacks, and the bound that its certificate states."""
+    result = auto(iterations=1, polish=False).reconstruct(observation, seed=seed)
+    assert result.certificate is not None
+    stated = re.search(r"error at most ([-+.e\d]+)", result.certificate.reason)
+    bound = float(stated.group(1)) if stated else math.nan
+    return Evidence(result.certificate, (bound,)), result.inputs.double()
+
+
 def _errors(found: Tensor, truth: Tensor) -> list[float]:
     """Return root mean square errors per example under the permutation with the least total."""
     distance = (found[:, None] - truth[None]).flatten(2).square().mean(-1).sqrt()
@@ -181,6 +190,9 @@ def trial(seed: int) -> Trial:
     count = draw.one((1, 2, 3))
     if scenario in ("near duplicates", "exact duplicates"):
         count = max(count, 2)
+        candidate = "fitted" if candidate == "auto" else candidate
+    if candidate == "auto":
+        count = 1
     name, model, shape, classes = _model(draw, scenario)
     dtype = draw.one((torch.float32, torch.float32, torch.float64))
     model, x = model.to(dtype), _inputs(draw, scenario, count, shape).to(dtype)
@@ -205,11 +217,12 @@ def trial(seed: int) -> Trial:
     if candidate == "random start":
         start = 0.3 * draw.normal(count, *shape)
     found = _fit(observation, start, labels, seed) if candidate in ("fitted", "random start") else start
-    if candidate == "random start" and count == 1:
-        with contextlib.suppress(NotApplicable):
-            found = recursion().reconstruct(observation, seed=seed).inputs.double()
     known = None if scenario == "unknown training" else belief
-    evidence = examine(model, update.tensors, found, labels, training=known, seed=seed)
+    evidence = None
+    if candidate == "auto":
+        evidence, found = _auto(observation, seed)
+    if evidence is None:
+        evidence = examine(model, update.tensors, found, labels, training=known, seed=seed)
     errors = _errors(found.double(), truth)
     verdicts = evidence.certificate.examples
     proved = [i for i, v in enumerate(verdicts) if v == "proved"]

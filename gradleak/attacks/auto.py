@@ -30,6 +30,8 @@ from gradleak.types import Certificate, Reconstruction
 __all__ = ["Auto", "auto", "certificate"]
 
 _RANK = {"unproved": 0, "matched": 1, "proved": 2}
+_POLISHED = 1024
+"""Unknowns up to which a Gauss–Newton polish is a matter of seconds."""
 _MOST_CLASSES = 256
 """Up to so many classes, the label of one example is found by trying all of them."""
 
@@ -346,6 +348,14 @@ class _Case:
     def polished(self, options: Auto, clock: _Clock) -> None:
         """Finish with Gauss–Newton steps from the best so far, on smooth models where they fit."""
         if self.best is None:
+            return
+        unknowns = self.best.inputs.numel()
+        if unknowns > _POLISHED and clock.deadline is None:
+            reason = ResourceLimit(
+                f"A step with {unknowns} unknowns takes minutes on a CPU; call gauss_newton().polish(...) yourself, "
+                "or give auto a budget."
+            )
+            self._skip("gauss_newton", reason)
             return
         begin = time.perf_counter()
         left = None if clock.deadline is None else max(clock.deadline - time.monotonic(), 1e-3)
