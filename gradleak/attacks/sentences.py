@@ -60,7 +60,7 @@ class ReadSentences(Attack):
 
     mask: int = 103
     starts: int = 24
-    steps: int = 2
+    steps: int = 5
     sweeps: int = 20
 
     requires = Knowledge.BATCH_SIZE | Knowledge.TRAINING
@@ -128,8 +128,8 @@ class ReadSentences(Attack):
         for position, token in self._anchors(candidates, size, generator):
             if any(s[position] == token for s in inside):
                 continue
-            choice = self._relax(reader, candidates, span, position, token)
-            sentence = self._settle(reader, candidates, span, choice)
+            choice = self._relax(reader, candidates, span, position, token, inside)
+            sentence = self._settle(reader, candidates, span, choice, position)
             key = tuple(sentence.tolist())
             found[key] = float(reader.residuals(sentence[None], span).max())
             if found[key] <= span.threshold and key not in inside:
@@ -149,16 +149,29 @@ class ReadSentences(Attack):
         for p in sorted(order, key=lambda p: abs(len(candidates[p]) - size)):
             yield from ((p, t) for t in candidates[p].tolist() if len(candidates[p]) > 1)
 
-    def _relax(self, reader: _Reader, candidates: list[Tensor], span: _Span, position: int, token: int) -> Tensor:
+    def _relax(
+        self,
+        reader: _Reader,
+        candidates: list[Tensor],
+        span: _Span,
+        position: int,
+        token: int,
+        inside: list[tuple[int, ...]],
+    ) -> Tensor:
         """Return the tokens of the sentence that has ``token`` at ``position``, by Gauss–Newton on mixed embeddings.
 
         Every position is a mixture of its candidates. What leaves the second span is nearly linear in the mixtures,
         so that the sentences are the corners of its (affine) solution set, and one fixed token selects one corner.
+        Tokens of the sentences ``inside``, found before, start with a tenth of the others' weight.
         """
         tokens = torch.cat(candidates)
         where = torch.repeat_interleave(torch.arange(len(candidates)), torch.tensor([len(c) for c in candidates]))
         counts = torch.bincount(where)
-        weights = (1.0 / counts[where]).double()
+        spent = torch.tensor(
+            [any(s[p] == t for s in inside) for p, t in zip(where.tolist(), tokens.tolist(), strict=True)]
+        )
+        weights = torch.where(spent, 0.1, 1.0).double()
+        weights = weights / torch.zeros(len(candidates), dtype=torch.float64).index_add_(0, where, weights)[where]
         pinned = where == position
         weights[pinned] = (tokens[pinned] == token).double()
         free = (counts[where] > 1) & ~pinned
@@ -184,14 +197,18 @@ class ReadSentences(Attack):
             before = float(rest.norm())
         return sentence
 
-    def _settle(self, reader: _Reader, candidates: list[Tensor], span: _Span, sentence: Tensor) -> Tensor:
+    def _settle(self, reader: _Reader, candidates: list[Tensor], span: _Span, sentence: Tensor, fixed: int) -> Tensor:
         """Return the sentence to which changing up to three tokens at a time leads, the best change first.
 
-        Pairs and triples are proposed by adding up what single changes do (a Gram matrix), and then measured: two
-        exchanged tokens hardly change the sentence's average, so single changes would not undo them.
+        The token at ``fixed`` stays: a sentence found before would attract all others. Pairs and triples are
+        proposed by adding up what single changes do (a Gram matrix), and then measured: two exchanged tokens hardly
+        change the sentence's average, so single changes would not undo them.
         """
-        positions = torch.tensor([p for p, c in enumerate(candidates) for _ in range(len(c) if len(c) > 1 else 0)])
-        tokens = torch.cat([c for c in candidates if len(c) > 1])
+        open_ = [p for p, c in enumerate(candidates) if len(c) > 1 and p != fixed]
+        if not open_:
+            return sentence
+        positions = torch.cat([torch.full((len(candidates[p]),), p) for p in open_])
+        tokens = torch.cat([candidates[p] for p in open_])
         here = reader.leaving(sentence[None], span).flatten()
         for _ in range(self.sweeps):
             current = float(here.square().sum())
