@@ -202,14 +202,23 @@ def fitted(x: Tensor, y: Tensor, test: Tensor) -> list[float]:
     return [float(v) for v in test @ w[:-1] + w[-1]]
 
 
-def passive(lab: Lab, *, name: str, own: int, images: list[int], epochs: int) -> Mapping[str, Any]:
+def aligned(rows: Tensor) -> Tensor:
+    """Return gradients of single examples with a positive last coordinate, the head's last bias.
+
+    Everything in such a gradient is multiplied by p − y, whose sign tells the main task's label and nothing else: no
+    linear classifier could look through it.
+    """
+    return rows * torch.where(rows[:, -1:] < 0, -1.0, 1.0)
+
+
+def passive_single(lab: Lab, *, name: str, own: int, images: list[int], epochs: int) -> Mapping[str, Any]:
     """Score the property of each test face from its update alone."""
     model, accuracy = shared_model(lab, epochs)
     mine, test = faces(lab, 0), faces(lab, 1)
     kept = _balanced(mine.properties[name], own)
     labels = torch.from_numpy(mine.properties[name][kept])
-    seen = features(model, test.x[images], test.gender[images])
-    scores = fitted(features(model, mine.x[kept], mine.gender[kept]), labels, seen)
+    known = aligned(features(model, mine.x[kept], mine.gender[kept]))
+    scores = fitted(known, labels, aligned(features(model, test.x[images], test.gender[images])))
     return {"scores": scores, "truth": test.properties[name][images].tolist(), "accuracy": accuracy}
 
 
@@ -336,10 +345,11 @@ def run(config: Config, lab: Lab) -> Result:
     )
     rows, curves = [], {}
     for name in PROPERTIES:
-        direct = lab.measure(passive, [{"name": name, "own": config.own, "images": images, "epochs": config.epochs}])[0]
+        asked = {"name": name, "own": config.own, "epochs": config.epochs}
+        direct = lab.measure(passive_single, [asked | {"images": images}])[0]
         mixed = lab.measure(
             passive_batches,
-            [{"name": name, "own": config.own, "batches": config.batches, "epochs": config.epochs}],
+            [asked | {"batches": config.batches}],
         )[0]
         truth = [r[f"truth {name}"] for r in ours]
         ceiling = auc([r[f"ceiling {name}"] for r in ours], truth)

@@ -99,6 +99,10 @@ def test_gradient_features_are_the_updates(properties: ModuleType) -> None:
     sent = gl.FedSGD()(model, gl.Batch(x[4:5], y[4:5])).tensors
     torch.testing.assert_close(rows[4], torch.cat([v.flatten() for v in sent.values()]))
     torch.testing.assert_close(batches[1], rows[3:].mean(0))
+    turned = properties.aligned(rows)
+    assert bool((turned[:, -1] > 0).all())
+    assert bool((rows[:, -1] < 0).any())
+    torch.testing.assert_close(turned.abs(), rows.abs())
 
 
 def test_outer_product_head_leaves_an_undefended_update_and_cleans_a_noisy_one(defenses: ModuleType) -> None:
