@@ -167,14 +167,19 @@ class Auto(Attack):
     ) -> list[Reconstruction]:
         clock = _Clock(self.budget, callback)
         cases = [_Case(o, seed) for o in observations]
-        for number, case in enumerate(cases):
-            case.exactly(self)
-            clock(Progress(number + 1, len(cases), case.objective, "exact attacks"), stop=False)
+        try:
+            for number, case in enumerate(cases):
+                case.exactly(self)
+                clock(Progress(number + 1, len(cases), case.objective, "exact attacks"), stop=False)
+        except KeyboardInterrupt:
+            if any(c.best is None for c in cases):
+                raise  # there is nothing yet to return
+            return [replace(case.result(), status="interrupted") for case in cases]
         open_ = [c for c in cases if c.open]
         for name, attack, members in self._matching(open_):
             _match(name, attack, members, seed, clock)
         for case in open_:
-            if self.polish and case.open and not clock.over:
+            if self.polish and case.open and not (clock.over or clock.cancelled):
                 case.polished(self, clock)
         return [case.result() for case in cases]
 
@@ -204,7 +209,7 @@ class _Clock:
 
     def __init__(self, budget: float | None, callback: Callback | None) -> None:
         self.deadline = None if budget is None else time.monotonic() + budget
-        self.callback, self.stopped = callback, False
+        self.callback, self.stopped, self.cancelled = callback, False, False
 
     @property
     def over(self) -> bool:
@@ -212,7 +217,11 @@ class _Clock:
 
     def __call__(self, progress: Progress, *, stop: bool = True) -> None:
         if self.callback is not None:
-            self.callback(progress)
+            try:
+                self.callback(progress)
+            except KeyboardInterrupt:
+                self.cancelled = True
+                raise
         if stop and self.over:
             self.stopped = True
             raise KeyboardInterrupt
@@ -360,7 +369,7 @@ class _Case:
         begin = time.perf_counter()
         left = None if clock.deadline is None else max(clock.deadline - time.monotonic(), 1e-3)
         try:
-            found = gauss_newton(budget=left).polish(self.observation, self.best, seed=self.seed)
+            found = gauss_newton(budget=left).polish(self.observation, self.best, seed=self.seed, callback=clock)
         except (NotApplicable, ResourceLimit) as reason:
             self._skip("gauss_newton", reason)
             return
@@ -388,7 +397,7 @@ def _match(name: str, attack: Attack, cases: list[_Case], seed: int, clock: _Clo
         return
     share = (time.perf_counter() - begin) / len(cases)
     for case, found in zip(cases, results, strict=True):
-        if clock.stopped and found.status == "interrupted":
+        if clock.stopped and not clock.cancelled and found.status == "interrupted":
             found = replace(found, status="budget")
             case.notes.append(f"{name}: the time budget ended it.")
         # Its own uniqueness is asked once, at the end of the polish.

@@ -141,7 +141,14 @@ class GaussNewton(Attack):
         assert best is not None
         return problem.result(best, evaluations, time.perf_counter() - begin)
 
-    def polish(self, observation: Observation, found: Reconstruction, *, seed: int = 0) -> Reconstruction:
+    def polish(
+        self,
+        observation: Observation,
+        found: Reconstruction,
+        *,
+        seed: int = 0,
+        callback: Callback | None = None,
+    ) -> Reconstruction:
         """Return ``found`` after steps from it; labels are taken from it.
 
         Raises:
@@ -154,7 +161,7 @@ class GaussNewton(Attack):
             raise NotApplicable("A polish simulates the client, which takes TRAINING; grant it in the threat model.")
         problem = _Problem.of(observation, found.labels, seed)
         start = observation.space.encode(found.inputs.to(problem.like)).flatten()
-        state = self._search(problem, start, None, begin)
+        state = self._search(problem, start, callback, begin)
         polished = problem.result(state, state.evaluations, time.perf_counter() - begin)
         return replace(polished, notes=(*found.notes, *polished.notes), features=found.features)
 

@@ -111,9 +111,10 @@ def test_equal_examples_match_but_are_not_proved() -> None:
 
 
 def test_dead_units_leave_the_input_open() -> None:
-    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    first = nn.Linear(6, 4)
+    model = nn.Sequential(first, nn.ReLU(), nn.Linear(4, 3)).double()
     with torch.no_grad():
-        model[0].bias.fill_(-100)
+        first.bias.fill_(-100)
     batch = Batch(torch.rand(1, 6, dtype=torch.float64), torch.tensor([1]))
     found = certify(model, FedSGD()(model, batch).tensors, batch.inputs + 1, batch.labels, training=FedSGD())
     assert found.verdict == "matched"

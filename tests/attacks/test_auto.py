@@ -119,6 +119,23 @@ def test_budget_returns_the_best_so_far() -> None:
         auto(budget=0)
 
 
+def test_interruption_returns_the_best_so_far() -> None:
+    def stop(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    assert auto().reconstruct(observe(victim()), callback=stop).status == "interrupted"
+    with pytest.raises(KeyboardInterrupt):
+        auto().reconstruct(observe(victim(2)), callback=stop)
+
+    def later(progress: Progress) -> None:
+        if progress.message != "exact attacks":
+            raise KeyboardInterrupt
+
+    found = auto().reconstruct(observe(victim(2)), callback=later)
+    assert found.status == "interrupted"
+    assert found.certificate is not None
+
+
 def test_certificate_of_any_result() -> None:
     client = victim()
     seen = observe(client)

@@ -51,12 +51,12 @@ def test_factory_is_the_attack() -> None:
     assert isinstance(gauss_newton(), GaussNewton)
     for wrong in ({"iterations": 0}, {"restarts": 0}, {"budget": 0.0}):
         with pytest.raises(InvalidInput, match="positive"):
-            gauss_newton(**wrong)  # type: ignore[arg-type]
+            gauss_newton(**wrong)
 
 
 @pytest.mark.parametrize("training", [gl.FedSGD(), gl.FedAvg(lr=0.1, epochs=2)], ids=["gradient", "two steps"])
 def test_random_start_converges_to_rounding(training: gl.LocalTraining) -> None:
-    sender = client(2, training=training)
+    sender = client(training=training)
     found = gauss_newton().reconstruct(observe(sender))
     assert found.status == "converged"
     assert found.iterations < 40
