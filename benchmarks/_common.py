@@ -21,7 +21,7 @@ import gradleak as gl
 from gradleak.data import load_images
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
+RESULTS = Path(os.environ.get("GRADLEAK_BENCHMARK_RESULTS", HERE / "results"))
 
 
 def arguments(description: str, **defaults: int) -> argparse.Namespace:
@@ -92,7 +92,7 @@ def write_result(name: str, rows: Sequence[Mapping[str, Any]], **more: Any) -> N
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for line in cells:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)))
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     record = {"name": name, "machine": machine(), **more, "rows": [dict(row) for row in rows]}
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
 

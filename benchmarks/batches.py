@@ -14,6 +14,7 @@ import gradleak as gl
 from gradleak.analytic.ranks import rank_bound
 from gradleak.audit.scores import wilson
 from gradleak.metrics import assign, psnr
+from gradleak.training import parameters
 
 CASES = ((24, 2), (24, 4), (32, 8), (12, 1), (12, 2), (12, 4), (12, 8))
 
@@ -36,7 +37,7 @@ def main() -> None:
             assert found.labels is not None
             right += int((found.labels[order] == labels[chosen]).sum())
             evaluations.append(found.evaluations)
-        bound = rank_bound(client.model, (3, 32, 32), n)
+        bound = rank_bound(client.model, parameters(client.model), (3, 32, 32), n)
         hits = sum(v >= 30 for v in values)
         low, high = wilson(hits, len(values))
         rows.append(

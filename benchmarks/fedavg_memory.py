@@ -3,20 +3,18 @@
 Each row runs in a process of its own, since a process cannot lower its own peak. The quantity is one gradient of
 ‖simulated − observed‖² with respect to the images, which is what every step of an attack costs.
 
-Run: ``python benchmarks/fedavg_memory.py [--steps 20] [--json FILE]`` (Linux or macOS).
+Run: ``python benchmarks/fedavg_memory.py [--steps 20]`` (Linux or macOS).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,41 +81,56 @@ def child(*arguments: object) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(measure(*json.loads(options.child))))
         return
+    from _common import write_result  # Not at the top: the measured processes stay small.
+
     rows = []
-    print(f"{'case':28} {'outer':9} {'one step':>10} {'stored':>10} {'recomputed':>10} {'memory':>9} {'time':>7}")
     for case in CASES:
         for mode in MODES:
             one, stored, recomputed = (
                 child(case, *rest, mode) for rest in ((1, False), (options.steps, False), (options.steps, True))
             )
-            row = {
-                "case": case,
-                "outer": mode,
-                "steps": options.steps,
-                "one_step": one,
-                "stored": stored,
-                "recomputed": recomputed,
-                "memory_ratio": recomputed["mib"] / one["mib"],
-                "time_ratio": recomputed["seconds"] / stored["seconds"],
-                "memory_target": MEMORY_TARGET,
-                "time_target": TIME_TARGET,
-                "relative_difference": abs(stored["norm"] - recomputed["norm"]) / stored["norm"],
-            }
-            rows.append(row)
-            print(
-                f"{case:28} {mode:9} {one['mib']:6.0f} MiB {stored['mib']:6.0f} MiB {recomputed['mib']:6.0f} MiB "
-                f"{row['memory_ratio']:7.2f} x {row['time_ratio']:5.2f} x",
-                flush=True,
+            rows.append(
+                {
+                    "case": case,
+                    "outer": mode,
+                    "steps": options.steps,
+                    "MiB one step": one["mib"],
+                    "MiB stored": stored["mib"],
+                    "MiB recomputed": recomputed["mib"],
+                    "memory ratio": recomputed["mib"] / one["mib"],
+                    "seconds stored": stored["seconds"],
+                    "seconds recomputed": recomputed["seconds"],
+                    "time ratio": recomputed["seconds"] / stored["seconds"],
+                    "relative difference": abs(stored["norm"] - recomputed["norm"]) / stored["norm"],
+                }
             )
-    if options.json:
-        machine = {"platform": platform.platform(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+            print(rows[-1], file=sys.stderr, flush=True)
+    write_result("fedavg_memory", rows, summary=summary(rows, options.steps))
+
+
+def summary(rows: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
+    """Return the worst case of both targets."""
+    found = []
+    for key, what, limit, unit in (
+        ("memory ratio", "peak memory against one step", MEMORY_TARGET, "MiB"),
+        ("time ratio", "time against storing every step", TIME_TARGET, "seconds"),
+    ):
+        worst = max(rows, key=lambda row: row[key])
+        values = f"{worst[f'{unit} recomputed']:.3g} {unit} in {worst['case']}, {worst['outer']}"
+        found.append(
+            {
+                "what": f"`FedAvg(checkpoint=True)`, {steps} local steps: {what}, worst of {len(rows)} cases",
+                "target": f"≤ {limit:.0f} ×",
+                "measured": f"{worst[key]:.2f} × ({values})",
+                "met": bool(worst[key] <= limit) if steps >= 20 else None,
+            }
+        )
+    return found
 
 
 if __name__ == "__main__":

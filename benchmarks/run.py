@@ -1,0 +1,360 @@
+"""Run all benchmarks one after another, and set their figures beside the targets: ``make bench``.
+
+Every script runs in a process of its own and writes results/NAME.json; one that fails is reported, and the next one
+runs. The table is printed and written between the ``<!-- benchmarks -->`` markers of README.md (short) and
+docs/performance.md (whole). ``--table-only`` runs nothing and renders what results/ holds. ``--quick`` runs small sizes
+into results/quick/, which show that the scripts work and say nothing about targets; it leaves the pages alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+RESULTS = HERE / "results"
+BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+EMPTY = "*No figures yet: this section is filled from the scripts in `benchmarks/`.*"
+
+QUICK: dict[str, tuple[str, ...]] = {
+    "dlg": ("--images", "2", "--published", "0"),
+    "batches": ("--batches", "1", "--iterations", "50"),
+    "inverting_gradients": ("--pairs", "1", "--steps", "1"),
+    "recursion": ("--images", "2", "--published", "0", "--double", "1"),
+    "disaggregate": ("--batches", "1", "--large", "0"),
+    "certificate": ("--trials", "20"),
+    "fedavg_memory": ("--steps", "4"),
+    "import_time": ("--rounds", "1"),
+}
+"""The benchmarks in their order, with what makes them small; scripts that are not listed come last."""
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One target beside its measurement.
+
+    Attributes:
+        what: what was measured.
+        target: as text.
+        measured: as text.
+        met: None where the measurement decides nothing (too few runs, no target).
+        short: whether the line belongs on the first page.
+
+    """
+
+    what: str
+    target: str
+    measured: str
+    met: bool | None
+    short: bool = False
+
+
+def scripts() -> list[str]:
+    """Return the names of all benchmarks, known ones first."""
+    found = {p.stem for p in HERE.glob("*.py") if not p.stem.startswith("_")} - {Path(__file__).stem}
+    return [n for n in QUICK if n in found] + sorted(found - set(QUICK))
+
+
+def run(names: Sequence[str], *, quick: bool, results: Path) -> dict[str, str]:
+    """Run benchmarks one after another and return what went wrong by name."""
+    failed: dict[str, str] = {}
+    environment = {**os.environ, "GRADLEAK_BENCHMARK_RESULTS": str(results)}
+    for name in names:
+        if quick and name not in QUICK:
+            print(f"== {name}: no quick size, left out", flush=True)
+            continue
+        print(f"== {name}", flush=True)
+        began = time.perf_counter()
+        command = [sys.executable, str(HERE / f"{name}.py"), *(QUICK[name] if quick else ())]
+        code = subprocess.run(command, env=environment, check=False).returncode
+        minutes = (time.perf_counter() - began) / 60
+        if code:
+            failed[name] = f"exit code {code} after {minutes:.1f} minutes"
+        print(f"== {name}: {failed.get(name, f'{minutes:.1f} minutes')}", flush=True)
+    return failed
+
+
+def load(results: Path) -> dict[str, Record]:
+    """Return the stored records by name, in the order of the benchmarks."""
+    found = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(results.glob("*.json"))}
+    return {n: found[n] for n in [*QUICK, *(n for n in found if n not in QUICK)] if n in found}
+
+
+def lines(name: str, record: Record) -> list[Line]:
+    """Return a record's lines: its own summary, else what the reader of its name makes of it, else a pointer."""
+    if "summary" in record:
+        return [Line(s["what"], s["target"], s["measured"], s["met"]) for s in record["summary"]]
+    if name in READERS:
+        return READERS[name](record)
+    return [Line(name, str(record.get("target", "–")), f"see `benchmarks/results/{name}.json`", None)]
+
+
+def _dlg(record: Record) -> list[Line]:
+    ours, *others = record["rows"]
+    count, hits = ours["images"], ours["MSE <= 1e-4"]
+    enough = count >= 32
+    beside = "".join(f"; published algorithm {o['MSE <= 1e-4']} of {o['images']}" for o in others)
+    what = "`dlg()`, one CIFAR-100 image, label unknown"
+    found = [
+        Line(f"{what}: MSE ≤ 1e-4", "≥ 31 of 32", f"{hits} of {count}{beside}", _if(enough, 32 * hits >= 31 * count)),
+        Line("the same: median MSE", "≤ 1e-6", f"{ours['median MSE']:.1e}", _if(enough, ours["median MSE"] <= 1e-6)),
+        Line(
+            "the same: labels",
+            "all",
+            f"{ours['labels right']} of {count}",
+            _if(enough, ours["labels right"] == count),
+        ),
+    ]
+    if others:
+        found.append(_speed("the same: time per success", ours, others[0], 25, enough))
+    return [_short(line) for line in found]
+
+
+def _recursion(record: Record) -> list[Line]:
+    single, double, *others = record["rows"]
+    found = []
+    for row, limit, kind in ((single, 1e-10, "float32"), (double, 1e-16, "float64")):
+        count, hits, enough = row["images"], row["successes"], row["images"] >= 64
+        what = f"`recursion()`, one CIFAR-100 image, label unknown, {kind} update"
+        measured = f"{hits} of {count}, median {row['MSE median']:.0e}, worst {row['MSE max']:.0e}"
+        found += [
+            Line(f"{what}: MSE ≤ {limit:.0e}", "64 of 64", measured, _if(enough, hits == count)),
+            Line("the same: called exact", "all", f"{row['called exact']} of {count}", row["called exact"] == count),
+        ]
+    if others:
+        found.append(_speed("the same, float32: time per success", single, others[0], 100, single["images"] >= 64))
+    return [_short(line) for line in found]
+
+
+def _speed(what: str, ours: Record, published: Record, factor: int, enough: bool) -> Line:
+    mine, theirs = ours["seconds per success"], published["seconds per success"]
+    target = f"≤ 1/{factor} of the published algorithm"
+    if not math.isfinite(mine):
+        return Line(what, target, "no success", _if(enough, False))
+    if not math.isfinite(theirs):
+        return Line(what, target, f"{mine:.2g} s; no success of the published in {published['images']}", None)
+    ratio = theirs / mine
+    return Line(what, target, f"1/{ratio:.0f} ({mine:.2g} s against {theirs:.3g} s)", _if(enough, ratio >= factor))
+
+
+def _batches(record: Record) -> list[Line]:
+    found = []
+    for row in record["rows"]:
+        width, size, count, hits = row["width"], row["N"], row["examples"], row[">= 30 dB"]
+        wanted = (width, size) in ((24, 2), (24, 4), (32, 8))
+        bound = f"{row['rank bound']:,} of {row['unknowns']:,}"
+        exact = row["rank bound"] >= row["unknowns"]
+        target = "≥ 90 %" if wanted else "possible" if exact else f"not exact: rank at most {bound}"
+        measured = f"{hits} of {count} ({row['95 % interval']}), median {row['median dB']:.0f} dB"
+        found.append(
+            Line(
+                f"`dlg()`, LeNet of width {width}, N = {size}: examples ≥ 30 dB",
+                target,
+                measured,
+                _if(wanted, hits >= 0.9 * count),
+                short=True,
+            )
+        )
+    return found
+
+
+def _inverting_gradients(record: Record) -> list[Line]:
+    what = "`inverting_gradients()`, ResNet-18, N = {}: one iteration against a minimal loop"
+    found = []
+    for limit in (1.1, 1.0):
+        for row in record["rows"]:
+            ratio = row["ratio (median of pairs)"]
+            measured = f"{ratio:.2f} × ({row['ratio range']})"
+            found.append(Line(what.format(row["batch"]), f"≤ {limit} ×", measured, ratio <= limit, limit == 1.1))
+    return found
+
+
+def _disaggregate(record: Record) -> list[Line]:
+    found = []
+    rows = [r for r in record["rows"] if "bound" not in r]
+    hundred = [r for r in rows if r["classes"] == 100]
+    for model, limit in record["targets"]["within target"].items():
+        chosen = [r for r in hundred if r["model"] == model and (r["examples"] <= 32 or model == "lenet")]
+        if not chosen:
+            continue
+        shares = [(r["unique within target"], r) for r in chosen if r["unique"]]
+        pooled = sum(s * r["unique"] for s, r in shares) / sum(r["unique"] for _, r in shares)
+        low, row = min(shares, key=lambda pair: pair[0])
+        sizes = f"B = {min(r['examples'] for r in chosen)} to {max(r['examples'] for r in chosen)}"
+        what = f"`disaggregate()`, {model}, C = 100, {sizes}: unique classes with error ≤ {limit:.0e}"
+        measured = f"{_percent(pooled)}, lowest {_percent(low)} at B = {row['examples']} ({row['mode']} mode)"
+        found.append(Line(what, "≥ 95 %", measured, _if(_batches_done(chosen), low >= 0.95)))
+    total = sum(r["unique"] + r["repeated"] for r in hundred)
+    if total:
+        right = sum(r["verdicts right"] * (r["unique"] + r["repeated"]) for r in hundred) / total
+        wrong = sum(r["exact wrongly"] for r in hundred)
+        measured = f"{_percent(right)} of {total:,}; {wrong} called exact wrongly"
+        found.append(
+            Line("the same: verdict per example right", "≥ 99 %", measured, _if(_batches_done(hundred), right >= 0.99))
+        )
+    for size, limit in record["targets"]["seconds"].items():
+        chosen = [r for r in hundred if r["examples"] == int(size)]
+        if chosen:
+            slowest = max(r["seconds max"] for r in chosen)
+            median = max(r["seconds median"] for r in chosen)
+            measured = f"slowest {slowest:.2g} s (highest median {median:.2g} s)"
+            found.append(
+                Line(
+                    f"the same: time at B = {size}",
+                    f"≤ {limit} s",
+                    measured,
+                    _if(_batches_done(chosen), slowest <= limit),
+                )
+            )
+    for classes in sorted({r["classes"] for r in rows} - {100}):
+        for model in dict.fromkeys(r["model"] for r in rows):
+            chosen = [r for r in rows if r["classes"] == classes and r["model"] == model]
+            parts = [
+                f"B = {r['examples']}: unique {_percent(r['unique within target'])}, "
+                f"repeated {_percent(r['repeated within 1e-2'])}"
+                for r in chosen
+            ]
+            if parts:
+                found.append(Line(f"`disaggregate()`, {model}, C = {classes}", "reported", "; ".join(parts), None))
+    return found
+
+
+def _batches_done(rows: Iterable[Record]) -> bool:
+    return all(r["batches"] >= 20 for r in rows)
+
+
+def _certificate(record: Record) -> list[Line]:
+    trials, wrong = record["trials"], record["wrong"]
+    clean, unproved = record["exact_answers_to_clean_updates"], record["of_these_unproved"]
+    return [
+        Line(
+            "certificates: wrong proofs in 1,000 random trials",
+            "0",
+            f"{wrong} in {trials:,} ({record['proofs']} proofs)",
+            False if wrong else _if(trials >= 1000, True),
+        ),
+        Line("the same: exact answers to clean updates called unproved", "–", f"{unproved} of {clean}", None),
+    ]
+
+
+READERS: dict[str, Callable[[Record], list[Line]]] = {
+    "dlg": _dlg,
+    "batches": _batches,
+    "inverting_gradients": _inverting_gradients,
+    "recursion": _recursion,
+    "disaggregate": _disaggregate,
+    "certificate": _certificate,
+}
+
+
+def _if(condition: bool, value: bool) -> bool | None:
+    return bool(value) if condition else None
+
+
+def _short(line: Line) -> Line:
+    return Line(line.what, line.target, line.measured, line.met, short=True)
+
+
+def _percent(share: float | str) -> str:
+    return f"{100 * share:.1f} %" if isinstance(share, float | int) else "–"
+
+
+def table(items: Iterable[Line]) -> str:
+    """Return lines as a Markdown table."""
+    words = {True: "yes", False: "**no**", None: "–"}
+    rows = [f"| {i.what} | {i.target} | {i.measured} | {words[i.met]} |" for i in items]
+    return "\n".join(["| what | target | measured | met |", "| --- | --- | --- | --- |", *rows])
+
+
+def where(name: str, record: Record) -> str:
+    """Return on what a record was measured, with a warning where other work disturbed it."""
+    m = record.get("machine", {})
+    cores = m.get("gpu") or m.get("processor", "unknown machine")
+    text = f"`{name}`: {m.get('date', '')}, {cores}, {m.get('threads')} threads, torch {m.get('torch')}"
+    text += f", commit {m.get('commit')}" if m.get("commit") else ""
+    load, count = m.get("load"), _cores(m.get("processor", ""))
+    if load is not None and count and load > 1.5 * count:
+        text += f"; **load {load:.0f}: other work disturbed the times**"
+    return text
+
+
+def _cores(processor: str) -> int | None:
+    words = processor.removesuffix(" cores").rsplit(" ", 1)[-1]
+    return int(words) if words.isdigit() else None
+
+
+def whole(records: Mapping[str, Record], failed: Mapping[str, str], names: Sequence[str]) -> str:
+    """Return the table of everything, with what is missing and where it was measured."""
+    found: list[Line] = []
+    for name in [*names, *(n for n in records if n not in names)]:
+        if name in records:
+            found += lines(name, records[name])
+        else:
+            found.append(Line(f"`benchmarks/{name}.py`", "–", "not measured", None))
+    parts = [table(found), "Measured on:", "\n".join(f"- {where(n, r)}" for n, r in records.items())]
+    parts += [f"`{n}` failed in the last run ({why}); figures of it are older." for n, why in failed.items()]
+    return "\n\n".join(parts)
+
+
+def short(records: Mapping[str, Record]) -> str:
+    """Return the table of the first page."""
+    chosen = {n: [i for i in lines(n, r) if i.short] for n, r in records.items()}
+    chosen = {n: items for n, items in chosen.items() if items}
+    if not chosen:
+        return EMPTY
+    body = table(i for items in chosen.values() for i in items)
+    places = {where(n, records[n]).split(": ", 1)[1] for n in chosen}
+    note = "Measured on " + "; ".join(sorted(places)) + "."
+    return f"{body}\n\n{note} [Performance](docs/performance.md) has all targets and how each is reached."
+
+
+def insert(page: Path, body: str) -> None:
+    """Replace what stands between the markers of a page.
+
+    Raises:
+        ValueError: the page does not have both markers, in this order.
+
+    """
+    text = page.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{page} has no place for the table; put {BEGIN} and {END} into it.")
+    page.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, print, write; return 1 where a benchmark failed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", help="only these benchmarks (default: all)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, into results/quick/; pages stay as they are")
+    parser.add_argument("--table-only", action="store_true", help="run nothing, render what results/ holds")
+    options = parser.parse_args(arguments)
+    known = scripts()
+    if unknown := [n for n in options.names if n not in known]:
+        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(known)}")
+    results = RESULTS / "quick" if options.quick else RESULTS
+    failed = {} if options.table_only else run(options.names or known, quick=options.quick, results=results)
+    records = load(results)
+    body = whole(records, failed, known)
+    print(body)
+    if not options.quick:
+        insert(ROOT / "docs" / "performance.md", body)
+        insert(ROOT / "README.md", short(records))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
