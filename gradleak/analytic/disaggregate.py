@@ -120,10 +120,10 @@ def disaggregate(
         )
     system = _System.build(gw, gb, head, estimate, means, loss)
     # One start where no class occurs twice; else as many together as keep the normal matrices small, and as many
-    # iterations in all as the cubic cost of one allows (about 40 for 64 examples).
+    # iterations in all as the cubic cost of one allows (about 50 for 64 examples).
     restarts = restarts if int(estimate.counts.max()) > 1 else 1
     together = max(1, min(restarts, 2_000_000 // size**4))
-    left = max(iterations // 4, int(40 * (64 / size) ** 3))
+    left = max(iterations // 3, int(50 * (64 / size) ** 3))
     best: _Fit | None = None
     while restarts > 0 and left > 0:
         fit = system.solve(system.starts(means, estimate, together, generator), min(iterations, left))
@@ -378,7 +378,10 @@ class _System:
             # A gain far below the variance of one equation is no information: three of them, or none at any
             # damping, end it.
             calm = torch.where(better & (gain < 0.05 / self.freedom), calm + 1, torch.where(better, 0, calm))
-            damping = torch.where(better, (damping / 5).clamp_min(1e-15), damping * growth)
+            # So does a nearly undamped step that promises as little.
+            promise = -(gradient * step.flatten(1)).sum(1) < 0.05 / self.freedom * objective
+            calm = torch.where(better & promise & (damping < 1e-8), 3, calm)
+            damping = torch.where(better, (damping / 10).clamp_min(1e-15), damping * growth)
             growth = torch.where(better, 2.0, growth * 1.5)
             fresh = bool(better.any())
             ended = (calm >= 3) | (damping > 1e4) | (objective.sqrt() <= 1e-15 * self.scale)
@@ -427,12 +430,15 @@ class _System:
         errors = (9 * own + remaining).clamp_min(0).sqrt() / spread
         share = self.residual_of(fit)
         floor = 16 * max(self.eps, self.outside)
-        matched = share <= floor and fit.stationary
+        matched = share <= floor
+        # A start that ran out of iterations may lie in a valley; then the next full step must be negligible as well.
+        settled = remaining.clamp_min(0).sqrt() <= (math.inf if fit.stationary else 0.1 * tolerance) * spread
         verdicts = []
         for k in range(b):
             label = int(estimate.labels[k])
             group = (estimate.labels == label).nonzero().flatten()
-            if float(errors[k]) <= tolerance and (matched or (len(group) == 1 and share <= 1e-4)):
+            surely = bool(settled[k]) if matched else len(group) == 1 and share <= 1e-4
+            if float(errors[k]) <= tolerance and surely:
                 verdicts.append(EXACT)
                 continue
             block = inverse[group][:, :, group].sum((0, 2)) / len(group) ** 2
