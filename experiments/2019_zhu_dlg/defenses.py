@@ -270,11 +270,21 @@ def run(config: Config, lab: Lab) -> Result:
     """Measure accuracy and leakage under every defense."""
     images = lab.sample(1200, config.images, seed=0)
     rows, lines, pictures, marks = [], [], [], []
+    aware_of = {
+        name: lab.measure(aware, [{"name": name, "image": i, "iterations": config.matching} for i in images])
+        for name in config.names
+    }
+    models = {
+        name: lab.measure(trained, [{"name": name, "train": config.train, "epochs": config.epochs}])[0]
+        for name in config.names
+    }
+    unaware_of = {
+        name: lab.measure(unaware, [{"name": name, "image": i, "outer": config.outer} for i in images])
+        for name in config.names
+    }
     bare: tuple[float, float] | None = None  # shares without a defense, the first of the names
     for name in config.names:
-        model = lab.measure(trained, [{"name": name, "train": config.train, "epochs": config.epochs}])[0]
-        ours = lab.measure(aware, [{"name": name, "image": i, "iterations": config.matching} for i in images])
-        theirs = lab.measure(unaware, [{"name": name, "image": i, "outer": config.outer} for i in images])
+        model, ours, theirs = models[name], aware_of[name], unaware_of[name]
         said, mark = PAPER.get(name, ("", None))
         visible = recovered(ours, VISIBLE), recovered(theirs, VISIBLE)
         bare = bare or (visible[0].value, visible[1].value)
