@@ -202,7 +202,12 @@ def _disaggregate(record: Record) -> list[Line]:
         wrong = sum(r["exact wrongly"] for r in hundred)
         measured = f"{_percent(right)} of {total:,}; {wrong} called exact wrongly"
         found.append(
-            Line("the same: verdict per example right", "≥ 99 %", measured, _if(_batches_done(hundred), right >= 0.99))
+            Line(
+                "`disaggregate()`, C = 100: verdict per example right",
+                "≥ 99 %",
+                measured,
+                _if(_batches_done(hundred), right >= 0.99),
+            )
         )
     for size, limit in record["targets"]["seconds"].items():
         chosen = [r for r in hundred if r["examples"] == int(size)]
