@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,17 +42,22 @@ def bert(vocabulary: int, width: int, layers: int, seed: int) -> BertForMaskedLM
         return BertForMaskedLM(config)
 
 
-def paragraphs(lab: Lab, name: str) -> list[str]:
-    """Return the paragraphs of a WikiText file as plain text, headings left out."""
-    lines = lab.file(name).read_text(encoding="utf-8").split("\n")
-    kept = [s.strip() for s in lines if s.strip() and not s.startswith(" =")]
+def _plain(text: str) -> list[str]:
+    """Return the paragraphs of WikiText as plain text, headings left out."""
+    kept = [s.strip() for s in text.split("\n") if s.strip() and not s.startswith(" =")]
     return [re.sub(r" @(.)@ ", r"\1", s).replace("<unk>", "[UNK]") for s in kept]
 
 
 def sentences(lab: Lab, shortest: int = 15, longest: int = 30) -> list[list[int]]:
     """Return every sentence of the WikiText-2 test text of so many tokens without an unknown word, as ids."""
-    encode, found = tokenizer(lab).encode, []
-    for paragraph in paragraphs(lab, "wikitext2_test.txt"):
+    name = "wikitext2_test.txt"
+    return _sentences(lab.file(name).read_text(encoding="utf-8"), tokenizer(lab).vocabulary, shortest, longest)
+
+
+@functools.lru_cache(maxsize=2)
+def _sentences(text: str, vocabulary: Path, shortest: int, longest: int) -> list[list[int]]:
+    encode, found = WordPiece(vocabulary).encode, []
+    for paragraph in _plain(text):
         for sentence in re.split(r"(?<= [.!?]) ", paragraph):
             if "[UNK]" not in sentence and sentence.endswith((" .", " !", " ?")):
                 ids = encode(sentence)
@@ -62,7 +69,7 @@ def sentences(lab: Lab, shortest: int = 15, longest: int = 30) -> list[list[int]
 def _windows(lab: Lab, name: str) -> Tensor:
     """Return the whole text as windows (M, WINDOW) of ids between [CLS] and [SEP]."""
     words = tokenizer(lab)
-    stream = [i for s in paragraphs(lab, name) for i in words.encode(s)[1:-1]]
+    stream = [i for s in _plain(lab.file(name).read_text(encoding="utf-8")) for i in words.encode(s)[1:-1]]
     inner = WINDOW - 2
     body = torch.tensor(stream[: len(stream) // inner * inner]).view(-1, inner)
     edge = torch.ones(len(body), 1, dtype=torch.long)

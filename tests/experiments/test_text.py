@@ -12,6 +12,7 @@ from gradleak.audit.reproduce import reproduce
 
 @pytest.mark.data
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_smoke_reads_the_pages_sentence(data_dir: Path, tmp_path: Path) -> None:
     done = reproduce("2019_zhu_dlg", only="text", scale="smoke", data=data_dir, out=tmp_path)
     result = done.results["text"]
