@@ -16,11 +16,11 @@ from gradleak.analytic.certify import Construction, certify
 from gradleak.analytic.graph import trace_chain
 from gradleak.analytic.labels import recover_labels
 from gradleak.analytic.recursion import RecursionResult, invert_layers
-from gradleak.attacks.base import Attack, Callback, Progress
-from gradleak.attacks.gauss_newton import as_gradient, gauss_newton, is_smooth
+from gradleak.attacks.base import Attack, Callback, Progress, as_gradient
+from gradleak.attacks.gauss_newton import gauss_newton, is_smooth
 from gradleak.attacks.linear_inversion import linear_inversion
 from gradleak.attacks.matching import GradientMatching, dlg, idlg, inverting_gradients
-from gradleak.attacks.recursion import _check, _gradient
+from gradleak.attacks.recursion import check, plain_gradient
 from gradleak.errors import InvalidInput, InvalidModel, NotApplicable, ResourceLimit
 from gradleak.inputs import ImageSpace
 from gradleak.threat import Knowledge, Observation
@@ -287,12 +287,14 @@ class _Case:
 
     def _recursion(self) -> tuple[Reconstruction, Construction | None]:
         observation = self.observation
-        _check(observation)
+        check(observation)
         shape = tuple(observation.space.shape)
         chain = trace_chain(observation.model, shape)
         params = {k: p.detach() for k, p in observation.model.named_parameters()}
         begin = time.perf_counter()
-        result = invert_layers(observation.model, params, _gradient(observation), shape, chain=chain, seed=self.seed)
+        result = invert_layers(
+            observation.model, params, plain_gradient(observation), shape, chain=chain, seed=self.seed
+        )
         seconds = time.perf_counter() - begin
         for value, note in ((result.input, ""), (result.start, f"it stops: {result.stopped_at}")):
             if value is not None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from gradleak.errors import InvalidInput, MissingKnowledge
 from gradleak.threat import Knowledge, Observation
+from gradleak.training import SGD, FedAvg
 from gradleak.types import Reconstruction
 
-__all__ = ["Attack", "Callback", "Progress"]
+__all__ = ["Attack", "Callback", "Progress", "as_gradient"]
 
 
 @dataclass(frozen=True)
@@ -75,3 +78,16 @@ class Attack(ABC):
         self, observations: list[Observation], seed: int, callback: Callback | None
     ) -> list[Reconstruction]:
         """Reconstruct; knowledge has been checked."""
+
+
+def as_gradient(observation: Observation) -> Mapping[str, Tensor]:
+    """Return the update in the scale of a gradient: a delta over minus step size and steps is the mean gradient.
+
+    Only SGD has such a scale; other updates are returned as they are.
+    """
+    tensors, training = observation.update.tensors, observation.training
+    training = None if training is None else training.undefended
+    if not isinstance(training, FedAvg) or not isinstance(training.rule, SGD):
+        return tensors
+    factor = -training.rule.lr * training.count(observation.batch_size or 1)
+    return {k: t / factor for k, t in tensors.items()}

@@ -15,10 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradleak.analytic.certify import jacobian, number_format, storage_deviation
 from gradleak.analytic.labels import recover_labels
-from gradleak.attacks.base import Attack, Callback, Progress
+from gradleak.attacks.base import Attack, Callback, Progress, as_gradient
 from gradleak.errors import InvalidInput, NotApplicable, ResourceLimit
 from gradleak.threat import Knowledge, Observation
-from gradleak.training import SGD, FedAvg, check_reproducible
+from gradleak.training import check_reproducible
 from gradleak.types import Reconstruction
 
 __all__ = ["GaussNewton", "gauss_newton", "is_smooth"]
@@ -81,16 +81,6 @@ def is_smooth(model: nn.Module, shape: tuple[int, ...]) -> bool:
     except (NotImplementedError, RuntimeError):
         return False  # an operation without second derivatives cannot be judged, nor taken by this attack
     return True
-
-
-def as_gradient(observation: Observation) -> Mapping[str, Tensor]:
-    """Return the update in the scale of a gradient: a delta over minus step size and steps is the mean gradient."""
-    tensors, training = observation.update.tensors, observation.training
-    training = None if training is None else training.undefended
-    if not isinstance(training, FedAvg) or not isinstance(training.rule, SGD):
-        return tensors
-    factor = -training.rule.lr * training.count(observation.batch_size or 1)
-    return {k: t / factor for k, t in tensors.items()}
 
 
 @final

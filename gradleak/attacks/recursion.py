@@ -18,7 +18,7 @@ from gradleak.threat import Knowledge, Observation
 from gradleak.training import SGD, FedAvg
 from gradleak.types import Reconstruction
 
-__all__ = ["Recursion", "recursion"]
+__all__ = ["Recursion", "check", "plain_gradient", "recursion"]
 
 
 @final
@@ -47,13 +47,13 @@ class Recursion(Attack):
 
     def _one(self, observation: Observation, seed: int) -> Reconstruction:
         begin = time.perf_counter()
-        _check(observation)
+        check(observation)
         shape = tuple(observation.space.shape)
         chain = trace_chain(observation.model, shape)
         params = {k: p.detach() for k, p in observation.model.named_parameters()}
         tensors = observation.update.tensors
         result = invert_layers(
-            observation.model, params, _gradient(observation), shape, chain=chain, polish=self.polish, seed=seed
+            observation.model, params, plain_gradient(observation), shape, chain=chain, polish=self.polish, seed=seed
         )
         if result.input is None:
             raise NotApplicable(f"The recursion stops: {result.stopped_at}; use matching, which can start from there.")
@@ -85,7 +85,13 @@ _FLOOR = 100.0
 """Rounding accumulates over the layers: measured, residuals are one to five times the rounding unit."""
 
 
-def _check(observation: Observation) -> None:
+def check(observation: Observation) -> None:
+    """Check that the update is a multiple of one example's gradient.
+
+    Raises:
+        NotApplicable: several examples, several local steps, or an adaptive optimizer.
+
+    """
     if observation.batch_size != 1:
         raise NotApplicable(
             f"The recursion inverts the update of one example, but this one has {observation.batch_size}; "
@@ -99,7 +105,7 @@ def _check(observation: Observation) -> None:
         )
 
 
-def _gradient(observation: Observation) -> Mapping[str, Tensor]:
+def plain_gradient(observation: Observation) -> Mapping[str, Tensor]:
     """Return a multiple of the gradient: weight decay, where it is known, is taken out of a weight delta."""
     tensors, training = observation.update.tensors, observation.training
     if not isinstance(training, FedAvg) or not isinstance(training.rule, SGD) or not training.rule.weight_decay:

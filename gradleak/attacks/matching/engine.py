@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from gradleak.analytic.labels import recover_labels
-from gradleak.attacks.base import Attack, Callback, Progress
+from gradleak.attacks.base import Attack, Callback, Progress, as_gradient
 from gradleak.attacks.matching.objectives import Objective, SquaredError
 from gradleak.attacks.matching.priors import Prior
 from gradleak.attacks.matching.solvers import LBFGS, Outcome, Project, Solver
@@ -130,7 +130,7 @@ class _Problem:
             estimate = recover_labels(
                 model,
                 observation.params,
-                observation.update.tensors,
+                as_gradient(observation),
                 tuple(observation.space.shape),
                 n,
                 observation.training.loss,

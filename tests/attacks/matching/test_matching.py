@@ -185,3 +185,14 @@ def test_group_of_first_order_problems_drops_finished_ones() -> None:
     found = attack.reconstruct(seen)
     assert found.status == "converged"
     assert found.evaluations < 900
+
+
+def test_labels_are_read_off_a_weight_delta() -> None:
+    _, seen = observe(n=2)
+    batch = gl.Batch(torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(8)).double(), torch.tensor([0, 1]))
+    training = gl.FedAvg(lr=0.01, epochs=2)
+    update = gl.Client(seen.model, batch, training).send()
+    delta = gl.ThreatModel().observe(seen.model, update, space=SPACE, training=training, batch_size=2)
+    found = gl.attacks.idlg(iterations=1).reconstruct(delta)
+    assert found.labels is not None
+    assert sorted(found.labels.tolist()) == [0, 1]
