@@ -17,6 +17,7 @@ from gradleak.analytic.graph import trace_chain
 from gradleak.analytic.labels import recover_labels
 from gradleak.analytic.recursion import RecursionResult, invert_layers
 from gradleak.attacks.base import Attack, Callback, Progress, as_gradient
+from gradleak.attacks.feature_matching import feature_matching
 from gradleak.attacks.gauss_newton import gauss_newton, is_smooth
 from gradleak.attacks.linear_inversion import linear_inversion
 from gradleak.attacks.matching import GradientMatching, dlg, idlg, inverting_gradients
@@ -176,7 +177,11 @@ class Auto(Attack):
                 raise  # there is nothing yet to return
             return [replace(case.result(), status="interrupted") for case in cases]
         open_ = [c for c in cases if c.open]
-        for name, attack, members in self._matching(open_):
+        for case in open_:
+            # One by one: whether the features of a batch separate is known only after trying.
+            if case.separable() and not (clock.over or clock.cancelled):
+                _match("feature_matching", self._made("feature_matching"), [case], seed, clock)
+        for name, attack, members in self._matching([c for c in open_ if c.by != "feature_matching"]):
             _match(name, attack, members, seed, clock)
         for case in open_:
             if self.polish and case.open and not (clock.over or clock.cancelled):
@@ -192,16 +197,20 @@ class Auto(Attack):
                 groups.setdefault(name, []).append(case)
         return [(name, self._made(name), members) for name, members in groups.items()]
 
-    def _made(self, name: str) -> GradientMatching:
+    def _made(self, name: str) -> Attack:
+        if name == "feature_matching":
+            if self.iterations is None:
+                return feature_matching(restarts=self.restarts)
+            return feature_matching(iterations=self.iterations, restarts=self.restarts)
         factories: dict[str, Callable[..., GradientMatching]] = {
             "idlg": idlg,
             "dlg": dlg,
             "inverting_gradients": inverting_gradients,
         }
-        made = factories[name](restarts=self.restarts)
+        matching = factories[name](restarts=self.restarts)
         if self.iterations is None:
-            return made
-        return replace(made, solver=replace(made.solver, iterations=self.iterations))
+            return matching
+        return replace(matching, solver=replace(matching.solver, iterations=self.iterations))
 
 
 class _Clock:
@@ -318,6 +327,17 @@ class _Case:
             features=result.features[None] if head else None,
         )
 
+    def separable(self) -> bool:
+        """Whether feature matching may serve: one gradient of a batch through a smooth model, labels not granted."""
+        observation = self.observation
+        training = observation.training
+        if observation.batch_size in (None, 1) or observation.labels is not None or not isinstance(training, FedSGD):
+            return False
+        try:
+            return is_smooth(observation.model, tuple(observation.space.shape))
+        except InvalidModel:
+            return False
+
     def matching(self) -> str | None:
         """Return the matching attack that fits, and note why."""
         observation = self.observation
@@ -430,7 +450,8 @@ def auto(
     """Take the exact way where there is one, matching where there is none, and prove what came out.
 
     The order: ``linear_inversion`` (a first linear layer), ``recursion`` (one example, determined layer by layer); then
-    matching: ``idlg`` or ``dlg`` on smooth models, ``inverting_gradients`` where there are kinks; then Gauss–Newton
+    matching: ``feature_matching`` for a batch whose features separate, ``idlg`` or ``dlg`` on smooth models otherwise,
+    ``inverting_gradients`` where there are kinks; then Gauss–Newton
     steps on smooth models where they fit. An attack ends the search when the update proves or matches its result; among
     results the certificate decides, then the residual of the re-simulated update. The notes say why each step was taken
     or not.

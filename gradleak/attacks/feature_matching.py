@@ -102,7 +102,7 @@ def decouple(observation: Observation, head: Head, features: Tensor, labels: Ten
         model=model,
         update=update,
         training=FeatureGradient(cotangents, factor),
-        labels=labels,
+        labels=torch.zeros_like(labels),  # The body knows no classes, and its outputs may be fewer.
     )
 
 
@@ -131,7 +131,13 @@ class FeatureMatching(Attack):
         reduced = [self._reduce(o, found) for o, found in zip(observations, separated, strict=True)]
         results = self.match.reconstruct_all(reduced, seed=seed, callback=callback)
         return [
-            replace(result, features=found.features, labels=found.labels, notes=(*found.notes[:1], *result.notes))
+            replace(
+                result,
+                features=found.features,
+                labels=found.labels,
+                label_probabilities=None,
+                notes=(*found.notes[:1], *result.notes),
+            )
             for result, found in zip(results, separated, strict=True)
         ]
 

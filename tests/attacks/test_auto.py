@@ -74,7 +74,7 @@ def test_a_batch_is_matched_and_polished() -> None:
     for client, found in zip(clients, results, strict=True):
         assert found.certificate is not None
         assert found.certificate.examples == ("proved", "proved")
-        assert "idlg" in found.notes[0]
+        assert "feature_matching" in found.notes[0]
         assert any("one example" in n for n in found.notes)
         assert error(client, found) < 1e-11
     assert "gauss_newton" in results[0].notes[0]
