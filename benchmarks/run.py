@@ -29,6 +29,7 @@ EMPTY = "*No figures yet: this section is filled from the scripts in `benchmarks
 QUICK: dict[str, tuple[str, ...]] = {
     "dlg": ("--images", "2", "--published", "0"),
     "batches": ("--batches", "1", "--iterations", "50"),
+    "batches_features": ("--batches", "1", "--iterations", "50"),
     "inverting_gradients": ("--pairs", "1", "--steps", "1"),
     "recursion": ("--images", "2", "--published", "0", "--double", "1"),
     "disaggregate": ("--batches", "1", "--large", "0"),
@@ -95,7 +96,10 @@ def load(results: Path) -> dict[str, Record]:
 def lines(name: str, record: Record) -> list[Line]:
     """Return a record's lines: its own summary, else what the reader of its name makes of it, else a pointer."""
     if "summary" in record:
-        return [Line(s["what"], s["target"], s["measured"], s["met"]) for s in record["summary"]]
+        return [
+            Line(s["what"], s["target"], s["measured"], s["met"], short=s.get("short", False))
+            for s in record["summary"]
+        ]
     if name in READERS:
         return READERS[name](record)
     return [Line(name, str(record.get("target", "–")), f"see `benchmarks/results/{name}.json`", None)]
