@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -108,17 +109,17 @@ def idlg(
         UnknownName: no such solver.
 
     """
-    return GradientMatching(
-        SquaredError(),
-        _solver(solver, iterations, lr),
-        labels="recovered",
-        init_std=init_std,
+    joint = dlg(
+        solver=solver,
+        iterations=iterations,
+        lr=lr,
         restarts=restarts,
+        init_std=init_std,
         tolerance=tolerance,
         dtype=dtype,
-        warm_dtype=_warm(solver, dtype),
         trace=trace,
     )
+    return replace(joint, labels="recovered")
 
 
 def inverting_gradients(
