@@ -8,6 +8,7 @@ matrix of the input follows as a by-product.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import final
@@ -17,15 +18,18 @@ from scipy.linalg import blas, lapack
 from torch import Tensor
 
 from gradleak.analytic.graph import Affine, Elementwise, Fixed
+from gradleak.errors import ResourceLimit
 
 __all__ = [
     "LARGEST",
+    "MEMORY",
     "Composite",
     "Factor",
     "Information",
     "Rows",
     "Solution",
     "add_gradient_equations",
+    "afford",
     "conjugate_gradients",
     "factorize",
     "precision",
@@ -38,6 +42,9 @@ Rows = Callable[[Tensor], Tensor]
 LARGEST = 12_000
 """Up to this many unknowns, a dense matrix is made to precondition with; beyond, the diagonal has to do."""
 
+MEMORY = 4 * 2**30
+"""Bytes that the matrices of one layer may take together."""
+
 _DOUBLE = 512
 """Up to this many unknowns that matrix is float64; beyond, float32 preconditions the float64 solve as well."""
 
@@ -48,6 +55,21 @@ _CHUNK = 128
 def precision(size: int) -> torch.dtype:
     """Return the precision of a dense matrix of ``size`` unknowns."""
     return torch.float64 if size <= _DOUBLE else torch.float32
+
+
+def afford(name: str, *shapes: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Check that matrices of ``shapes``, held at once, stay within :data:`MEMORY`.
+
+    Raises:
+        ResourceLimit: they do not.
+
+    """
+    needed = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+    if needed > MEMORY:
+        raise ResourceLimit(
+            f"Solving for the input of {name!r} takes matrices of {needed / 2**30:.1f} GiB, more than the "
+            f"{MEMORY / 2**30:.0f} GiB allowed; use matching, which needs no matrices."
+        )
 
 
 @final
@@ -94,7 +116,9 @@ class Composite:
 
     def sandwich(self, dense: Tensor, slope: Tensor | None = None) -> Tensor:
         """Return Kᵀ D X D K for a symmetric X (m, m) and the diagonal D = ``slope`` (m,)."""
-        first = torch.empty(self.steps[0].inputs, len(dense), dtype=dense.dtype, device=dense.device)
+        size, known = self.steps[0].inputs, len(dense)
+        afford(self.steps[0].name, (known, known), (size, known), (size, size), dtype=dense.dtype)
+        first = torch.empty(size, known, dtype=dense.dtype, device=dense.device)
         narrow = None if slope is None else slope.to(dense)
         for start in range(0, len(dense), _CHUNK):
             rows = dense[start : start + _CHUNK]
@@ -266,6 +290,8 @@ def solve_layer(
 
     """
     weight = composite.params[layer.weight_name]
+    size = layer.positions
+    afford(layer.name, (weight[:, 0].numel(), size), (2 * layer.groups, size, size), dtype=torch.float64)
     block = layer.gradient_block(delta, weight)
     groups, per = layer.groups, layer.channels // layer.groups
     trust = _trust(gradient)
@@ -374,17 +400,20 @@ def add_gradient_equations(
     kernel = weight.to(forward)
     groups, per = layer.groups, layer.channels // layer.groups
     outs, length, size = layer.out_shape[0] // groups, patches.shape[-1], layer.positions
-    taps, m = patches.shape[1] // per, layer.outputs
+    taps, m, n = patches.shape[1] // per, layer.outputs, layer.inputs
+    own = (groups * outs * taps, size)
     if gradient.numel() <= m:
+        afford(layer.name, own, (gradient.numel(), m), (gradient.numel(), n), (n, n), dtype=forward.dtype)
         spread = torch.zeros(groups, outs, per * taps, groups, outs, length).to(forward)
         spread.diagonal(dim1=0, dim2=3).diagonal(dim1=0, dim2=2).copy_(patches.permute(1, 2, 0)[..., None])
         whole = layer.adjoint(hessian(spread.reshape(-1, m)), kernel)
         whole = whole.reshape(groups, outs, per, taps, groups, per, size)
-        own = block.reshape(groups, outs, taps, size)
+        blocks = block.reshape(groups, outs, taps, size)
         for g in range(groups):
             for c in range(per):
-                whole[g, :, c, :, g, c] += own[g]
+                whole[g, :, c, :, g, c] += blocks[g]
         return _add_square(forward, whole.reshape(-1, layer.inputs), lower_only=lower_only)
+    afford(layer.name, own, (m, m), (gradient.numel(), m), (m, m), (n, m), (n, m), (n, n), dtype=forward.dtype)
     dense = hessian(torch.eye(m).to(forward))
     q = torch.einsum("gkl,golm->gokm", patches, dense.reshape(groups, outs, length, m))
     flat = q.reshape(-1, m)

@@ -33,7 +33,7 @@ from gradleak.analytic.layers import (
     precision,
     solve_layer,
 )
-from gradleak.errors import NotApplicable
+from gradleak.errors import NotApplicable, ResourceLimit
 
 __all__ = ["LayerReport", "OuterProduct", "RecursionResult", "invert_layers", "read_outer_product"]
 
@@ -182,6 +182,7 @@ def invert_layers(
 
     Raises:
         NotApplicable: there is no layer to start at, or the gradient there is no outer product.
+        ResourceLimit: the matrices of a layer that would be determined do not fit in memory.
 
     """
     chain = trace_chain(model, shape) if chain is None else chain
@@ -226,6 +227,10 @@ def _label(delta: Tensor) -> int | None:
     return None
 
 
+class _HaltedError(Exception):
+    """A layer is not determined, and the graph shows no way on from there."""
+
+
 class _Walk:
     """The walk from the anchor back to the input; its state is what is known about the current tensor."""
 
@@ -250,6 +255,19 @@ class _Walk:
         return (2 * signs - 1).to(self.value)
 
     def run(self) -> None:
+        try:
+            self._back()
+            if self.chain.stop is not None:
+                self._halt(self.chain.stop)
+        except _HaltedError:
+            return
+        except ResourceLimit:
+            if self.stop is None:
+                raise
+            return  # what would only have been a start is not worth so much memory
+        self.reached = True
+
+    def _back(self) -> None:
         steps = self.chain.steps
         for index in range(len(steps) - 1, -1, -1):
             step = steps[index]
@@ -264,11 +282,8 @@ class _Walk:
                 self.pending.insert(0, step)
             elif isinstance(step, Elementwise):
                 self._activation(step)
-        if self.chain.stop is not None:
-            self._halt(self.chain.stop)
-            return
-        self._resolve("the model's input")
-        self.reached = True
+        if self.chain.stop is None:
+            self._resolve("the model's input")
 
     def normal(self) -> Tensor:
         """Return the lower triangle of the whole map's normal matrix at the recovered input, to be overwritten."""
@@ -281,6 +296,8 @@ class _Walk:
 
     def _halt(self, reason: str) -> None:
         self.stop = self.stop or reason
+        if self.chain.stop is not None:
+            raise _HaltedError  # not even a start can come from here
 
     def _resolve(self, where: str) -> None:
         """Solve the parameter-free maps that wait between the current tensor and what is known."""
@@ -288,13 +305,16 @@ class _Walk:
             return
         composite = Composite(tuple(self.pending), self.params)
         unknowns, known = self.pending[0].inputs, self.value.numel()
+        names = ", ".join(repr(s.name) for s in self.pending)
+        reason = f"{names} keeps {known} of the {unknowns} values before it, so {where} is not determined"
+        if known < unknowns:
+            self._halt(reason)
         right = composite.adjoint((self.value - composite.constant(self.value))[None])
         value, _, done = conjugate_gradients(
             lambda v: composite.adjoint(composite.apply(v)), right, lambda r: r, tolerance=1e-14, limit=500
         )
-        names = ", ".join(repr(s.name) for s in self.pending)
-        if known < unknowns or not done:
-            self._halt(f"{names} keeps {known} of the {unknowns} values before it, so {where} is not determined")
+        if not done:
+            self._halt(reason)
         self.information = self.information.behind(composite)
         self.value, self.usable, self.pending = value[0], min(known, unknowns), []
 

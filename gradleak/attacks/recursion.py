@@ -56,7 +56,8 @@ class Recursion(Attack):
             observation.model, params, plain_gradient(observation), shape, chain=chain, polish=self.polish, seed=seed
         )
         if result.input is None:
-            raise NotApplicable(f"The recursion stops: {result.stopped_at}; use matching, which can start from there.")
+            start = "" if result.start is None else ", which can start from there"
+            raise NotApplicable(f"The recursion stops: {result.stopped_at}; use matching{start}.")
         dtype = torch.promote_types(next(iter(tensors.values())).dtype, torch.float32)
         notes = [str(report) for report in result.layers]
         notes.append(

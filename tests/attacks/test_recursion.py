@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from gradleak.attacks import recursion
-from gradleak.errors import MissingKnowledge, NotApplicable
+from gradleak.analytic import layers
+from gradleak.attacks import auto, recursion
+from gradleak.errors import MissingKnowledge, NotApplicable, ResourceLimit
 from gradleak.exchange import Client, simulate
-from gradleak.models import lenet, resnet18
+from gradleak.models import dlg_resnet, lenet, resnet18
 from gradleak.threat import Knowledge, ThreatModel
 from gradleak.training import SGD, FedAvg, FedSGD, LocalTraining
 from gradleak.types import Batch
@@ -60,3 +62,26 @@ def test_several_steps_that_nobody_told_of_are_noticed() -> None:
     found = simulate(client, recursion(), threat=ThreatModel(Knowledge.BATCH_SIZE)).reconstruction
     assert found.status == "stalled"
     assert "not the plain gradient" in found.notes[-1]
+
+
+def test_residual_blocks_without_strides_are_refused_before_any_large_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "MEMORY", 2**20)
+    client = Client(dlg_resnet(depth=8, width=4, image_size=16, seed=0).eval(), batch())
+    with pytest.raises(NotApplicable, match="'pool' keeps 256 of the 4096 values"):
+        simulate(client, recursion())
+
+
+def test_what_does_not_fit_in_memory_is_said_and_auto_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.Sigmoid(), nn.Conv2d(8, 8, 3, padding=1), nn.Sigmoid(), nn.Flatten(),
+            nn.Linear(8 * 256, 10),
+        )  # fmt: skip
+    client = Client(model, batch())
+    monkeypatch.setattr(layers, "MEMORY", 4 * 2**20)
+    with pytest.raises(ResourceLimit, match=r"input of '2' takes matrices of .* GiB.*; use matching"):
+        simulate(client, recursion())
+    found = simulate(client, auto(iterations=2, polish=False)).reconstruction
+    assert any("recursion: not taken. Solving for" in note for note in found.notes)
+    assert found.certificate is not None
