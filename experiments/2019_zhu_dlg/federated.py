@@ -4,6 +4,8 @@ The client takes k SGD steps on one example and sends the weight delta. The pape
 treats it as one gradient; ours differentiates through the k steps, because local training *is* the forward map. A
 second table has k steps on k examples, reported like a batch of k. The paper names neither step size nor model; here
 it is the LeNet with lr 0.01, and 1e-4 for the paper's argument that small weight changes look like one gradient.
+Further rows take what real clients do: momentum, Adam, and several epochs over shuffled minibatches, with the order
+told to the attacker and with it withheld.
 Cost of the default scale: about fifteen minutes of one core, which grows in proportion to k.
 """
 
@@ -16,7 +18,7 @@ from typing import Any
 import gradleak as gl
 from gradleak.analytic.ranks import rank_bound
 from gradleak.audit.experiment import Figure, Lab, Measured, Result, Row, median, share
-from gradleak.training import SGD, parameters
+from gradleak.training import SGD, Adam, parameters
 
 from . import _shared  # noqa: TID252
 
@@ -39,11 +41,17 @@ class Config:
     several: tuple[int, ...]
     several_width: int
     several_iterations: int
+    adam: tuple[int, ...]
+    epochs: tuple[int, ...]
 
 
-SMOKE = Config((1, 2), 1, 1, 60, 40, (2,), (), (2,), 12, 20)
-DEFAULT = Config((1, 2, 3, 4, 10), 4, 4, 2500, 3200, (4,), (4,), (2, 4), 24, 2000)
-FULL = Config((1, 2, 3, 4, 10), 100, 50, 6000, 6000, (1, 2, 3, 4, 10), (2, 3, 4, 10), (2, 3, 4, 10), 64, 10_000)
+SMOKE = Config((1, 2), 1, 1, 60, 40, (2,), (), (2,), 12, 20, (), (2,))
+DEFAULT = Config((1, 2, 3, 4, 10), 4, 4, 2500, 3200, (4,), (4,), (2, 4), 24, 2000, (1, 4), (2,))
+FULL = Config(
+    (1, 2, 3, 4, 10), 100, 50, 6000, 6000, (1, 2, 3, 4, 10), (2, 3, 4, 10), (2, 3, 4, 10), 64, 10_000, (1, 2, 4), (2, 5)
+)
+EPOCH_EXAMPLES = 4
+"""Examples of a client that trains for several epochs; its minibatches hold two."""
 
 
 def training(steps: int, lr: float, momentum: float, examples: int = 1) -> gl.FedAvg:
@@ -70,6 +78,48 @@ def published(lab: Lab, *, steps: int, lr: float, momentum: float, image: int, b
     )
 
 
+def adam(lab: Lab, *, steps: int, lr: float, images: list[int], iterations: int) -> Mapping[str, Any]:
+    """Unroll k steps of Adam on one example each."""
+    data, local = _shared.images("cifar100"), gl.FedAvg(optimizer=Adam(lr), steps=steps)
+    batches = [_shared.held_out(lab, data, [i]) for i in images]
+    observations = [_shared.observe(data.lenet(i), b, local) for i, b in zip(images, batches, strict=True)]
+    return _shared.merged(_shared.attack_gradients(observations, batches, iterations=iterations))
+
+
+def adam_published(lab: Lab, *, steps: int, lr: float, image: int, budget: int) -> Mapping[str, Any]:
+    """Treat Adam's delta as one gradient and run the published algorithm."""
+    data = _shared.images("cifar100")
+    batch, model = _shared.held_out(lab, data, [image]), data.lenet(image)
+    observation = _shared.observe(model, batch, gl.FedAvg(optimizer=Adam(lr), steps=steps))
+    return _shared.attack_published(
+        model, batch, observation, classes=100, seed=image, budget=budget, lr=lr, steps=steps
+    )
+
+
+def epochs(
+    lab: Lab, *, count: int, lr: float, width: int, images: list[int], iterations: int, order: bool
+) -> Mapping[str, Any]:
+    """Unroll several epochs over shuffled minibatches of two, with the order granted or withheld."""
+    data, local = _shared.images("cifar100"), gl.FedAvg(lr, epochs=count, batch_size=2, shuffle=images[0])
+    batch, model = _shared.held_out(lab, data, images), data.lenet(images[0], width=width)
+    threat = gl.ThreatModel(gl.ThreatModel().knows | gl.Knowledge.ORDER) if order else gl.ThreatModel()
+    space = gl.ImageSpace(data.shape)
+    seen = threat.observe(model, local(model, batch), space=space, training=local, batch_size=len(batch))
+    return _shared.attack_gradients([seen], [batch], iterations=iterations)[0]
+
+
+def epochs_published(
+    lab: Lab, *, count: int, lr: float, width: int, images: list[int], budget: int
+) -> Mapping[str, Any]:
+    """Treat the delta of several epochs as one gradient of the whole batch."""
+    data, local = _shared.images("cifar100"), gl.FedAvg(lr, epochs=count, batch_size=2, shuffle=images[0])
+    batch, model = _shared.held_out(lab, data, images), data.lenet(images[0], width=width)
+    return _shared.attack_published(
+        model, batch, _shared.observe(model, batch, local), classes=100, seed=images[0], budget=budget, lr=lr,
+        steps=local.count(len(batch)),
+    )  # fmt: skip
+
+
 def several(lab: Lab, *, examples: int, lr: float, width: int, images: list[int], iterations: int) -> Mapping[str, Any]:
     """Unroll one step on each of k examples."""
     data, local = _shared.images("cifar100"), training(examples, lr, 0.0, examples)
@@ -92,7 +142,7 @@ def several_published(
 
 
 def run(config: Config, lab: Lab) -> Result:
-    chosen = lab.sample(_shared.total("cifar100"), max(config.images, *config.several), seed=0)
+    chosen = lab.sample(_shared.total("cifar100"), max(config.images, *config.several, EPOCH_EXAMPLES), seed=0)
     images = chosen[: config.images]
     rows: list[Row] = []
     lines: list[tuple[str, list[Any]]] = []
@@ -122,6 +172,21 @@ def run(config: Config, lab: Lab) -> Result:
         room = f"rank at most {mine[0]['rank']:,} of {mine[0]['unknowns']:,}" * (mine[0]["rank"] < mine[0]["unknowns"])
         title = f"{count} steps on {count} examples, width {config.several_width}"
         rows += _rows(title, mine, theirs, count, room)
+    for steps in config.adam:
+        fixed = {"steps": steps, "lr": 1e-3}
+        parts = _shared.chunks(images, config.together)
+        mine = lab.measure(adam, [{**fixed, "images": part, "iterations": config.iterations} for part in parts])
+        theirs = lab.measure(adam_published, [{**fixed, "image": i, "budget": config.budget} for i in images])
+        rows += _rows(f"{steps} local step{'s' * (steps > 1)} of Adam", mine, theirs, len(images))
+    for count in config.epochs:
+        group = chosen[:EPOCH_EXAMPLES]
+        fixed = {"count": count, "lr": 0.01, "width": config.several_width, "images": group}
+        theirs = lab.measure(epochs_published, [{**fixed, "budget": config.budget}])
+        for order in (True, False):
+            mine = lab.measure(epochs, [{**fixed, "iterations": config.several_iterations, "order": order}])
+            known = "known" if order else "withheld"
+            title = f"{count} epochs over {len(group)} shuffled examples, width {config.several_width}, order {known}"
+            rows += _rows(title, mine, theirs, len(group))
     figures = [
         Figure("errors", "Error of every image against the number of local steps, lr 0.01.", _errors(plotted)),
         Figure("grid", "Random test images after k local steps, none rejected.", lambda f: _shared.pictures(f, lines),
