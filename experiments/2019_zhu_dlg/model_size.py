@@ -1,7 +1,7 @@
 """Width and depth of the model against success (the referee's question).
 
 The LeNet at several widths, and with more convolutions of the same kind between its last one and the head (the client
-may use any ``nn.Module``). Depth is where sigmoid networks lose the gradient of their first layers, width is where
+may use any ``nn.Module``). Where the rank of the gradient's Jacobian excludes an exact image, the row says so. Depth is where sigmoid networks lose the gradient of their first layers, width is where
 equations come from. Cost of the default scale: about ten minutes of one core.
 """
 
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradleak.analytic.ranks import rank_bound
 from gradleak.audit.experiment import Figure, Lab, Measured, Result, Row, median, share
+from gradleak.training import parameters
 
 from . import _shared  # noqa: TID252
 
@@ -83,12 +85,15 @@ def run(config: Config, lab: Lab) -> Result:
         errors = [_shared.series(r, "mse") for r in (mine, theirs)]
         hits = [share([e <= _shared.HIT for e in column]) for column in errors]
         exact = sum(r["verdict"] == "proved" for r in mine)
+        net = deep_lenet(width, depth, 0)
+        bound = rank_bound(net, parameters(net), (3, 32, 32), 1)
+        room = f"rank at most {bound.rank:,} of {bound.unknowns:,}; " * (bound.rank < bound.unknowns)
         rows.append(
             Row(
                 f"success at MSE 1e-4, width {width}, {depth} convolutions",
                 *hits,
                 cost=f"{median([r.seconds for r in mine]).value:.0f} s an image",
-                note=f"{mine[0]['parameters']:,} parameters; median MSE {median(errors[0]).value:.1e} and "
+                note=f"{mine[0]['parameters']:,} parameters; {room}median MSE {median(errors[0]).value:.1e} and "
                 f"{median(errors[1]).value:.1e}; {exact} of {len(mine)} of ours proved by their certificate",
             )
         )
