@@ -1,8 +1,9 @@
 """Width and depth of the model against success (the referee's question).
 
 The LeNet at several widths, and with more convolutions of the same kind between its last one and the head (the client
-may use any ``nn.Module``). Where the rank of the gradient's Jacobian excludes an exact image, the row says so. Depth is where sigmoid networks lose the gradient of their first layers, width is where
-equations come from. Cost of the default scale: about ten minutes of one core.
+may use any ``nn.Module``). Where the rank of the gradient's Jacobian excludes an exact image, the row says so. Depth is
+where sigmoid networks lose the gradient of their first layers, width is where equations come from. Cost of the default
+scale: about ten minutes of one core.
 """
 
 from __future__ import annotations
