@@ -76,7 +76,8 @@ def is_smooth(model: nn.Module, shape: tuple[int, ...]) -> bool:
                     first, second = derivatives(start, 10 * way)
             change = first[-1] - first[0]
             error = float((simpson @ second - change).abs())
-            if error > 1e-3 * float(change.abs()) + 1e-9 * float(first.norm()):
+            # Against the whole variation, not the net change, in which rises and falls may cancel.
+            if error > 1e-3 * float(simpson @ second.abs()) + 1e-9 * float(first.norm()):
                 return False
     except (NotImplementedError, RuntimeError):
         return False  # an operation without second derivatives cannot be judged, nor taken by this attack

@@ -131,6 +131,11 @@ def test_smooth_models(activation: str) -> None:
     assert is_smooth(client(activation=activation).model, SHAPE)
 
 
+@pytest.mark.parametrize("seed", [0, 38, 41, 52])  # on the last three, net changes of the slope nearly cancel
+def test_steep_sigmoids_are_smooth(seed: int) -> None:
+    assert is_smooth(lenet(seed=seed), (3, 32, 32))
+
+
 def test_models_with_kinks() -> None:
     affine = nn.Linear(6, 4)
     assert is_smooth(affine, (6,))
