@@ -21,7 +21,7 @@ from . import _ours, _published  # noqa: TID252
 
 __all__ = [
     "HIT", "Images", "attack_gradients", "attack_published", "best_effort", "chunks", "errors", "first_hit",
-    "gradients", "held_out", "images", "merged", "observe", "pictures", "psnr", "record", "series", "total",
+    "gradients", "held_out", "images", "merged", "observe", "pictures", "proved", "psnr", "record", "series", "total",
 ]  # fmt: skip
 
 HIT = 1e-4
@@ -210,6 +210,12 @@ def chunks(items: Sequence[int], size: int) -> list[list[int]]:
 def series(records: Sequence[Any], name: str) -> list[Any]:
     """Return one value from every example of all records, in order."""
     return [v for r in records for v in (r[name] if isinstance(r[name], list) else [r[name]])]
+
+
+def proved(records: Sequence[Any]) -> str:
+    """Return in words how many reconstructions their own certificates prove exact, without the truth."""
+    verdicts = series(records, "verdict")
+    return f"ours: {verdicts.count('proved')} of {len(verdicts)} proved exact by their certificate"
 
 
 def pictures(figure: Any, rows: Sequence[tuple[str, Sequence[Any]]]) -> None:

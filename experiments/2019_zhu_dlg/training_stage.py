@@ -107,7 +107,9 @@ def run(config: Config, lab: Lab) -> Result:
         cost = f"{median([r.seconds for r in mine]).value:.1f} s an image"
         hits = [share([e <= _shared.HIT for e in column]) for column in errors]
         rows.append(Row(f"median MSE at {stage} % of training", *map(median, errors), cost=cost, note=note))
-        rows.append(Row(f"success at MSE 1e-4, {stage} % of training", *hits, note=_sizes(mine)))
+        rows.append(
+            Row(f"success at MSE 1e-4, {stage} % of training", *hits, note=f"{_sizes(mine)}; {_shared.proved(mine)}")
+        )
         lines.append((f"ours, {stage} %", [r["images"][0] for r in mine[:10]]))
         lines.append((f"published, {stage} %", [r["images"][0] for r in theirs[:10]]))
     lines.insert(0, ("truth", [r["truth"][0] for r in mine[:10]]))
