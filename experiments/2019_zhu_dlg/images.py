@@ -36,11 +36,11 @@ DEFAULT = Config(45, 12, 4, 300)
 FULL = Config(1000, 1000, 1000, 300)
 
 
-def ours(lab: Lab, *, name: str, image: int) -> Mapping[str, Any]:
+def ours(lab: Lab, *, name: str, image: int, iterations: int) -> Mapping[str, Any]:
     """Reconstruct one image from its gradient with our attacker."""
     data = _shared.images(name)
     batch, model = _shared.held_out(lab, data, [image]), data.lenet(image)
-    return _shared.attack_gradients([_shared.observe(model, batch)], [batch], iterations=3000)[0]
+    return _shared.attack_gradients([_shared.observe(model, batch)], [batch], iterations=iterations)[0]
 
 
 def published(lab: Lab, *, name: str, image: int, outer: int) -> Mapping[str, Any]:
@@ -57,7 +57,7 @@ def run(config: Config, lab: Lab) -> Result:
     for name in config.names:
         data = _shared.images(name)
         chosen = lab.sample(_shared.total(name), min(config.images, _shared.total(name)), seed=0)
-        mine = lab.measure(ours, [{"name": name, "image": i} for i in chosen])
+        mine = lab.measure(ours, [{"name": name, "image": i, "iterations": 3000} for i in chosen])
         few = chosen[: config.faces if name == "lfw" else config.published]
         theirs = lab.measure(published, [{"name": name, "image": i, "outer": config.outer} for i in few])
         rows += _rows(data.title, mine, theirs)
