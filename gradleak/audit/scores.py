@@ -30,7 +30,7 @@ class ExampleScore:
         index: its position in the private batch.
         reconstruction: position of the reconstruction assigned to it, None where there were too few.
         values: metric name → value; None where it cannot be computed (nothing assigned, not finite, no labels).
-        success: whether its MSE is at most the threshold.
+        success: whether its MSE, or share of wrong tokens, is at most the threshold.
         label: its class index.
         guessed_label: the reconstruction's, None where the attack says nothing about labels.
 
@@ -92,7 +92,7 @@ class Scores:
     Attributes:
         examples: one record per private example, the worst first.
         units: metric name → unit.
-        threshold: largest MSE that counts as success.
+        threshold: largest MSE, or share of wrong tokens, that counts as success.
         successes: number of successful examples.
         interval: Wilson 95 % interval of the success rate.
         means: metric name → mean over examples, None where an example has no value.
@@ -189,6 +189,7 @@ def score(
     """Compare a reconstruction with the private batch, example by example.
 
     Examples are assigned one to one once (by MSE); every metric of ``gradleak.metrics`` that fits the inputs follows.
+    Integer inputs are token ids: the share of wrong tokens takes the place of the MSE.
 
     Args:
         reconstruction: what the attack returned.
@@ -201,13 +202,15 @@ def score(
         InvalidInput: shapes do not fit, or the truth is not finite.
 
     """
-    inputs = truth.inputs.detach().to("cpu", torch.float64)
+    tokens = not truth.inputs.is_floating_point() and not reconstruction.inputs.is_floating_point()
+    inputs, guesses = (
+        x.detach().to("cpu", torch.long if tokens else torch.float64) for x in (truth.inputs, reconstruction.inputs)
+    )
     if not bool(torch.isfinite(inputs).all()):
         raise InvalidInput("The truth has NaN or infinite values; score against the batch that was attacked.")
-    guesses = reconstruction.inputs.detach().to("cpu", torch.float64)
     assignment = assign(guesses, inputs)
-    # An example without a reconstruction is compared with NaN, which every metric answers with NaN.
-    padded = torch.cat([guesses, torch.full_like(inputs[:1], torch.nan)])
+    # An example without a reconstruction is compared with NaN, which every metric answers with NaN, or with no token.
+    padded = torch.cat([guesses, torch.full_like(inputs[:1], -1 if tokens else torch.nan)])
     assigned = padded[assignment]
     labels = truth.labels.detach().cpu()
     labels = labels.argmax(-1) if labels.is_floating_point() and labels.ndim > 1 else labels
@@ -216,7 +219,8 @@ def score(
         found = None  # regression targets and token sequences are no classes
 
     columns: dict[str, list[float | None]] = {}
-    metrics = [m for m in _metrics() if m.reads == "inputs" or (m.reads == "images" and inputs.ndim == 4)]
+    fitting = {"tokens"} if tokens else {"inputs", "images"} if inputs.ndim == 4 else {"inputs"}
+    metrics = [m for m in _metrics() if m.reads in fitting]
     for metric in metrics:
         columns[metric.name] = [v if math.isfinite(v) else None for v in metric(assigned, inputs).tolist()]
     guessed_labels: list[int | None] = [None] * len(truth)
@@ -228,7 +232,7 @@ def score(
             if metric.reads == "labels":
                 columns[metric.name] = list(metric(numbers, labels).tolist())
                 metrics.append(metric)
-    errors = columns["mse"]
+    errors = [None if v is None else 1 - v for v in columns["token_accuracy"]] if tokens else columns["mse"]
     examples = [
         ExampleScore(
             index=i,
@@ -240,7 +244,7 @@ def score(
         )
         for i, a in enumerate(assignment.tolist())
     ]
-    examples.sort(key=lambda e: (-_error(e.values["mse"]), e.index))
+    examples.sort(key=lambda e: (-_error(errors[e.index]), e.index))
     successes = sum(e.success for e in examples)
     baselines, notes = _baselines(inputs, columns.get("psnr"), public, seed) if inputs.ndim == 4 else ((), ())
     if any(error is None for error in errors):

@@ -7,8 +7,19 @@ from gradleak.metrics.labels import label_accuracy
 from gradleak.metrics.peak_signal import psnr
 from gradleak.metrics.squared_error import mse
 from gradleak.metrics.structural import ssim
+from gradleak.metrics.tokens import rouge_1, rouge_2, rouge_l, token_accuracy, token_recall
 
-__all__ = ["label_accuracy", "mse", "psnr", "ssim"]
+__all__ = [
+    "label_accuracy",
+    "mse",
+    "psnr",
+    "rouge_1",
+    "rouge_2",
+    "rouge_l",
+    "ssim",
+    "token_accuracy",
+    "token_recall",
+]
 
 from gradleak.metrics.assignment import assign as assign
 from gradleak.metrics.assignment import pair_costs as pair_costs

@@ -14,6 +14,8 @@ __all__ = ["assign", "pair_costs"]
 def pair_costs(guess: Tensor, truth: Tensor) -> Tensor:
     """Return the mean squared error of every pair, shape (N truths, M guesses), float64 on the CPU.
 
+    Of integers, which name tokens, it is the share that differs.
+
     Raises:
         InvalidInput: the examples have different shapes.
 
@@ -23,6 +25,9 @@ def pair_costs(guess: Tensor, truth: Tensor) -> Tensor:
             f"The reconstruction has examples of shape {tuple(guess.shape[1:])}, the truth of "
             f"{tuple(truth.shape[1:])}; score against the batch that was attacked."
         )
+    if not guess.is_floating_point() and not truth.is_floating_point():
+        guess, truth = (t.detach().cpu().flatten(1) for t in (guess, truth))
+        return torch.stack([(guess != example).double().mean(1) for example in truth])
     guess, truth = (t.detach().to("cpu", torch.float64).flatten(1) for t in (guess, truth))
     return torch.stack([((guess - example) ** 2).mean(1) for example in truth])
 
@@ -30,8 +35,8 @@ def pair_costs(guess: Tensor, truth: Tensor) -> Tensor:
 def assign(guess: Tensor, truth: Tensor) -> Tensor:
     """Return for each of N private examples the index of its reconstruction, one to one, (N,) integers.
 
-    The assignment minimizes the sum of the pairs' mean squared errors (Hungarian method; Kuhn 1955). Reconstructions
-    that are not finite are given out last. With fewer reconstructions than examples the rest get −1.
+    The assignment minimizes the sum of the pairs' costs, :func:`pair_costs` (Hungarian method; Kuhn 1955).
+    Reconstructions that are not finite are given out last. With fewer reconstructions than examples the rest get −1.
 
     Args:
         guess: (M, *shape).

@@ -23,8 +23,9 @@ class Metric:
         name: as it appears in results.
         unit: "dB", "" for pure numbers.
         higher_is_better: the direction.
-        fn: (guess, truth), both (N, *shape) in float64 (labels: integers) → (N,) in float64.
-        reads: "inputs" (any shape), "images" ((N, C, H, W) in [0, 1]) or "labels" ((N,) class indices).
+        fn: (guess, truth), both (N, *shape) in float64 (labels, tokens: integers) → (N,) in float64.
+        reads: "inputs" (any shape), "images" ((N, C, H, W) in [0, 1]), "tokens" ((N, T) ids) or "labels" ((N,) class
+            indices).
 
     """
 
@@ -32,7 +33,7 @@ class Metric:
     unit: str
     higher_is_better: bool
     fn: Callable[[Tensor, Tensor], Tensor]
-    reads: Literal["inputs", "images", "labels"] = "inputs"
+    reads: Literal["inputs", "images", "tokens", "labels"] = "inputs"
 
     def __call__(self, guess: Tensor, truth: Tensor) -> Tensor:
         """Return one value per example, (N,) in float64 on the CPU; NaN where an example of ``guess`` is not finite.
@@ -48,6 +49,13 @@ class Metric:
             )
         if self.reads == "images" and truth.ndim != 4:
             raise InvalidInput(f"{self.name} reads images (N, C, H, W), not {tuple(truth.shape)}; use mse instead.")
+        if self.reads == "tokens":
+            if truth.ndim != 2 or truth.is_floating_point() or guess.is_floating_point():
+                raise InvalidInput(
+                    f"{self.name} reads token ids (N, T), not {truth.dtype} of shape {tuple(truth.shape)}; "
+                    "decode embeddings with TokenSpace.decode first."
+                )
+            return self.fn(guess.detach().cpu(), truth.detach().cpu()).double()
         if self.reads == "labels":
             if truth.ndim != 1:
                 raise InvalidInput(f"{self.name} reads class indices (N,), not {tuple(truth.shape)}; take the argmax.")
