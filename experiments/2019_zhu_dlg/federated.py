@@ -6,7 +6,7 @@ second table has k steps on k examples, reported like a batch of k. The paper na
 it is the LeNet with lr 0.01, and 1e-4 for the paper's argument that small weight changes look like one gradient.
 Further rows take what real clients do: momentum, Adam, and several epochs over shuffled minibatches, with the order
 told to the attacker and with it withheld.
-Cost of the default scale: about fifteen minutes of one core, which grows in proportion to k.
+Cost of the default scale: about an hour of one core, which grows in proportion to k.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Config:
 
 
 SMOKE = Config((1, 2), 1, 1, 60, 40, (2,), (), (2,), 12, 20, (), (2,))
-DEFAULT = Config((1, 2, 3, 4, 10), 4, 4, 2500, 3200, (4,), (4,), (2, 4), 24, 2000, (1, 4), (2,))
+DEFAULT = Config((1, 2, 3, 4, 10), 4, 4, 5000, 3200, (4,), (4,), (2, 4), 24, 5000, (1, 4), (2,))
 FULL = Config(
     (1, 2, 3, 4, 10), 100, 50, 6000, 6000, (1, 2, 3, 4, 10), (2, 3, 4, 10), (2, 3, 4, 10), 64, 10_000, (1, 2, 4), (2, 5)
 )

@@ -37,7 +37,7 @@ class Config:
 
 
 SMOKE = Config(1, 60, 40, (("first", 1), ("last", 2), ("all", 4)))
-DEFAULT = Config(4, 2000, 3200)
+DEFAULT = Config(4, 6000, 3200)
 FULL = Config(100, 6000, 6000)
 
 
