@@ -1,14 +1,15 @@
 """Batched solvers: many independent minimizations advance together, one evaluation a round for all of them.
 
 A problem's variables are one row of a matrix (P, D). ``evaluate(x, rows)`` returns the objectives (A,) and gradients
-(A, D) of problems ``rows`` at ``x`` (A, D). Nothing inside a round asks a tensor for its value, so no device is
-synchronized; every ``check_every`` rounds the finished problems are dropped once they are half of the batch.
+(A, D) of problems ``rows`` at ``x`` (A, D). At most ``slots`` problems work at a time; the others wait, and take the
+places of those that are done. Nothing inside a round asks a tensor for its value, so no device is synchronized; every
+``check_every`` rounds the solver looks who is done.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +23,24 @@ Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Monitor = Callable[[int, Tensor, Tensor, Tensor], bool]
 """(round, rows (A,), iterates (A, D), objectives (A,)) → whether to stop."""
 Project = Callable[[Tensor], Tensor]
+Referee = Callable[[Sequence[int], Sequence[int], Sequence[float], bool], Collection[int]]
+"""(problems, evaluations of each so far, objectives, whether others wait) → the problems that are to end now."""
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """Best iterates (P, D), their objectives (P,), iterations (P,), evaluations (P,) and whether each converged."""
+    """Best iterates (P, D), their objectives (P,), iterations (P,), evaluations (P,) and how each ended.
+
+    Attributes:
+        x: best iterates.
+        objective: of them; infinite where a problem never had its turn.
+        iterations: steps taken.
+        evaluations: of objective and gradient.
+        converged: the objective reached the tolerance.
+        stalled: the solver found no way on.
+        interrupted: the whole run was stopped from outside.
+
+    """
 
     x: Tensor
     objective: Tensor
@@ -39,7 +53,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Solver(ABC):
-    """Minimizes P independent problems together, in at most ``iterations`` rounds."""
+    """Minimizes P independent problems, each with at most ``iterations`` rounds."""
 
     iterations: int = 2000
 
@@ -52,11 +66,29 @@ class Solver(ABC):
         tolerance: float = 0.0,
         project: Project | None = None,
         monitor: Monitor | None = None,
+        referee: Referee | None = None,
+        slots: int | None = None,
+        spent: Sequence[int] | None = None,
     ) -> Outcome:
         """Minimize from ``start`` (P, D); a problem stops once its objective is at most ``tolerance``.
 
         A ``KeyboardInterrupt`` (from the keyboard or from ``monitor``) ends the run with the best iterates so far.
+
+        Args:
+            evaluate: returns objectives and gradients.
+            start: (P, D).
+            tolerance: objective at which a problem has converged.
+            project: returns the nearest admissible iterates.
+            monitor: is told of every round.
+            referee: is asked now and then which problems should end.
+            slots: how many problems work at a time; None lets all of them.
+            spent: rounds that each problem has had before, which count against ``iterations``.
+
         """
+
+    def memory(self, size: int, bytes_per_number: int) -> int:
+        """Return about how many bytes the solver keeps for one working problem of ``size`` variables."""
+        return 8 * size * bytes_per_number
 
 
 class _Best:
@@ -123,40 +155,70 @@ class _FirstOrder(Solver, ABC):
         tolerance: float = 0.0,
         project: Project | None = None,
         monitor: Monitor | None = None,
+        referee: Referee | None = None,
+        slots: int | None = None,
+        spent: Sequence[int] | None = None,
     ) -> Outcome:
-        """Minimize from ``start`` (P, D)."""
-        best, x = _Best(start), start.clone()
-        rows = torch.arange(start.shape[0], device=start.device)
-        state, interrupted = self._state(start), False
+        """Minimize from ``start`` (P, D); the step size follows each problem's own rounds, so groups take turns."""
+        best, every = _Best(start), torch.arange(start.shape[0], device=start.device)
+        begun = int(spent[0]) if spent else 0
+        groups = every.split(slots or len(every))
+        interrupted = False
         try:
-            for step in range(self.iterations + 1):
-                objective, gradient = evaluate(x, rows)
-                best.see(rows, x, objective)
-                best.evaluations[rows] += 1
-                last = step == self.iterations
-                if monitor is not None and monitor(step, rows, x, objective):
+            for number, rows in enumerate(groups):
+                waiting = number + 1 < len(groups)
+                if self._minimize(evaluate, start, rows, best, begun, waiting, tolerance, project, monitor, referee):
                     break
-                if last:
-                    break
-                best.iterations[rows] += 1
-                if self.signed:
-                    gradient = gradient.sign()
-                x = x + self._rate(step) * self._step(torch.nan_to_num(gradient), state, step)
-                if project is not None:
-                    x = project(x)
-                if step % self.check_every == self.check_every - 1 and tolerance > 0:
-                    done = best.objective[rows] <= tolerance
-                    best.converged[rows] = done
-                    if bool(done.all()):
-                        break
-                    if int(done.sum()) * 2 >= len(rows):
-                        keep = ~done
-                        rows, x = rows[keep], x[keep]
-                        state[:] = [s[keep] for s in state]
         except KeyboardInterrupt:
             interrupted = True
         best.converged |= best.objective <= tolerance
         return best.outcome(interrupted)
+
+    def _minimize(
+        self,
+        evaluate: Evaluate,
+        start: Tensor,
+        rows: Tensor,
+        best: _Best,
+        begun: int,
+        waiting: bool,
+        tolerance: float,
+        project: Project | None,
+        monitor: Monitor | None,
+        referee: Referee | None,
+    ) -> bool:
+        """Work on ``rows`` until they are done; return whether the monitor stopped the run."""
+        x = start[rows]
+        state = self._state(x)
+        for step in range(begun, self.iterations + 1):
+            objective, gradient = evaluate(x, rows)
+            best.see(rows, x, objective)
+            best.evaluations[rows] += 1
+            if monitor is not None and monitor(step, rows, x, objective):
+                return True
+            if step == self.iterations:
+                break
+            best.iterations[rows] += 1
+            if self.signed:
+                gradient = gradient.sign()
+            x = x + self._rate(step) * self._step(torch.nan_to_num(gradient), state, step)
+            if project is not None:
+                x = project(x)
+            if step % self.check_every == self.check_every - 1 and (tolerance > 0 or referee is not None):
+                done = best.objective[rows] <= tolerance
+                best.converged[rows] = done
+                if referee is not None:
+                    working = rows.tolist()
+                    ended = referee(working, [step + 1] * len(working), best.objective[rows].tolist(), waiting)
+                    if ended:
+                        done = done | torch.tensor([i in ended for i in working], device=done.device)
+                if bool(done.all()):
+                    break
+                if bool(done.any()):
+                    keep = ~done
+                    rows, x = rows[keep], x[keep]
+                    state[:] = [s[keep] for s in state]
+        return False
 
 
 @dataclass(frozen=True)
@@ -234,6 +296,10 @@ class LBFGS(Solver):
         if not 0 < self.c1 < self.c2 < 1 or min(self.iterations, self.history, self.search, self.check_every) < 1:
             raise InvalidInput("LBFGS needs 0 < c1 < c2 < 1 and positive counts; keep the defaults if in doubt.")
 
+    def memory(self, size: int, bytes_per_number: int) -> int:
+        """Return about how many bytes the solver keeps for one working problem of ``size`` variables."""
+        return size * (2 * self.history * self.history_dtype.itemsize + 12 * bytes_per_number)
+
     def minimize(
         self,
         evaluate: Evaluate,
@@ -242,47 +308,56 @@ class LBFGS(Solver):
         tolerance: float = 0.0,
         project: Project | None = None,
         monitor: Monitor | None = None,
+        referee: Referee | None = None,
+        slots: int | None = None,
+        spent: Sequence[int] | None = None,
     ) -> Outcome:
         """Minimize from ``start`` (P, D); ``project`` is refused: a projected step breaks the Wolfe conditions."""
         if project is not None:
             raise InvalidInput("L-BFGS searches along lines and cannot project; use Adam, or drop the projection.")
         best = _Best(start)
-        run = _Lockstep(self, start)
-        interrupted = False
+        left = [self.iterations - (spent[i] if spent else 0) for i in range(len(start))]
+        waiting = [i for i, n in enumerate(left) if n > 0]
+        taken, waiting = waiting[: slots or len(waiting)], waiting[slots or len(waiting) :]
+        run = _Lockstep(self, start[taken], taken, [left[i] for i in taken])
+        step, interrupted = 0, False
         try:
-            for step in range(self.iterations):
+            while run.rows.numel():
                 objective, gradient = evaluate(run.trial(), run.rows)
-                best.evaluations[run.rows] += 1
                 run.advance(objective, gradient)
-                if monitor is not None and monitor(step, run.rows, run.x, run.f):
+                step += 1
+                if monitor is not None and monitor(step - 1, run.rows, run.x, run.f):
                     break
-                if step % self.check_every == self.check_every - 1:
-                    run.watch(step)
-                    done = run.finished | (run.f <= tolerance)
-                    if int(done.sum()) * 2 >= len(run.rows):
-                        run.report(best, tolerance)
-                        if bool(done.all()):
-                            run.keep(~done)
-                            break
-                        run.keep(~done)
+                if step % self.check_every and step < run.next_end:
+                    continue
+                done = run.check(step, tolerance, referee, bool(waiting))
+                if not any(done):
+                    continue
+                run.report(best, step, tolerance)
+                places = [i for i, over in enumerate(done) if over]
+                come, waiting = waiting[: len(places)], waiting[len(places) :]
+                run.admit(places[: len(come)], start[come], come, [left[i] for i in come], step)
+                if len(come) < len(places):
+                    gone = set(places[len(come) :])
+                    run.keep([i for i in range(len(done)) if i not in gone])
         except KeyboardInterrupt:
             interrupted = True
-        run.report(best, tolerance)
+        run.report(best, step, tolerance)
         return best.outcome(interrupted)
 
 
 class _Lockstep:
-    """The state of the line searches and histories of all working problems."""
+    """The state of the line searches and histories of the problems at work."""
 
     _ROWWISE = (
         *("rows", "x", "f", "g", "direction", "slope", "t", "fresh", "zooming", "finished", "failed"),
-        *("tries", "steps", "g_lo", "gamma", "mark"),
+        *("tries", "steps", "g_lo", "gamma", "s", "y", "sy", "yy", "live", "slot"),
     )
 
-    def __init__(self, options: LBFGS, start: Tensor) -> None:
+    def __init__(self, options: LBFGS, start: Tensor, rows: Sequence[int], limits: Sequence[int]) -> None:
         o, (n, d) = options, start.shape
-        self.options, self.rows = o, torch.arange(n, device=start.device)
-        zero = start.new_zeros(n)
+        self.options, self.rows = o, torch.tensor(rows, dtype=torch.long, device=start.device)
+        zero, m = start.new_zeros(n), o.history
         self.x, self.f, self.g = start.clone(), torch.full_like(zero, torch.inf), torch.zeros_like(start)
         self.direction, self.slope = torch.zeros_like(start), zero.clone()
         self.t = zero.clone()  # The first round evaluates the start itself.
@@ -294,12 +369,24 @@ class _Lockstep:
         self.lo = [zero.clone() for _ in range(3)]
         self.hi = [zero.clone() for _ in range(3)]
         self.g_lo = torch.zeros_like(start)
-        self.s = torch.zeros(o.history, n, d, dtype=o.history_dtype, device=start.device)
+        # Pairs divided by their step's length, a scale that the method does not see: no float32 square underflows.
+        self.s = torch.zeros(n, m, d, dtype=o.history_dtype, device=start.device)
         self.y = torch.zeros_like(self.s)
-        self.rho = torch.zeros(o.history, n, dtype=start.dtype, device=start.device)
+        self.sy = torch.zeros(n, m, m, dtype=torch.float64, device=start.device)  # s_i · y_j where j is not older.
+        self.yy = torch.zeros_like(self.sy)
+        self.live = torch.zeros(n, m, dtype=torch.bool, device=start.device)
+        self.slot = torch.zeros_like(self.rows)  # Where the next pair goes.
         self.gamma = torch.ones_like(zero)
-        self.slot = self.filled = 0
-        self.mark, self.mark_step = torch.full_like(zero, torch.inf), 0
+        self.upper = torch.ones(m, m, dtype=torch.bool, device=start.device).triu()
+        self.pushes = 0
+        # What the stopping rules need is kept by the host.
+        self.born, self.limits = [0] * n, list(limits)
+        self.marks: list[tuple[float, int]] = [(float("inf"), 0)] * n
+
+    @property
+    def next_end(self) -> int:
+        """The first round at which a problem has had all its rounds."""
+        return min(b + n for b, n in zip(self.born, self.limits, strict=True))
 
     def trial(self) -> Tensor:
         return torch.addcmul(self.x, self.t[:, None], self.direction)
@@ -355,7 +442,7 @@ class _Lockstep:
         step_f = torch.where(rescue, f_lo, f)
         step_g = torch.where(rescue[:, None], self.g_lo, g)
 
-        self._remember(accept, step_t, step_g)
+        pair = self._remember(accept, step_t, step_g)
         moved = accept | starting
         self.x = torch.where(accept[:, None], torch.addcmul(self.x, step_t[:, None], self.direction), self.x)
         self.f = torch.where(moved, step_f, self.f)
@@ -364,9 +451,9 @@ class _Lockstep:
         self.finished = self.finished | (fail & self.failed) | (starting & ~torch.isfinite(f))
         self.failed = torch.where(moved, torch.zeros_like(fail), self.failed | fail)
         turn = moved | fail
-        direction = self._direction(fail)
+        direction = self._direction(pair, fail)
         slope = (direction * self.g).sum(1)
-        steepest = (slope >= 0) | (self.steps == 0) | fail
+        steepest = ~(slope < 0) | (self.steps == 0) | fail
         direction = torch.where(steepest[:, None], -self.g, direction)
         slope = torch.where(steepest, -(self.g * self.g).sum(1), slope)
         first_t = torch.where(steepest, (1 / self.g.abs().sum(1).clamp_min(1e-30)).clamp_max(1.0), torch.ones_like(t))
@@ -381,56 +468,106 @@ class _Lockstep:
         self.zooming = self.zooming & ~turn
         self.fresh = torch.zeros_like(self.fresh)
 
-    def _remember(self, accept: Tensor, t: Tensor, g: Tensor) -> None:
-        """Store one correction pair a round; problems that did not accept store an empty one (rho = 0)."""
-        s = t[:, None] * self.direction
-        y = g - self.g
-        sy, yy = (s * y).sum(1), (y * y).sum(1)
-        good = accept & (sy > 1e-10 * yy.sqrt() * (s * s).sum(1).sqrt()) & (yy > 0)
-        k = self.slot
-        self.s[k] = torch.where(good[:, None], s, 0).to(self.s.dtype)
-        self.y[k] = torch.where(good[:, None], y, 0).to(self.y.dtype)
-        inner = (self.s[k].to(s.dtype) * self.y[k].to(s.dtype)).sum(1)
-        self.rho[k] = torch.where(good & (inner > 0), 1 / inner.clamp_min(1e-300), 0)
+    def _remember(self, accept: Tensor, t: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the pairs of the problems that accepted; return which are good, and the stored y."""
+        s, y = t[:, None] * self.direction, g - self.g
+        sy, yy, ss = (s * y).sum(1), (y * y).sum(1), (s * s).sum(1)
+        good = accept & (sy > 1e-10 * (yy * ss).sqrt()) & (yy > 0)
         self.gamma = torch.where(good, sy / yy.clamp_min(1e-300), self.gamma)
-        self.slot = (k + 1) % self.options.history
-        self.filled = min(self.filled + 1, self.options.history)
+        size = torch.where(good, ss, torch.ones_like(ss)).rsqrt()[:, None]
+        every, k = torch.arange(len(s), device=s.device), self.slot
+        y = (y * size).to(self.y.dtype)
+        self.s[every, k] = torch.where(good[:, None], (s * size).to(self.s.dtype), self.s[every, k])
+        self.y[every, k] = torch.where(good[:, None], y, self.y[every, k])
+        self.live[every, k] |= good
+        self.pushes += 1
+        return good, y
 
-    def _direction(self, forget: Tensor) -> Tensor:
-        """Return −H g by the two-loop recursion; problems in ``forget`` lose their history first."""
-        self.rho = torch.where(forget, 0, self.rho)
-        m = self.options.history
-        order = [(self.slot - 1 - i) % m for i in range(self.filled)]
-        q = self.g.to(self.s.dtype)
-        norm = q.abs().amax(1, keepdim=True).clamp_min(1e-30)  # Keeps float32 pairs away from underflow.
-        q = q / norm
-        rho = self.rho
-        alphas: list[Tensor] = []
-        for k in order:
-            alpha = (rho[k] * (self.s[k] * q).sum(1)).to(q.dtype)
-            q = torch.addcmul(q, -alpha[:, None], self.y[k])
-            alphas.append(alpha)
-        q = q * self.gamma[:, None].to(q.dtype)
-        for k, alpha in zip(reversed(order), reversed(alphas), strict=True):
-            beta = (rho[k] * (self.y[k] * q).sum(1)).to(q.dtype)
-            q = torch.addcmul(q, (alpha - beta)[:, None], self.s[k])
-        return -(q * norm).to(self.g.dtype)
+    def _direction(self, pair: tuple[Tensor, Tensor], forget: Tensor) -> Tensor:
+        """Return −H g, problems in ``forget`` without their history.
 
-    def watch(self, step: int) -> None:
-        """End problems whose objective has hardly moved for ``patience`` rounds."""
-        if step - self.mark_step >= self.options.patience:
-            self.finished = self.finished | (self.f > self.mark * (1 - self.options.stall))
-            self.mark, self.mark_step = self.f.clone(), step
+        The two-loop recursion (Nocedal and Wright 2006, Algorithm 7.4), carried out on the inner products of the
+        pairs (Byrd, Nocedal and Schnabel 1994, Section 2): two triangular solves, and two passes over the history.
+        """
+        good, y = pair
+        m, k = self.options.history, min(self.pushes, self.options.history)
+        self.live &= ~forget[:, None]
+        norm = self.g.abs().amax(1, keepdim=True).clamp_min(1e-300)
+        g = (self.g / norm).to(self.s.dtype)
+        both = torch.stack([g, y], 2)
+        on_s = torch.bmm(self.s[:, :k], both).double()
+        on_y = torch.bmm(self.y[:, :k], both).double()
+        every = torch.arange(len(g), device=g.device)
+        new, put = good[:, None], self.slot
+        self.sy[every, :k, put] = torch.where(new, on_s[:, :, 1], self.sy[every, :k, put])
+        self.yy[every, :k, put] = torch.where(new, on_y[:, :, 1], self.yy[every, :k, put])
+        self.yy[every, put, :k] = torch.where(new, on_y[:, :, 1], self.yy[every, put, :k])
+        # Rounding can leave no curvature in a pair as it is stored.
+        self.live[every, put] &= ~good | (self.sy[every, put, put] > 0)
+        self.slot = torch.where(good, (self.slot + 1) % m, self.slot)
+        live, sy, yy, s_g, y_g = self.live[:, :k], self.sy[:, :k, :k], self.yy[:, :k, :k], on_s[:, :, 0], on_y[:, :, 0]
+        order = None
+        if k == m:  # The oldest pair comes first; before the ring is full, it does so anyway.
+            order = (self.slot[:, None] + torch.arange(m, device=g.device)) % m
+            rows, columns = order[:, :, None].expand(-1, m, m), order[:, None, :].expand(-1, m, m)
+            sy, yy = (a.gather(1, rows).gather(2, columns) for a in (sy, yy))
+            live, s_g, y_g = (a.gather(1, order) for a in (live, s_g, y_g))
+        used = live[:, :, None] & live[:, None, :]
+        s_g, y_g = s_g * live, y_g * live
+        R = torch.where(used & self.upper[:k, :k], sy, torch.diag_embed((~live).double()))
+        gamma = self.gamma.double()[:, None]
+        a = torch.linalg.solve_triangular(R, s_g[:, :, None], upper=True)[:, :, 0]
+        past = gamma * (y_g - (torch.where(used, yy, 0) @ a[:, :, None])[:, :, 0])
+        right = R.diagonal(dim1=1, dim2=2) * a - past
+        b = torch.linalg.solve_triangular(R.mT, right[:, :, None], upper=False)[:, :, 0]
+        a, b = gamma * a * live, b * live
+        if order is not None:
+            a, b = (torch.zeros_like(v).scatter(1, order, v) for v in (a, b))
+        weights = torch.stack([a, b], 1).to(g.dtype)
+        change = torch.bmm(weights[:, :1], self.y[:, :k]) - torch.bmm(weights[:, 1:], self.s[:, :k])
+        return norm * (change[:, 0].to(self.g.dtype) - self.gamma[:, None] * (self.g / norm))
 
-    def report(self, best: _Best, tolerance: float) -> None:
+    def check(self, step: int, tolerance: float, referee: Referee | None, waiting: bool) -> list[bool]:
+        """Return which problems end: converged, out of rounds or ways, stalled for ``patience``, or sent off."""
+        o, values, working = self.options, self.f.tolist(), self.rows.tolist()
+        done = self.finished.tolist()
+        ages = [step - b for b in self.born]
+        ended = referee(working, ages, values, waiting) if referee is not None else ()
+        for i, (f, age) in enumerate(zip(values, ages, strict=True)):
+            mark, since = self.marks[i]
+            if age - since >= o.patience:
+                if f > mark * (1 - o.stall):
+                    done[i] = True
+                    self.finished[i] = True
+                self.marks[i] = (f, age)
+            done[i] = done[i] or f <= tolerance or age >= self.limits[i] or working[i] in ended
+        return done
+
+    def report(self, best: _Best, step: int, tolerance: float) -> None:
         best.see(self.rows, self.x, self.f)
         best.iterations[self.rows] = self.steps
+        best.evaluations[self.rows] = torch.tensor(
+            [step - b for b in self.born], dtype=torch.long, device=self.rows.device
+        )
         best.converged[self.rows] = self.f <= tolerance
         best.stalled[self.rows] = self.finished & (self.f > tolerance)
 
-    def keep(self, mask: Tensor) -> None:
-        """Drop the problems outside ``mask``."""
+    def admit(self, places: list[int], start: Tensor, rows: list[int], limits: list[int], step: int) -> None:
+        """Begin problems ``rows`` in the places of others."""
+        if not places:
+            return
+        fresh = _Lockstep(self.options, start, rows, limits)
         for name in self._ROWWISE:
-            setattr(self, name, getattr(self, name)[mask])
-        self.lo, self.hi = [v[mask] for v in self.lo], [v[mask] for v in self.hi]
-        self.s, self.y, self.rho = self.s[:, mask], self.y[:, mask], self.rho[:, mask]
+            getattr(self, name)[places] = getattr(fresh, name)
+        for mine, new in zip([*self.lo, *self.hi], [*fresh.lo, *fresh.hi], strict=True):
+            mine[places] = new
+        for i, place in enumerate(places):
+            self.born[place], self.limits[place], self.marks[place] = step, limits[i], (float("inf"), 0)
+
+    def keep(self, places: list[int]) -> None:
+        """Drop the problems outside ``places``."""
+        for name in self._ROWWISE:
+            setattr(self, name, getattr(self, name)[places])
+        self.lo, self.hi = [v[places] for v in self.lo], [v[places] for v in self.hi]
+        self.born, self.limits = [self.born[i] for i in places], [self.limits[i] for i in places]
+        self.marks = [self.marks[i] for i in places]
