@@ -52,7 +52,12 @@ class TokenSpace(InputSpace):
         return usable
 
     def decode(self, candidates: Tensor) -> Tensor:
-        """Return the ids (..., T) of the tokens whose embeddings have the largest cosine with ``candidates``."""
+        """Return the ids (..., T) of the tokens whose embeddings have the largest cosine with ``candidates``.
+
+        Ids are returned as they are.
+        """
+        if not candidates.is_floating_point():
+            return candidates
         directions = torch.nn.functional.normalize(self.table.to(candidates), dim=1)
         cosine = torch.nan_to_num(candidates) @ directions.T  # a candidate's own norm changes no maximum
         return cosine.masked_fill(~self._usable().to(candidates.device), -torch.inf).argmax(-1)

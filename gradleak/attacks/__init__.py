@@ -7,6 +7,7 @@ from gradleak.attacks.gauss_newton import gauss_newton
 from gradleak.attacks.linear_inversion import linear_inversion
 from gradleak.attacks.matching import dlg, idlg, inverting_gradients
 from gradleak.attacks.recursion import recursion
+from gradleak.attacks.sentences import read_sentences
 
 __all__ = [
     "auto",
@@ -17,5 +18,6 @@ __all__ = [
     "idlg",
     "inverting_gradients",
     "linear_inversion",
+    "read_sentences",
     "recursion",
 ]

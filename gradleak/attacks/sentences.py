@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import final
 
 import numpy as np
 import torch
@@ -19,9 +20,11 @@ from gradleak.threat import Knowledge, Observation
 from gradleak.tokens import TokenSpace
 from gradleak.types import Certificate, Reconstruction, UpdateKind
 
-__all__ = ["ReadSentences"]
+__all__ = ["ReadSentences", "read_sentences"]
 
 _IGNORED = -100
+_WHOLE = 0.02
+"""How far from whole numbers the counts of labels may lie; those of a wrong mask token are off by far more."""
 
 
 class _Reached(Exception):
@@ -30,9 +33,10 @@ class _Reached(Exception):
         self.hidden = hidden
 
 
+@final
 @dataclass(frozen=True)
 class ReadSentences(Attack):
-    """Reads the tokens of a batch off the attention gradients of the first two layers, and the masked ones' labels.
+    """Reads the tokens of a batch off attention gradients, and the masked ones' labels; made by :func:`read_sentences`.
 
     The gradient of a query, key or value matrix is Σ δ xᵀ over all tokens, so its row space is spanned by the layer's
     inputs x. In the first layer x depends on the token and its position only: a token stands at a position where its
@@ -47,7 +51,7 @@ class ReadSentences(Attack):
     gap in the spectrum instead of fixed constants. Sentences must have equal length and no padding.
 
     Attributes:
-        mask: id of the mask token.
+        mask: id of the mask token; None for the one that makes the labels' counts whole numbers.
         starts: fixed tokens tried, at most.
         steps: Gauss–Newton steps from one fixed token, at most.
         sweeps: rounds of changing up to three tokens afterwards, at most.
@@ -58,7 +62,7 @@ class ReadSentences(Attack):
 
     """
 
-    mask: int = 103
+    mask: int | None = None
     starts: int = 24
     steps: int = 5
     sweeps: int = 20
@@ -103,7 +107,7 @@ class ReadSentences(Attack):
             notes.append("The sentences were not told apart with certainty: the second layer's span was not reached.")
         labels = reader.labels(sentences, self.mask)
         if labels is None:
-            notes.append("The labels were not read: no decoder bias is shared, or no mask token was found.")
+            notes.append("The labels were not read: no decoder bias is shared, or no token stands where labels belong.")
         certificate = reader.certificate(sentences, labels)
         return Reconstruction(
             inputs=sentences.to(reader.device),
@@ -418,30 +422,45 @@ class _Reader:
         parts = [(outside(point + width * embed(part)) - rest) / width for part in directions.split(64)]
         return rest, torch.cat(parts)
 
-    def labels(self, sentences: Tensor, mask: int) -> Tensor | None:
-        """Return the ids (N, T) behind the mask tokens of ``sentences``, −100 elsewhere; None if they do not show."""
-        masked = sentences == mask
-        if self.tail is None or self.decoder is None or self.decoder.bias is None or not bool(masked.any()):
+    def labels(self, sentences: Tensor, mask: int | None) -> Tensor | None:
+        """Return the ids (N, T) behind the mask tokens of ``sentences``, −100 elsewhere; None if they do not show.
+
+        A model that predicts K positions only gives (N, K).
+        """
+        if self.tail is None or self.decoder is None or self.decoder.bias is None:
             return None
         bias = next((k for k, p in self.params.items() if p is self.decoder.bias), None)
         if bias is None or bias not in self.update:
             return None
-        total = int(masked.sum())
         decoder_weight, decoder_bias = self.decoder.weight.detach().double(), self.decoder.bias.detach().double()
         name = f"{self.names[self.tail]}.weight"
         saved = self.params[name]
         leaf = saved.detach().double().requires_grad_()
         self.params[name] = leaf
         try:
-            hidden = self.hidden(self.space.table.double()[sentences.to(self.device)], self.decoder)
+            states = self.hidden(self.space.table.double()[sentences.to(self.device)], self.decoder)
         finally:
             self.params[name] = saved
-        hidden = hidden[masked.to(self.device)] if hidden.shape[:2] == masked.shape else hidden.flatten(0, 1)
-        p = (hidden.detach() @ decoder_weight.T + decoder_bias).softmax(-1)
-        counts = (p.sum(0) - total * self.update[bias].double()).round().long().clamp_min(0)
-        ids = torch.repeat_interleave(torch.arange(len(counts)), counts.cpu())
-        if len(ids) != total:
+        # A model that predicts some positions only shows which; else they are those of the mask token.
+        told = states.shape[:2] != sentences.shape
+        choices = [torch.ones(states.shape[:2], dtype=torch.bool)] if told else []
+        if not told:
+            choices = [sentences == t for t in (sentences.unique().tolist() if mask is None else [mask])]
+        slope = self.update[bias].double()  # Σ (p − y) over the K predicted positions, divided by K
+        best, closest = None, _WHOLE
+        for chosen in choices:
+            hidden = states[chosen.to(self.device)]
+            p = (hidden.detach() @ decoder_weight.T + decoder_bias).softmax(-1)
+            raw = p.sum(0) - len(hidden) * slope
+            counts = raw.round().clamp_min(0).long()
+            error = float((raw - counts).abs().max())
+            if len(hidden) and int(counts.sum()) == len(hidden) and error < closest:
+                best, closest = (chosen, hidden, p, counts.cpu()), error
+        if best is None:
             return None
+        chosen, hidden, p, counts = best
+        total = len(hidden)
+        ids = torch.repeat_interleave(torch.arange(len(counts)), counts)
         kinds = ids.unique()
 
         def response(position: int, row: Tensor) -> Tensor:
@@ -456,8 +475,8 @@ class _Reader:
         weights = torch.linalg.lstsq(normal, wanted[:, None], driver="gelsd").solution.view(total, len(kinds))
         score = weights[:, torch.searchsorted(kinds, ids).to(weights.device)].detach().cpu().numpy()
         order = linear_sum_assignment(-np.asarray(score))[1]
-        labels = torch.full_like(sentences, _IGNORED)
-        labels[masked] = ids[torch.from_numpy(order)]
+        labels = torch.full(chosen.shape, _IGNORED)
+        labels[chosen] = ids[torch.from_numpy(order)]
         return labels.to(self.device)
 
     def certificate(self, sentences: Tensor, labels: Tensor | None) -> Certificate:
@@ -480,3 +499,16 @@ class _Reader:
             else "The simulated update differs from the seen one by more than its rounding."
         )
         return Certificate(verdict, residual, floor, examples=(verdict,) * len(sentences), reason=reason)
+
+
+def read_sentences(*, mask: int | None = None, starts: int = 24) -> ReadSentences:
+    """Read the sentences of a masked language model's batch off its attention gradients: no optimization, no prior.
+
+    Source: Petrov et al., *DAGER*, NeurIPS 2024, Sections 4.1 and 4.2. Deviations: see :class:`ReadSentences`.
+
+    Args:
+        mask: id of the mask token; None finds the token that makes the labels' counts whole numbers.
+        starts: fixed tokens from which the sentences of a batch are told apart, at most.
+
+    """
+    return ReadSentences(mask=mask, starts=starts)

@@ -1,7 +1,7 @@
 """Gradient matching: one loop, whose parts make the papers."""
 
 from gradleak.attacks.matching.engine import GradientMatching
-from gradleak.attacks.matching.objectives import Cosine, Objective, SquaredError
+from gradleak.attacks.matching.objectives import BalancedError, Cosine, Objective, SquaredError
 from gradleak.attacks.matching.papers import dlg, idlg, inverting_gradients
 from gradleak.attacks.matching.priors import Prior, TotalVariation
 from gradleak.attacks.matching.solvers import LBFGS, Adam, GradientDescent, Solver
@@ -9,6 +9,7 @@ from gradleak.attacks.matching.solvers import LBFGS, Adam, GradientDescent, Solv
 __all__ = [
     "LBFGS",
     "Adam",
+    "BalancedError",
     "Cosine",
     "GradientDescent",
     "GradientMatching",

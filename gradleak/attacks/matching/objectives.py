@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradleak.training import Tensors
 
-__all__ = ["Cosine", "Objective", "SquaredError"]
+__all__ = ["BalancedError", "Cosine", "Objective", "SquaredError"]
 
 _TINY = 1e-30
 
@@ -46,6 +46,37 @@ class SquaredError(Objective):
         """Return the relative squared distance."""
         difference = {k: simulated[k] - observed[k] for k in observed}
         return _dot(difference, difference) * scale
+
+
+@dataclass(frozen=True)
+class BalancedError(Objective):
+    """Squared error in which no tensor drowns the others: Σ ‖∇Wₖ′ − ∇Wₖ‖² / ‖∇Wₖ‖ᵖ, divided by Σ ‖∇Wₖ‖²⁻ᵖ.
+
+    In a language model the gradient of the head is up to a million times that of the first layers, which know most
+    about the input. Tensors far below the others are rounding (a key's bias has no gradient at all): their norm is
+    taken to be at least ``floor`` times that of the whole update.
+
+    Attributes:
+        power: p; 0 is :class:`SquaredError`, 2 gives every tensor the same weight.
+        floor: see above.
+
+    """
+
+    power: float = 1.5
+    floor: float = 1e-7
+
+    def _norms(self, observed: Tensors) -> Tensor:
+        norms = torch.stack([_dot({k: v}, {k: v}) for k, v in observed.items()]).sqrt()
+        return norms.clamp_min(_TINY).maximum(self.floor * norms.square().sum().sqrt())
+
+    def scale(self, observed: Tensors) -> Tensor:
+        """Return 1 / Σ ‖∇Wₖ‖²⁻ᵖ."""
+        return 1 / (self._norms(observed) ** (2 - self.power)).sum()
+
+    def __call__(self, simulated: Tensors, observed: Tensors, scale: Tensor) -> Tensor:
+        """Return the balanced relative squared distance."""
+        squares = torch.stack([(simulated[k] - v).square().sum() for k, v in observed.items()])
+        return (squares / self._norms(observed) ** self.power).sum() * scale
 
 
 @dataclass(frozen=True)
