@@ -65,18 +65,21 @@ class BalancedError(Objective):
     power: float = 1.5
     floor: float = 1e-7
 
-    def _norms(self, observed: Tensors) -> Tensor:
-        norms = torch.stack([_dot({k: v}, {k: v}) for k, v in observed.items()]).sqrt()
-        return norms.clamp_min(_TINY).maximum(self.floor * norms.square().sum().sqrt())
+    def _shares(self, observed: Tensors) -> Tensor:
+        """Return ‖∇Wₖ‖ / ‖∇W‖, at least ``floor``."""
+        squares = torch.stack([v.square().sum() for v in observed.values()])
+        # The lower bound keeps powers of it above what float32 can write.
+        return (squares / squares.sum().clamp_min(_TINY)).sqrt().clamp_min(max(self.floor, 1e-15))
 
     def scale(self, observed: Tensors) -> Tensor:
-        """Return 1 / Σ ‖∇Wₖ‖²⁻ᵖ."""
-        return 1 / (self._norms(observed) ** (2 - self.power)).sum()
+        """Return 1 / (‖∇W‖ᵖ Σ ‖∇Wₖ‖²⁻ᵖ)."""
+        shares = (self._shares(observed) ** (2 - self.power)).sum()
+        return 1 / (shares * _dot(observed, observed).clamp_min(_TINY))
 
     def __call__(self, simulated: Tensors, observed: Tensors, scale: Tensor) -> Tensor:
         """Return the balanced relative squared distance."""
         squares = torch.stack([(simulated[k] - v).square().sum() for k, v in observed.items()])
-        return (squares / self._norms(observed) ** self.power).sum() * scale
+        return (squares / self._shares(observed) ** self.power).sum() * scale
 
 
 @dataclass(frozen=True)
