@@ -11,11 +11,13 @@ and "withheld" count the two ways to be wrong); 16 examples in 2 s, 64 in 60 s.
 Only the head's parameters are trained here: its gradient has the same numbers as in an update of the whole model.
 
 Run: ``python benchmarks/disaggregate.py [--data DIR] [--threads N] [--batches 20] [--large 20]`` (``--large`` is the
-number of batches of 64 examples, which take most of the time).
+number of batches of 64 examples, which take most of the time). A run
+that is stopped goes on where it was.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import time
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 from _common import arguments, cifar100, observe, write_result
+from _journal import Journal
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
@@ -85,38 +88,50 @@ def worst(values: Tensor) -> float | str:
     return float(values.max()) if len(values) else ""
 
 
-def measure(
-    name: str, mode: str, classes: int, size: int, batches: int, images: Tensor, labels: Tensor
-) -> dict[str, Any]:
-    gone, alone, said = [], [], []
-    wall, cpu, right_labels = [], [], 0
-    row: dict[str, Any] = {"model": name, "mode": mode, "classes": classes, "examples": size, "batches": batches}
-    for seed in range(batches):
-        pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(1000 * size + seed))[:size]
-        y = labels[pick] % classes if classes < 100 else labels[pick] * (classes // 100) + pick % (classes // 100)
-        client, seen = observe(gl.Client(build(name, mode, classes, seed), gl.Batch(images[pick].float(), y)))
-        begin, busy = time.perf_counter(), time.process_time()
-        try:
-            found = disaggregate().reconstruct(seen, seed=seed)
-        except NotApplicable as reason:
-            return row | {"bound": str(reason)}
-        wall.append(time.perf_counter() - begin)
-        cpu.append(time.process_time() - busy)
-        assert found.labels is not None
-        assert found.certificate is not None
-        right = found.labels.tolist() == y.sort().values.tolist()
-        right_labels += right
-        if right:
-            error, unique = errors(client, found)
-        else:
-            error, unique = torch.full((size,), torch.inf).double(), torch.ones(size).bool()
-        gone.append(error)
-        alone.append(unique)
-        said.append(torch.tensor([v == "exact" for v in found.certificate.examples]))
-    error, unique, exact = torch.cat(gone), torch.cat(alone), torch.cat(said)
+def victim(
+    name: str, mode: str, classes: int, size: int, seed: int, images: Tensor, labels: Tensor
+) -> tuple[gl.Client, gl.Observation]:
+    pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(1000 * size + seed))[:size]
+    y = labels[pick] % classes if classes < 100 else labels[pick] * (classes // 100) + pick % (classes // 100)
+    return observe(gl.Client(build(name, mode, classes, seed), gl.Batch(images[pick].float(), y)))
+
+
+def measure(name: str, mode: str, classes: int, size: int, seed: int, images: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Return errors, verdicts and times of one batch."""
+    client, seen = victim(name, mode, classes, size, seed, images, labels)
+    begin, busy = time.perf_counter(), time.process_time()
+    try:
+        found = disaggregate().reconstruct(seen, seed=seed)
+    except NotApplicable as reason:
+        return {"bound": str(reason)}
+    wall, cpu = time.perf_counter() - begin, time.process_time() - busy
+    assert found.labels is not None
+    assert found.certificate is not None
+    right = found.labels.tolist() == client.batch.labels.sort().values.tolist()
+    if right:
+        error, unique = errors(client, found)
+    else:
+        error, unique = torch.full((size,), torch.inf).double(), torch.ones(size).bool()
+    return {
+        "labels right": right,
+        "errors": [e if math.isfinite(e) else None for e in error.tolist()],
+        "unique": unique.tolist(),
+        "exact": [v == "exact" for v in found.certificate.examples],
+        "seconds": wall,
+        "processor seconds": cpu,
+    }
+
+
+def pool(name: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return one line of the table from the batches of one size."""
+    if "bound" in found[0]:
+        return {"bound": found[0]["bound"]}
+    error = torch.tensor([math.inf if e is None else e for f in found for e in f["errors"]]).double()
+    unique = torch.tensor([u for f in found for u in f["unique"]])
+    exact = torch.tensor([v for f in found for v in f["exact"]])
     good = error <= TOLERANCE
-    return row | {
-        "labels right": right_labels / batches,
+    return {
+        "labels right": sum(f["labels right"] for f in found) / len(found),
         "unique": int(unique.sum()),
         "unique within target": share(error[unique] <= TARGET[name]),
         "unique median": float(error[unique].median()) if unique.any() else "",
@@ -126,24 +141,33 @@ def measure(
         "verdicts right": float((exact == good).double().mean()),
         "exact wrongly": int((exact & ~good).sum()),
         "withheld": int((~exact & good).sum()),
-        "seconds median": statistics.median(wall),
-        "seconds max": max(wall),
-        "cpu seconds median": statistics.median(cpu),
+        "seconds median": statistics.median(f["seconds"] for f in found),
+        "seconds max": max(f["seconds"] for f in found),
+        "cpu seconds median": statistics.median(f["processor seconds"] for f in found),
+        "cpu seconds max": max(f["processor seconds"] for f in found),
     }
 
 
 def main() -> None:
     options = arguments(__doc__ or "", batches=20, large=20)
     images, labels = cifar100(options.data)
-    rows = []
+    journal, rows = Journal("disaggregate"), []
     for name, mode, classes, sizes in CASES:
         for size in sizes:
             batches = options.large if size >= 64 else options.batches
-            if batches:
-                rows.append(measure(name, mode, classes, size, batches, images, labels))
-                print(rows[-1], file=sys.stderr, flush=True)
+            if not batches:
+                continue
+            found = []
+            for seed in range(batches):
+                key = f"{name}, {mode}, C = {classes}, B = {size}, batch {seed}, {options.threads} threads"
+                what = (name, mode, classes, size, seed, images, labels)
+                found.append(journal.row(key, lambda what=what: measure(*what)))
+            row = {"model": name, "mode": mode, "classes": classes, "examples": size, "batches": batches}
+            rows.append(row | pool(name, found))
+            print(rows[-1], file=sys.stderr, flush=True)
     targets = {"within target": TARGET, "verdicts right": 0.99, "seconds": {"16": 2, "64": 60}, "share": 0.95}
     write_result("disaggregate", rows, targets=targets, tolerance=TOLERANCE)
+    journal.finish()
 
 
 if __name__ == "__main__":

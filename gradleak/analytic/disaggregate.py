@@ -8,7 +8,8 @@ gW has rank B (for B < C and B ≤ d), so every h_i lies in its row space V, h_i
 equations. They are solved together by Levenberg–Marquardt with the exact Jacobian and geodesic acceleration
 (Transtrum and Sethna 2012), which the narrow curved valleys of classes that occur twice need. Two things make float32
 updates enough: rows and columns are scaled so that every number carries the same rounding noise, and the start is the
-fixed point of :func:`gradleak.analytic.labels.class_counts`, exact already where every class occurs once.
+fixed point of :func:`gradleak.analytic.labels.class_counts`, exact already where every class occurs once. Where the
+features of a repeated class stay in doubt, :mod:`gradleak.analytic.refine` frees them from the noisy row space.
 
 Published relative: gradient inversion with embeddings (GIE, ICME 2024).
 """
@@ -16,13 +17,15 @@ Published relative: gradient inversion with embeddings (GIE, ICME 2024).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gradleak.analytic.head import Head
 from gradleak.analytic.labels import LabelEstimate, rounding
+from gradleak.analytic.refine import LARGEST, Refined, refine
 from gradleak.errors import InvalidInput, ResourceLimit
 from gradleak.training import CrossEntropy
 
@@ -118,21 +121,32 @@ def disaggregate(
             f"Separating {size} examples takes a dense system of {size**2} unknowns; "
             f"disaggregate at most {_LARGEST} examples."
         )
-    system = _System.build(gw, gb, head, estimate, means, loss)
+    system = System.build(gw, gb, head, estimate, means, loss)
     # One start where no class occurs twice; else as many together as keep the normal matrices small, and as many
     # iterations in all as the cubic cost of one allows (about 50 for 64 examples).
-    restarts = restarts if int(estimate.counts.max()) > 1 else 1
+    repeated = int(estimate.counts.max()) > 1
+    restarts = restarts if repeated else 1
     together = max(1, min(restarts, 2_000_000 // size**4))
     left = max(iterations // 3, int(50 * (64 / size) ** 3))
     best: _Fit | None = None
     while restarts > 0 and left > 0:
-        fit = system.solve(system.starts(means, estimate, together, generator), min(iterations, left))
+        starts = system.starts(means, estimate, together, generator)
+        fit = system.solve(starts, min(iterations, left), pause=repeated)
         restarts, left = restarts - together, left - fit.iterations * together
         best = fit if best is None or fit.objective < best.objective else best
-        if best.stationary and system.residual_of(best) <= 16 * system.eps:
+        if best.ended and system.residual_of(best) <= 16 * system.eps:
             break
     assert best is not None
-    return system.judge(best, estimate, tolerance)
+    judged = system.judge(best, estimate, tolerance)
+    # Under more noise than rounding the errors are no longer small, and linearized ones would mislead.
+    rounded = max(judged.residual, system.outside) <= 16 * system.eps
+    if not repeated or not rounded or bool(judged.exact.all()):
+        return judged
+    refined = refine(system, best.mixing)
+    if refined is None and not best.stationary and size**2 <= LARGEST:
+        rest = max(iterations // 3, int(50 * (64 / size) ** 3))
+        return system.judge(system.solve(best.mixing[None], rest), estimate, tolerance)
+    return judged if refined is None else system.settle(judged, refined, estimate, tolerance)
 
 
 def _class_means(gw: Tensor, gb: Tensor | None, head: Head, estimate: LabelEstimate, loss: CrossEntropy) -> Tensor:
@@ -184,21 +198,27 @@ def _unidentifiable(
 
 @dataclass(frozen=True, eq=False)
 class _Fit:
+    """One end of a search: stationary within noise, or ended where only :mod:`gradleak.analytic.refine` leads on."""
+
     mixing: Tensor
     objective: float
     iterations: int
     stationary: bool
+    ended: bool
 
 
 @dataclass(frozen=True, eq=False)
-class _System:
+class System:
     """The scaled equations ``R(A) = Ω Dᵀ [A V, 1] − s⁻¹ Ω [gW Γ, gb]`` for the mixing A (B, B), H = A V Γ⁻¹.
 
     Attributes:
         row: (C,) Ω; zero for rows without any signal.
         column: (d') Γ⁻¹ of the live columns.
         live: (d,) mask of the features that are not zero throughout.
-        basis: V (B, d').
+        rows: V (B, d'), an orthonormal basis of the row space.
+        whiten: (B,) weights of the equations in the basis V. The probabilities carry rounding errors of their own,
+            which every feature multiplies: noise along the mean of the features, many times that of the other columns.
+        basis: V / whiten, so that the coordinates A and the equations are those of white noise.
         project: (C, B) maps mixings to logits.
         bias: (C,).
         target: (C, B + 1) the right-hand side in the basis V; the last column is the bias gradient's.
@@ -208,12 +228,16 @@ class _System:
         eps: spacing of the update's number format.
         rank: numerical rank of the scaled weight gradient.
         scale: norm of the seen right-hand side.
+        seen: (C, d') the scaled weight gradient.
+        weight: (C, d') the head's weight, for scaled features.
 
     """
 
     row: Tensor
     column: Tensor
     live: Tensor
+    rows: Tensor
+    whiten: Tensor
     basis: Tensor
     project: Tensor
     bias: Tensor
@@ -224,6 +248,8 @@ class _System:
     eps: float
     rank: int
     scale: float
+    seen: Tensor
+    weight: Tensor
 
     @property
     def size(self) -> int:
@@ -237,7 +263,7 @@ class _System:
     @classmethod
     def build(
         cls, gw: Tensor, gb: Tensor | None, head: Head, estimate: LabelEstimate, means: Tensor, loss: CrossEntropy
-    ) -> _System:
+    ) -> System:
         size, classes = int(estimate.counts.sum()), head.classes
         eps = rounding(gw.dtype, loss)
         factor = float(size) if loss.reduction == "mean" else 1.0
@@ -247,7 +273,7 @@ class _System:
         counts = estimate.counts[estimate.counts > 0]
         p = torch.softmax(head.logits(means), 1).repeat_interleave(counts, 0)
         # A sum of d_ic h_i is rounded relative to its terms: p and y, not their difference.
-        magnitude = (p**2 + soft**2).sum(0).sqrt()
+        magnitude = ((4 * p) ** 2 + soft**2).sum(0).sqrt()
         row = torch.where(seen.abs().amax(1) > 0, 1 / magnitude.clamp_min(1e-30), 0.0)
         scaled = seen * row[:, None]
         column = scaled.norm(dim=0) / math.sqrt(classes)
@@ -255,7 +281,7 @@ class _System:
         column = column[live]
         scaled = scaled[:, live] / column
         u, s, vh = torch.linalg.svd(scaled, full_matrices=False)
-        basis = vh[:size]
+        rows = vh[:size]
         constant, side = 0.0, torch.zeros_like(row)
         if gb is not None:
             side = factor * gb.double() * row
@@ -263,15 +289,24 @@ class _System:
             constant = 1 / level if level > 0 else 0.0
             side = side * constant
         target = torch.cat([u[:, :size] * s[:size], side[:, None]], 1)
+        scale = float(target.norm())
         spare = max((1 - size / classes) * (1 - size / max(scaled.shape[1], size + 1)), 1e-3)
         outside = float(s[size:].norm() / s.norm()) / math.sqrt(spare) if len(s) > size else 0.0
         rank = int((s > 16 * eps * s[0]).sum())
+        entries = math.sqrt(scaled.numel())
+        noise = max(outside, 0.25 * eps) * scale / entries
+        mean = ((means[:, live] / column) @ rows.T).repeat_interleave(counts, 0).square().mean(0)
+        whiten = (1 + (0.35 * eps / noise) ** 2 * mean).rsqrt()
+        basis = rows / whiten[:, None]
+        target[:, :-1] *= whiten
         weight = head.weight.double()[:, live] * column
         bias = torch.zeros_like(row) if head.bias is None else head.bias.double()
         return cls(
             row,
             column,
             live,
+            rows,
+            whiten,
             basis,
             weight @ basis.T,
             bias,
@@ -281,13 +316,15 @@ class _System:
             outside,
             eps,
             rank,
-            float(target.norm()),
+            scale,
+            scaled,
+            weight,
         )
 
     def starts(self, means: Tensor, estimate: LabelEstimate, count: int, generator: torch.Generator) -> Tensor:
         """Return (count, B, B) mixings: class means, split at random where a class occurs more than once."""
         counts = estimate.counts[estimate.counts > 0]
-        mixing = (means[:, self.live] / self.column) @ self.basis.T
+        mixing = (means[:, self.live] / self.column) @ self.rows.T * self.whiten
         centered = mixing - mixing.mean(0)
         spread = centered.norm() / math.sqrt(max(len(mixing) - 1, 1)) if len(mixing) > 1 else 0.1 * mixing.norm()
         noise = torch.randn((count, self.size, self.size), generator=generator, dtype=torch.float64).to(mixing)
@@ -340,16 +377,20 @@ class _System:
         flat = torch.cat([step, torch.zeros_like(step[..., :1])], -1)
         return (second * self.row).mT @ self.augment(mixing) + 2 * (first * self.row).mT @ flat
 
-    def solve(self, mixing: Tensor, iterations: int) -> _Fit:
-        """Run Levenberg–Marquardt from all starts (R, B, B) at once and return the best end."""
+    def solve(self, mixing: Tensor, iterations: int, *, pause: bool = False) -> _Fit:
+        """Run Levenberg–Marquardt from all starts (R, B, B) at once and return the best end.
+
+        With ``pause`` it also ends where the gradient is explained and three steps gain less than 1 % each.
+        """
         r, b = mixing.shape[:2]
         p, residual = self.residual(mixing)
         objective = residual.square().sum((1, 2))
         damping = torch.full_like(objective, 1e-3)
         growth = torch.full_like(objective, 2.0)
         calm = torch.zeros_like(objective, dtype=torch.long)
+        slow = torch.zeros_like(calm)
         fresh, iteration = True, 0
-        ended = settled = torch.zeros_like(objective, dtype=torch.bool)
+        still = ended = settled = torch.zeros_like(objective, dtype=torch.bool)
         m = d = normal = gradient = diagonal = torch.empty(0)
         while iteration < iterations:
             iteration += 1
@@ -384,14 +425,17 @@ class _System:
             damping = torch.where(better, (damping / 10).clamp_min(1e-15), damping * growth)
             growth = torch.where(better, 2.0, growth * 1.5)
             fresh = bool(better.any())
-            ended = (calm >= 3) | (damping > 1e4) | (objective.sqrt() <= 1e-15 * self.scale)
-            settled = ended & (objective.sqrt() <= 16 * self.eps * self.scale)
+            slow = torch.where(better & (gain < 0.01), slow + 1, torch.where(better, 0, slow))
+            still = (calm >= 3) | (damping > 1e4) | (objective.sqrt() <= 1e-15 * self.scale)
+            explained = objective.sqrt() <= 16 * self.eps * self.scale
+            ended = still | (explained & (slow >= 3)) if pause else still
+            settled = ended & explained
             if bool(ended.all()) or bool(settled.any()):
                 break
         # Starts that others outran have not ended; between ends, the objective decides.
         usable = settled if bool(settled.any()) else torch.isfinite(objective)
         best = int(torch.where(usable, objective, torch.inf).argmin())
-        return _Fit(mixing[best], float(objective[best]), iteration, bool(ended[best]))
+        return _Fit(mixing[best], float(objective[best]), iteration, bool(still[best]), bool(ended[best]))
 
     def judge(self, fit: _Fit, estimate: LabelEstimate, tolerance: float) -> Disaggregation:
         """Return features with a predicted error and a verdict each."""
@@ -411,22 +455,19 @@ class _System:
         left = torch.cholesky_solve((-gradient[0] / diagonal)[:, None], factor)[:, 0] / diagonal
         # Noise per number: what the fit leaves, what lies outside the row space, or the number format, whichever most.
         entries = classes * width
-        sigma = max(
-            math.sqrt(fit.objective / self.freedom),
-            self.outside * self.scale / math.sqrt(entries),
-            0.25 * self.eps * self.scale / math.sqrt(entries),
-        )
+        beyond = max(self.outside, 0.25 * self.eps) * self.scale / math.sqrt(entries)
+        # Few degrees of freedom may show less noise than there is: two standard errors more.
+        sigma = max(math.sqrt(fit.objective / self.freedom) * (1 + 2 / math.sqrt(2 * self.freedom)), beyond)
         metric = (self.basis * self.column**2) @ self.basis.T
         own = torch.einsum("klkm,lm->k", inverse, metric) * sigma**2
         # The part of the noise outside the row space reaches the features through the pseudo-inverse of Ω Dᵀ.
         pinv = torch.linalg.pinv(d[0].T)
-        own = own + (pinv.norm(dim=1) * sigma) ** 2 * float((self.column**2).sum())
+        level = beyond if max(self.residual_of(fit), self.outside) <= 16 * self.eps else sigma
+        own = own + (pinv.norm(dim=1) * level) ** 2 * float((self.column**2).sum())
         left = left.view(b, b)
         remaining = torch.einsum("kl,lm,km->k", left, metric, left)
-        features = torch.zeros((b, len(self.live)), dtype=torch.float64, device=mixing.device)
-        features[:, self.live] = (fit.mixing @ self.basis) * self.column
-        spread = (features - features.mean(0)).norm() / math.sqrt(b) if b > 1 else features.norm()
-        spread = spread.clamp_min(1e-300)
+        features = self.unscale(fit.mixing @ self.basis)
+        spread = _spread(features)
         errors = (9 * own + remaining).clamp_min(0).sqrt() / spread
         share = self.residual_of(fit)
         floor = 16 * max(self.eps, self.outside)
@@ -445,14 +486,6 @@ class _System:
             mean = 3 * sigma * math.sqrt(max(float((block * metric).sum()), 0.0)) / float(spread)
             known = len(group) > 1 and mean <= tolerance and share <= 1e-4
             verdicts.append(CLASS_SPAN if known else NOT_IDENTIFIABLE)
-        exact = verdicts.count(EXACT)
-        reason = (
-            f"{exact} of {b} examples are determined by the head's gradient, which is explained to {share:.1e} "
-            f"(rounding: {floor:.1e}; rank {self.rank} of {b})."
-        )
-        if exact < b:
-            rest = "examples of one class whose features are too close for the noise, or counts that are not right"
-            reason += f" The others are {rest}."
         return Disaggregation(
             features,
             estimate.labels,
@@ -462,5 +495,57 @@ class _System:
             floor,
             self.rank,
             fit.iterations,
-            reason,
+            self.explain(verdicts, share, floor),
         )
+
+    def settle(
+        self, judged: Disaggregation, refined: Refined, estimate: LabelEstimate, tolerance: float
+    ) -> Disaggregation:
+        """Return refined features with the errors and verdicts that the noise of the gradient allows."""
+        features = self.unscale(refined.features)
+        spread = _spread(features)
+        drawn = refined.draws * self.column
+        size = drawn.norm(dim=2) / spread
+        errors = size.mean(0) + 3 * size.std(0)
+        verdicts = []
+        for k in range(self.size):
+            group = (estimate.labels == estimate.labels[k]).nonzero().flatten()
+            mean = drawn[:, group].mean(1).norm(dim=1) / spread
+            known = float(mean.mean() + 3 * mean.std()) <= tolerance and len(group) > 1
+            own = float(errors[k]) <= tolerance
+            verdicts.append(EXACT if own else CLASS_SPAN if known else NOT_IDENTIFIABLE)
+        share = math.sqrt(refined.objective) / max(self.scale, 1e-300)
+        return replace(
+            judged,
+            features=features,
+            verdicts=tuple(verdicts),
+            errors=errors,
+            residual=share,
+            iterations=judged.iterations + refined.iterations,
+            reason=self.explain(verdicts, share, judged.floor),
+        )
+
+    def unscale(self, features: Tensor) -> Tensor:
+        """Return features (B, d) from scaled live ones (B, d')."""
+        whole = torch.zeros((len(features), len(self.live)), dtype=torch.float64, device=features.device)
+        whole[:, self.live] = features * self.column
+        return whole
+
+    def explain(self, verdicts: Sequence[str], share: float, floor: float) -> str:
+        """Return one sentence, or two, for a reader."""
+        exact, b = verdicts.count(EXACT), len(verdicts)
+        reason = (
+            f"{exact} of {b} examples are determined by the head's gradient, which is explained to {share:.1e} "
+            f"(rounding: {floor:.1e}; rank {self.rank} of {b})."
+        )
+        if exact < b:
+            rest = "examples of one class whose features are too close for the noise, or counts that are not right"
+            reason += f" The others are {rest}."
+        return reason
+
+
+def _spread(features: Tensor) -> Tensor:
+    """Return the root mean square distance of the features from their mean, the norm of a single one."""
+    b = len(features)
+    spread = (features - features.mean(0)).norm() / math.sqrt(b) if b > 1 else features.norm()
+    return spread.clamp_min(1e-300)

@@ -13,7 +13,7 @@ from gradleak.analytic.disaggregate import (
     EXACT,
     NOT_IDENTIFIABLE,
     Disaggregation,
-    _System,
+    System,
     disaggregate,
 )
 from gradleak.analytic.head import Head
@@ -175,7 +175,7 @@ def test_derivatives_are_exact() -> None:
     head, features, y = batch([4, 4, 9, 11], classes=12, width=10, seed=3)
     gw, gb = gradients(head, features, y, CrossEntropy(label_smoothing=0.1))
     means = torch.stack([features[:2].mean(0), features[2], features[3]])
-    system = _System.build(gw, gb, head, known(y, 12), means, CrossEntropy(label_smoothing=0.1))
+    system = System.build(gw, gb, head, known(y, 12), means, CrossEntropy(label_smoothing=0.1))
     generator = torch.Generator().manual_seed(0)
     mixing = system.starts(means, known(y, 12), 2, generator)
 
