@@ -123,11 +123,11 @@ def disaggregate(
         )
     system = System.build(gw, gb, head, estimate, means, loss)
     # One start where no class occurs twice; else as many together as keep the normal matrices small, and as many
-    # iterations in all as the cubic cost of one allows (about 50 for 64 examples).
+    # iterations in all as the cubic cost of one allows (about 40 for 64 examples).
     repeated = int(estimate.counts.max()) > 1
     restarts = restarts if repeated else 1
     together = max(1, min(restarts, 2_000_000 // size**4))
-    left = max(iterations // 3, int(50 * (64 / size) ** 3))
+    left = max(iterations // 4, int(40 * (64 / size) ** 3))
     best: _Fit | None = None
     while restarts > 0 and left > 0:
         starts = system.starts(means, estimate, together, generator)
@@ -144,7 +144,7 @@ def disaggregate(
         return judged
     refined = refine(system, best.mixing)
     if refined is None and not best.stationary and size**2 <= LARGEST:
-        rest = max(iterations // 3, int(50 * (64 / size) ** 3))
+        rest = max(iterations // 4, int(40 * (64 / size) ** 3))
         return system.judge(system.solve(best.mixing[None], rest), estimate, tolerance)
     return judged if refined is None else system.settle(judged, refined, estimate, tolerance)
 
