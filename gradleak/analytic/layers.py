@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from scipy.linalg import blas, lapack
 from torch import Tensor
 
 from gradleak.analytic.graph import Affine, Elementwise, Fixed
@@ -175,6 +174,8 @@ class Factor:
         """Return matrix⁻¹ · rows for rows (k, n), to the precision of the factor."""
         scaled = (rows * self.scale).to(self.lower)
         if self.lower.device.type == "cpu":
+            from scipy.linalg import lapack  # Not at the top: it takes as long to import as torch.
+
             solve = lapack.spotrs if self.lower.dtype == torch.float32 else lapack.dpotrs
             solved, _ = solve(self.lower.numpy().T, scaled.numpy().T, lower=0)
             return torch.from_numpy(solved.T).to(rows) * self.scale
@@ -197,6 +198,8 @@ def factorize(build: Callable[[], Tensor]) -> Factor:
         shift = shift * 30 or 8 * torch.finfo(matrix.dtype).eps
         matrix.diagonal().fill_(1 + shift)
         if matrix.device.type == "cpu":
+            from scipy.linalg import lapack
+
             decompose = lapack.spotrf if matrix.dtype == torch.float32 else lapack.dpotrf
             factor, info = decompose(matrix.numpy().T, lower=0, overwrite_a=1, clean=0)
             lower, failed = torch.from_numpy(factor.T), int(info)
@@ -435,5 +438,7 @@ def _add_square(matrix: Tensor, rows: Tensor, *, lower_only: bool) -> Tensor:
     """Add rowsᵀ rows to ``matrix``, or to its lower triangle."""
     if not lower_only or matrix.device.type != "cpu":
         return matrix.addmm_(rows.T, rows)
+    from scipy.linalg import blas
+
     add = blas.ssyrk if matrix.dtype == torch.float32 else blas.dsyrk
     return torch.from_numpy(add(1.0, rows.contiguous().numpy().T, 1.0, matrix.numpy().T, lower=0, overwrite_c=1).T)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from gradleak.errors import InvalidInput
@@ -51,6 +50,8 @@ def assign(guess: Tensor, truth: Tensor) -> Tensor:
     # More than any exchange among finite pairs could save, so that a useless guess never displaces a useful one.
     largest = float(costs[finite].max()) if bool(finite.any()) else 0.0
     costs = torch.where(finite, costs, (largest + 1.0) * (len(truth) + 1))
+    from scipy.optimize import linear_sum_assignment  # Not at the top: it takes long to import.
+
     rows, columns = linear_sum_assignment(costs.numpy())
     result = torch.full((len(truth),), -1, dtype=torch.long)
     result[torch.as_tensor(rows)] = torch.as_tensor(columns)
