@@ -38,16 +38,15 @@ from gradleak.training import parameters
 
 SIZES = (4, 8, 16)
 SCHEDULES = ("none", "constant", "first", "late")
-WEIGHT = 0.1
 
 
-def weight(schedule: str, done: float) -> float:
+def weight(schedule: str, done: float, top: float) -> float:
     """Return the weight of the features after a share ``done`` of the steps."""
     return {
         "none": 0.0,
-        "constant": WEIGHT,
-        "first": WEIGHT * max(0.0, 1 - 2 * done),
-        "late": WEIGHT * (done >= 0.5),
+        "constant": top,
+        "first": top * max(0.0, 1 - 2 * done),
+        "late": top * (done >= 0.5),
     }[schedule]
 
 
@@ -62,7 +61,9 @@ def victim(size: int, number: int, images: Tensor, labels: Tensor) -> tuple[gl.C
     return observe(gl.Client(model, gl.Batch(images[chosen].float(), labels[chosen])))
 
 
-def search(size: int, number: int, schedule: str, steps: int, images: Tensor, labels: Tensor) -> dict[str, Any]:
+def search(
+    size: int, number: int, schedule: str, steps: int, top: float, images: Tensor, labels: Tensor
+) -> dict[str, Any]:
     """Run one variant on one batch and return its PSNR over processor time."""
     client, seen = victim(size, number, images, labels)
     found = gl.attacks.disaggregate().reconstruct(seen, seed=number)
@@ -76,7 +77,7 @@ def search(size: int, number: int, schedule: str, steps: int, images: Tensor, la
     observed = dict(seen.update.tensors)
     objective, prior, loss = Cosine(), TotalVariation(1e-4), nn.CrossEntropyLoss()
     scale = objective.scale(observed)
-    kept = RESULTS / f"resnet_batches.{size}.{number}.{schedule}.{steps}.partial.pt"
+    kept = RESULTS / f"resnet_batches.{size}.{number}.{schedule}.{steps}.{top:.0e}.partial.pt"
     x = torch.randn(size, 3, 32, 32, generator=torch.Generator().manual_seed(number))
     state = {"step": 0, "x": x, "m": torch.zeros_like(x), "v": torch.zeros_like(x), "best": x.clone(), "low": math.inf}
     state |= {"seconds": 0.0, "curve": []}
@@ -101,7 +102,7 @@ def search(size: int, number: int, schedule: str, steps: int, images: Tensor, la
         features, logits = features_and_logits(model, params, leaf, head)
         gradient = torch.autograd.grad(loss(logits, classes), list(params.values()), create_graph=True)
         distance = objective(dict(zip(params, gradient, strict=True)), observed, scale)
-        share = weight(schedule, step / steps)
+        share = weight(schedule, step / steps, top)
         total = distance + prior(leaf)
         if share:
             total = total + share * (features - targets).square().sum(1).mean() / spread
@@ -132,7 +133,8 @@ def interval(values: list[float]) -> str:
 
 def main() -> None:
     """Measure and store the table."""
-    options = arguments(__doc__ or "", batches=10, steps=4800, size=0, first=0, schedules=len(SCHEDULES))
+    options = arguments(__doc__ or "", batches=10, steps=4800, size=0, first=0, schedules=len(SCHEDULES), exponent=3)
+    top = 10.0**-options.exponent
     images, labels = cifar100(options.data)
     journal, rows = Journal("resnet_batches"), []
     for size in SIZES if options.size == 0 else (options.size,):
@@ -141,9 +143,9 @@ def main() -> None:
             for schedule in runs:
                 runs[schedule].append(
                     journal.row(
-                        f"N = {size}, batch {number}, {schedule}, {options.steps} steps",
+                        f"N = {size}, batch {number}, {schedule}, {options.steps} steps, weight {top:.0e}",
                         lambda size=size, number=number, schedule=schedule: search(
-                            size, number, schedule, options.steps, images, labels
+                            size, number, schedule, options.steps, top, images, labels
                         ),
                     )
                 )
@@ -173,7 +175,7 @@ def main() -> None:
         for row in rows:
             print(row)
         return
-    write_result("resnet_batches", rows, weight=WEIGHT, summary=summary(rows))
+    write_result("resnet_batches", rows, weight=top, summary=summary(rows))
     journal.finish()
 
 
