@@ -160,9 +160,10 @@ class _FirstOrder(Solver, ABC):
         spent: Sequence[int] | None = None,
     ) -> Outcome:
         """Minimize from ``start`` (P, D); the step size follows each problem's own rounds, so groups take turns."""
-        best, every = _Best(start), torch.arange(start.shape[0], device=start.device)
-        begun = int(spent[0]) if spent else 0
-        groups = every.split(slots or len(every))
+        best, had = _Best(start), list(spent or [0] * len(start))
+        left = [i for i, n in enumerate(had) if n < self.iterations]
+        every, begun = torch.tensor(left, dtype=torch.long, device=start.device), min((had[i] for i in left), default=0)
+        groups = every.split(slots or max(len(every), 1)) if left else ()
         interrupted = False
         try:
             for number, rows in enumerate(groups):
@@ -557,6 +558,7 @@ class _Lockstep:
         if not places:
             return
         fresh = _Lockstep(self.options, start, rows, limits)
+        self.rows = self.rows.clone()  # Other rows are another tensor: callers keep what belongs to one.
         for name in self._ROWWISE:
             getattr(self, name)[places] = getattr(fresh, name)
         for mine, new in zip([*self.lo, *self.hi], [*fresh.lo, *fresh.hi], strict=True):
