@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
@@ -23,6 +23,8 @@ from gradleak.types import Certificate, Reconstruction, UpdateKind
 __all__ = ["ReadSentences", "read_sentences"]
 
 _IGNORED = -100
+_LIKELY = 3
+"""Candidates kept at a position after the first step, as a multiple of the sentences."""
 _WHOLE = 0.02
 """How far from whole numbers the counts of labels may lie; those of a wrong mask token are off by far more."""
 
@@ -63,7 +65,7 @@ class ReadSentences(Attack):
     """
 
     mask: int | None = None
-    starts: int = 24
+    starts: int = 16
     steps: int = 5
     sweeps: int = 20
 
@@ -132,19 +134,21 @@ class ReadSentences(Attack):
         for position, token in self._anchors(candidates, size, generator):
             if any(s[position] == token for s in inside):
                 continue
-            choice = self._relax(reader, candidates, span, position, token, inside)
-            sentence = self._settle(reader, candidates, span, choice, position)
+            choice, likely = self._relax(reader, candidates, span, position, token, inside, size)
+            sentence = self._settle(reader, likely, span, choice, position, self.sweeps)
+            if sum(map(len, likely)) < sum(map(len, candidates)):
+                sentence = self._settle(reader, candidates, span, sentence, position, self.sweeps)
             key = tuple(sentence.tolist())
-            found[key] = float(reader.residuals(sentence[None], span).max())
-            if found[key] <= span.threshold and key not in inside:
-                inside.append(key)
+            found[key] = reader.distance(sentence, span)
+            # Right sentences leave the span by its rounding alone, so none lies far above the best.
+            level = min(max(span.clear, 10 * min(found.values())), span.threshold)
+            inside = [s for s, distance in found.items() if distance <= level]
             if len(inside) >= size or len(found) >= self.starts:
                 break
         # The attacker's own measure decides; sentences that occur twice leave fewer than ``size`` distinct ones.
         chosen = sorted(found, key=lambda s: found[s])[:size]
-        chosen = (inside if inside and len(inside) >= size else chosen)[:size]
-        chosen += [chosen[0]] * (size - len(chosen))
-        return torch.tensor(chosen), len(inside) >= size
+        exact = len(chosen) == size and found[chosen[-1]] <= span.threshold
+        return torch.tensor(chosen + [chosen[0]] * (size - len(chosen))), exact
 
     @staticmethod
     def _anchors(candidates: list[Tensor], size: int, generator: torch.Generator) -> Iterator[tuple[int, int]]:
@@ -161,8 +165,11 @@ class ReadSentences(Attack):
         position: int,
         token: int,
         inside: list[tuple[int, ...]],
-    ) -> Tensor:
+        size: int,
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return the tokens of the sentence that has ``token`` at ``position``, by Gauss–Newton on mixed embeddings.
+
+        Also return every position's likely candidates, to which later steps are limited.
 
         Every position is a mixture of its candidates. What leaves the second span is nearly linear in the mixtures,
         so that the sentences are the corners of its (affine) solution set, and one fixed token selects one corner.
@@ -170,38 +177,40 @@ class ReadSentences(Attack):
         """
         tokens = torch.cat(candidates)
         where = torch.repeat_interleave(torch.arange(len(candidates)), torch.tensor([len(c) for c in candidates]))
-        counts = torch.bincount(where)
         spent = torch.tensor(
             [any(s[p] == t for s in inside) for p, t in zip(where.tolist(), tokens.tolist(), strict=True)]
         )
-        weights = torch.where(spent, 0.1, 1.0).double()
-        weights = weights / torch.zeros(len(candidates), dtype=torch.float64).index_add_(0, where, weights)[where]
+        weights = _shared_out(torch.where(spent, 0.1, 1.0).double(), where)
         pinned = where == position
         weights[pinned] = (tokens[pinned] == token).double()
-        free = (counts[where] > 1) & ~pinned
-        # Directions that keep every position's weights at sum one: one candidate against the mean of its position.
-        columns = free.nonzero().flatten()
-        directions = torch.zeros(len(columns), len(tokens), dtype=torch.float64)
-        for row, column in enumerate(columns.tolist()):
-            same = where == where[column]
-            directions[row, same] = -1.0 / int(counts[where[column]])
-            directions[row, column] += 1.0
         before = float("inf")
-        for _ in range(self.steps):
+        for step in range(self.steps):
+            directions = _exchanges(where, pinned)
             rest, jacobian = reader.sensitivity(tokens, where, weights, directions, span)
             normal = jacobian @ jacobian.T
             ridge = 1e-9 * normal.diagonal().mean() * torch.eye(len(normal), dtype=normal.dtype, device=normal.device)
             change = directions.T @ torch.linalg.solve(normal + ridge, -(jacobian @ rest)).cpu()
             weights = weights + change
-            sentence = torch.stack([c[weights[where == p].argmax()] for p, c in enumerate(candidates)])
-            if float(reader.residuals(sentence[None], span).max()) <= span.threshold:
+            if step == 0:
+                ranks = torch.cat([weights[where == p].argsort(descending=True).argsort() for p in where.unique()])
+                kept = ranks < _LIKELY * size
+                tokens, where, pinned = tokens[kept], where[kept], pinned[kept]
+                weights = (
+                    weights[kept]
+                    + ((1 - _sums(weights[kept], where)) / _sums(torch.ones_like(weights[kept]), where))[where]
+                )
+            sentence = torch.stack([tokens[where == p][weights[where == p].argmax()] for p in range(len(candidates))])
+            if reader.distance(sentence, span) <= span.clear:
                 break
             if float(rest.norm()) > 0.97 * before:  # a local minimum: what is left is for single tokens to solve
                 break
-            before = float(rest.norm())
-        return sentence
+            before = float(rest.norm()) if step else before  # the first step counted other candidates
+        return sentence, [tokens[where == p] for p in range(len(candidates))]
 
-    def _settle(self, reader: _Reader, candidates: list[Tensor], span: _Span, sentence: Tensor, fixed: int) -> Tensor:
+    @staticmethod
+    def _settle(
+        reader: _Reader, candidates: list[Tensor], span: _Span, sentence: Tensor, fixed: int, sweeps: int
+    ) -> Tensor:
         """Return the sentence to which changing up to three tokens at a time leads, the best change first.
 
         The token at ``fixed`` stays: a sentence found before would attract all others. Pairs and triples are
@@ -214,9 +223,9 @@ class ReadSentences(Attack):
         positions = torch.cat([torch.full((len(candidates[p]),), p) for p in open_])
         tokens = torch.cat([candidates[p] for p in open_])
         here = reader.leaving(sentence[None], span).flatten()
-        for _ in range(self.sweeps):
-            current = float(here.square().sum())
-            if float(reader.residuals(sentence[None], span).max()) <= span.threshold:
+        for _ in range(sweeps):
+            current = float(_spread(here[None], len(sentence)))
+            if reader.distance(sentence, span) <= span.clear:
                 break
             changed = tokens != sentence[positions]
             where, what = positions[changed], tokens[changed]
@@ -228,12 +237,39 @@ class ReadSentences(Attack):
             for row, members in enumerate(sets):
                 trials[row, where[members]] = what[members]
             left = reader.leaving(trials, span).flatten(1)
-            values = left.square().sum(1)
+            values = _spread(left, len(sentence))
             best = int(values.argmin())
             if float(values[best]) >= current:
                 break
             sentence, here = trials[best], left[best]
         return sentence
+
+
+def _sums(values: Tensor, where: Tensor) -> Tensor:
+    """Return the sums of ``values`` (R,) over each position, (T,)."""
+    return torch.zeros(int(where.max()) + 1, dtype=values.dtype).index_add_(0, where, values)
+
+
+def _shared_out(values: Tensor, where: Tensor) -> Tensor:
+    return values / _sums(values, where)[where]
+
+
+def _exchanges(where: Tensor, pinned: Tensor) -> Tensor:
+    """Return the directions (n, R) that keep every position's weights at sum one: one against its position's mean."""
+    counts = torch.bincount(where)
+    columns = ((counts[where] > 1) & ~pinned).nonzero().flatten()
+    same = where[columns][:, None] == where[None]
+    directions = -same.double() / counts[where[columns]][:, None]
+    directions[torch.arange(len(columns)), columns] += 1.0
+    return directions
+
+
+def _spread(leaving: Tensor, length: int) -> Tensor:
+    """Return the sums (M,) of the logarithms of the distances of ``leaving`` (M, T·d).
+
+    Weak tokens keep a distance even in the right sentence, and would hide the others' in a sum of squares.
+    """
+    return leaving.unflatten(1, (length, -1)).square().sum(-1).clamp_min(1e-14).log().sum(1)
 
 
 def _promising(effects: Tensor, here: Tensor, where: Tensor, keep: int = 24) -> list[list[int]]:
@@ -259,6 +295,11 @@ class _Span:
 
     basis: Tensor
     threshold: float
+
+    @property
+    def clear(self) -> float:
+        """The distance below which a vector is inside beyond doubt: neighbors of a sentence can be close."""
+        return self.threshold / 30
 
     def distance(self, x: Tensor) -> Tensor:
         """Return the relative distances of ``x`` (..., d) to the span, (...)."""
@@ -293,6 +334,7 @@ class _Reader:
         self.observation, self.space, self.model = observation, space, observation.model
         self.update = observation.update.tensors
         self.params: dict[str, Tensor] = dict(self.model.named_parameters())
+        self.casts: dict[torch.dtype, dict[str, Tensor]] = {}
         self.device = space.table.device
         self.names = {module: name for name, module in self.model.named_modules()}
         with torch.no_grad():
@@ -346,15 +388,22 @@ class _Reader:
         # Each carries rounding in proportion to its own size: the value gradient's must not bury the others.
         return torch.cat([part / part.norm().clamp_min(1e-300) for part in parts])
 
-    def hidden(self, embedded: Tensor, module: nn.Linear) -> Tensor:
-        """Return the input of ``module`` for ``embedded`` (N, T, d), computing nothing behind it."""
+    def _cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        if dtype not in self.casts:
+            own = {**self.params, **dict(self.model.named_buffers())}
+            self.casts[dtype] = {k: v.to(dtype) if v.is_floating_point() else v for k, v in own.items()}
+        return self.casts[dtype]
+
+    def hidden(self, embedded: Tensor, module: nn.Linear, replaced: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the input of ``module`` for ``embedded`` (N, T, d), computing nothing behind it.
+
+        ``replaced`` stands in for parameters of these names.
+        """
 
         def stop(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             raise _Reached(arguments[0])
 
-        dtype = embedded.dtype
-        values = {k: v.to(dtype) for k, v in self.params.items()}
-        values |= {k: b.to(dtype) if b.is_floating_point() else b for k, b in self.model.named_buffers()}
+        values = self._cast(embedded.dtype) | (replaced or {})
         with self._hooks([module], stop):
             try:
                 functional_call(self.model, values, (embedded,))
@@ -374,10 +423,14 @@ class _Reader:
         inside = torch.cat(found)
         return [inside[:, p].nonzero().flatten().cpu() for p in range(length)]
 
-    @torch.no_grad()
-    def residuals(self, sentences: Tensor, span: _Span) -> Tensor:
-        """Return the distances (M, T) of the second layer's inputs of ``sentences`` (M, T) to ``span``."""
-        return self.leaving(sentences, span).norm(dim=-1)
+    def distance(self, sentence: Tensor, span: _Span) -> float:
+        """Return how far the second layer's inputs of ``sentence`` (T,) leave ``span``: that of the tenth nearest.
+
+        Every one of them depends on the whole sentence. The nearest are those of the masked positions, whose gradient
+        is the strongest; that of the weakest tokens can be below rounding, so that nothing of them is in the span.
+        """
+        distances = self.leaving(sentence[None], span).norm(dim=-1).flatten()
+        return float(distances.kthvalue(-(-len(distances) // 10)).values)
 
     @torch.no_grad()
     def leaving(self, sentences: Tensor, span: _Span) -> Tensor:
@@ -434,13 +487,8 @@ class _Reader:
             return None
         decoder_weight, decoder_bias = self.decoder.weight.detach().double(), self.decoder.bias.detach().double()
         name = f"{self.names[self.tail]}.weight"
-        saved = self.params[name]
-        leaf = saved.detach().double().requires_grad_()
-        self.params[name] = leaf
-        try:
-            states = self.hidden(self.space.table.double()[sentences.to(self.device)], self.decoder)
-        finally:
-            self.params[name] = saved
+        leaf = self.params[name].detach().double().requires_grad_()
+        states = self.hidden(self.space.table.double()[sentences.to(self.device)], self.decoder, {name: leaf})
         # A model that predicts some positions only shows which; else they are those of the mask token.
         told = states.shape[:2] != sentences.shape
         choices = [torch.ones(states.shape[:2], dtype=torch.bool)] if told else []
@@ -501,7 +549,7 @@ class _Reader:
         return Certificate(verdict, residual, floor, examples=(verdict,) * len(sentences), reason=reason)
 
 
-def read_sentences(*, mask: int | None = None, starts: int = 24) -> ReadSentences:
+def read_sentences(*, mask: int | None = None, starts: int = 16) -> ReadSentences:
     """Read the sentences of a masked language model's batch off its attention gradients: no optimization, no prior.
 
     Source: Petrov et al., *DAGER*, NeurIPS 2024, Sections 4.1 and 4.2. Deviations: see :class:`ReadSentences`.
