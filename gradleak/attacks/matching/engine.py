@@ -57,7 +57,7 @@ class GradientMatching(Attack):
         tolerance: objective at which a candidate counts as converged.
         dtype: number type of the search; None keeps the model's own.
         warm_dtype: a cheaper number type to begin in, down to an objective of ``warm_tolerance``; None begins in
-            ``dtype``. Below about 1e-7 the rounding of float32 gradients would mislead a line search.
+            ``dtype``. Below about 1e-9 the rounding of float32 gradients would mislead a line search.
         warm_tolerance: see ``warm_dtype``.
         coordinates: in which the inputs are searched; None searches the inputs as the model sees them.
         race: drop restarts that fall far behind the best of their observation, and all others once one has converged.
@@ -87,7 +87,7 @@ class GradientMatching(Attack):
     tolerance: float = 0.0
     dtype: torch.dtype | None = torch.float64
     warm_dtype: torch.dtype | None = None
-    warm_tolerance: float = 1e-7
+    warm_tolerance: float = 1e-8
     coordinates: Coordinates | None = None
     race: bool = True
     vectorize: bool | None = None
@@ -331,8 +331,8 @@ class _Evaluator:
         self.group, self.width, self.rounds, self.until = group, width, rounds, until
         self.function: backends.Function | None = None
         self.notes: list[str] = []
-        self._rows: Tensor | None = None
-        self._flat: list[Tensor] = []
+        self._gathered: tuple[Tensor | None, Any] = (None, None)
+        self._flat: tuple[Tensor | None, list[Tensor]] = (None, [])
         self._ready = group.attack.backend == "eager"
 
     def __call__(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -354,19 +354,19 @@ class _Evaluator:
         group = self.group
         if not group.vectorize or len(rows) == 1:
             return group.looped(z, rows // group.restarts)
-        if self._rows is not rows:  # Rows change only when problems come and go; gathered copies are reused meanwhile.
-            self._rows, self._gathered = rows, group.arguments(rows // group.restarts)
-        values, gradients = group._batched(z, *self._gathered)
+        if self._gathered[0] is not rows:  # Rows change when problems come and go; copies are reused meanwhile.
+            self._gathered = rows, group.arguments(rows // group.restarts)
+        values, gradients = group._batched(z, *self._gathered[1])
         return values.detach(), gradients.detach()
 
     def _arguments(self, z: Tensor, rows: Tensor) -> list[Tensor]:
         """Return the flat list of tensors that the prepared function takes, padded to its width."""
         missing = self.width - len(rows)
-        if self._rows is not rows:
+        if self._flat[0] is not rows:
             full = torch.cat([rows, rows[-1:].expand(missing)]) if missing else rows
-            self._rows, self._flat = rows, pytree.tree_flatten(self.group.arguments(full // self.group.restarts))[0]
+            self._flat = rows, pytree.tree_leaves(self.group.arguments(full // self.group.restarts))
         z = torch.cat([z, z[-1:].expand(missing, -1)]) if missing else z
-        return [z, *(t for t in self._flat if isinstance(t, Tensor))]
+        return [z, *(t for t in self._flat[1] if isinstance(t, Tensor))]
 
     def _prepare(self, z: Tensor, rows: Tensor) -> None:
         """Trace or compile, if asked for or if it should pay, and check the result against the eager gradient."""
@@ -374,10 +374,8 @@ class _Evaluator:
         kinds = ["compile", "trace"] if asked == "auto" else [asked]
         known = next((f for kind in kinds if (f := backends.prepared(group.key(self.width, kind))) is not None), None)
         plain, seconds = self._timed(z, rows) if asked == "auto" else (self._plain(z, rows), math.inf)
-        self._rows = None
         if known is None:
             known = self._made(asked, self._arguments(z[: self.width], rows[: self.width]), seconds)
-        self._rows = None
         if known is None:
             return
         if backends.agree(self._call(known, z, rows), plain):
@@ -423,11 +421,13 @@ class _Evaluator:
         """Return an eager evaluation and its time; the first one also sets things up, so a short one is repeated."""
         seconds = math.inf
         for _ in range(2):
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             found = self._plain(z, rows)
             if z.is_cuda:
                 torch.cuda.synchronize()
-            seconds = min(seconds, time.perf_counter() - began)
+            # On a busy machine the time of the processor tells more; a GPU leaves it idle.
+            spent = time.perf_counter() - began
+            seconds = min(seconds, spent if z.is_cuda else min(spent, time.process_time() - worked))
             if seconds > 0.5:
                 break
         return found, seconds

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from gradleak.attacks.matching.coordinates import NaturalImages
 from gradleak.attacks.matching.engine import GradientMatching
 from gradleak.attacks.matching.objectives import Cosine, SquaredError
 from gradleak.attacks.matching.priors import TotalVariation
@@ -38,9 +39,11 @@ def dlg(
     iterations: int = 10000,
     lr: float = 0.1,
     restarts: int = 1,
-    init_std: float = 0.1,
+    init_std: float = 0.05,
+    natural_images: bool | None = None,
     tolerance: float = 1e-12,
     dtype: torch.dtype | None = torch.float64,
+    backend: str = "auto",
     trace: bool = True,
 ) -> GradientMatching:
     """Match the gradient by squared error over a dummy input and a dummy label together.
@@ -48,8 +51,9 @@ def dlg(
     Source: Zhu, Liu, Han, *Deep Leakage from Gradients*, NeurIPS 2019, Algorithm 1; the dummy label passes a softmax
     as in the authors' code.
 
-    Deviations: the line search is strong-Wolfe and the search ends in float64 from N(0, 0.1²) inputs (the published
-    unit step in float32 from N(0, 1) diverges on a third of random images); the objective is relative.
+    Deviations: the line search is strong-Wolfe and the search ends in float64 (the published unit step in float32
+    diverges on a third of random images); the objective is relative; images are searched from near mid-gray in
+    coordinates in which natural images are white (:class:`NaturalImages`), where the paper starts from N(0, 1) pixels.
 
     Args:
         solver: "lbfgs", "adam" or "sgd".
@@ -57,8 +61,11 @@ def dlg(
         lr: step size of "adam" and "sgd".
         restarts: independent starts, chosen by the objective.
         init_std: standard deviation of the start.
+        natural_images: search in coordinates in which natural images are white; None does so with "lbfgs", since
+            the step sizes of the others are in pixels. Other inputs are searched as they are.
         tolerance: relative squared distance at which a candidate is done.
         dtype: number type of the search; None keeps the model's.
+        backend: "auto", "eager", "trace" or "compile"; see :class:`GradientMatching`.
         trace: record iterates for the report.
 
     Raises:
@@ -74,6 +81,8 @@ def dlg(
         tolerance=tolerance,
         dtype=dtype,
         warm_dtype=_warm(solver, dtype),
+        coordinates=NaturalImages() if (natural_images is None and solver == "lbfgs") or natural_images else None,
+        backend=backend,
         trace=trace,
     )
 
@@ -84,9 +93,11 @@ def idlg(
     iterations: int = 10000,
     lr: float = 0.1,
     restarts: int = 1,
-    init_std: float = 0.1,
+    init_std: float = 0.05,
+    natural_images: bool | None = None,
     tolerance: float = 1e-12,
     dtype: torch.dtype | None = torch.float64,
+    backend: str = "auto",
     trace: bool = True,
 ) -> GradientMatching:
     """Read the labels off the last layer's gradient first, then match as DLG does.
@@ -101,8 +112,11 @@ def idlg(
         lr: step size of "adam" and "sgd".
         restarts: independent starts, chosen by the objective.
         init_std: standard deviation of the start.
+        natural_images: search in coordinates in which natural images are white; None does so with "lbfgs", since
+            the step sizes of the others are in pixels. Other inputs are searched as they are.
         tolerance: relative squared distance at which a candidate is done.
         dtype: number type of the search; None keeps the model's.
+        backend: "auto", "eager", "trace" or "compile"; see :class:`GradientMatching`.
         trace: record iterates for the report.
 
     Raises:
@@ -115,8 +129,10 @@ def idlg(
         lr=lr,
         restarts=restarts,
         init_std=init_std,
+        natural_images=natural_images,
         tolerance=tolerance,
         dtype=dtype,
+        backend=backend,
         trace=trace,
     )
     return replace(joint, labels="recovered")

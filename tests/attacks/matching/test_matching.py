@@ -10,7 +10,7 @@ from torch import nn
 
 import gradleak as gl
 from gradleak.attacks.base import Progress
-from gradleak.attacks.matching import Adam, Cosine, GradientMatching, SquaredError, TotalVariation
+from gradleak.attacks.matching import LBFGS, Adam, Cosine, GradientMatching, SquaredError, TotalVariation
 from gradleak.errors import InvalidInput, InvalidModel, MissingKnowledge, UnknownName
 
 SHAPE = (1, 8, 8)
@@ -52,7 +52,9 @@ def test_dlg_recovers_image_and_label() -> None:
 
 def test_observations_of_different_models_advance_together_as_alone() -> None:
     pairs = [observe(seed) for seed in range(3)]
-    attack = dataclasses.replace(gl.attacks.dlg(iterations=40), warm_dtype=None)  # In float32, paths part by rounding.
+    # In float32, paths part by rounding.
+    solver = LBFGS(iterations=40, history_dtype=torch.float64)
+    attack = dataclasses.replace(gl.attacks.dlg(), solver=solver, warm_dtype=None)
     together = attack.reconstruct_all([seen for _, seen in pairs])
     first = attack.reconstruct(pairs[0][1])
     torch.testing.assert_close(first.inputs, together[0].inputs, rtol=1e-6, atol=1e-8)
