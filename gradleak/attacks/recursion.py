@@ -28,10 +28,12 @@ class Recursion(Attack):
 
     Attributes:
         polish: whether to finish with Gauss–Newton steps on the whole map.
+        quick: whether to try the iterative way first.
 
     """
 
     polish: bool = True
+    quick: bool = True
 
     requires = Knowledge.BATCH_SIZE
 
@@ -53,7 +55,14 @@ class Recursion(Attack):
         params = {k: p.detach() for k, p in observation.model.named_parameters()}
         tensors = observation.update.tensors
         result = invert_layers(
-            observation.model, params, plain_gradient(observation), shape, chain=chain, polish=self.polish, seed=seed
+            observation.model,
+            params,
+            plain_gradient(observation),
+            shape,
+            chain=chain,
+            polish=self.polish,
+            quick=self.quick,
+            seed=seed,
         )
         if result.input is None:
             start = "" if result.start is None else ", which can start from there"
@@ -117,7 +126,7 @@ def plain_gradient(observation: Observation) -> Mapping[str, Tensor]:
     return {k: -d.double() / factor - rule.weight_decay * params[k].double() for k, d in tensors.items()}
 
 
-def recursion(*, polish: bool = True) -> Recursion:
+def recursion(*, polish: bool = True, quick: bool = True) -> Recursion:
     """Solve the network backward, layer by layer: exact where every layer is determined, and said so where not.
 
     Sources: Zhu & Blaschko, *R-GAP*, ICLR 2021, Section 3; *R-CONV*, arXiv 2406.04227. Deviations: see
@@ -126,6 +135,8 @@ def recursion(*, polish: bool = True) -> Recursion:
 
     Args:
         polish: finish with Gauss–Newton steps on the whole map, which brings float32 updates to their noise floor.
+        quick: take iterative solves where their estimated error is small enough, an order of magnitude above that
+            floor in a fraction of the time and memory; otherwise, and with False, factorize.
 
     """
-    return Recursion(polish=polish)
+    return Recursion(polish=polish, quick=quick)

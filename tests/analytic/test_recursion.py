@@ -31,9 +31,11 @@ def gradient(model: nn.Module, x: Tensor, label: int = 3) -> dict[str, Tensor]:
     )
 
 
-def invert(model: nn.Module, x: Tensor, *, scale: float = 1.0, polish: bool = True) -> RecursionResult:
+def invert(
+    model: nn.Module, x: Tensor, *, scale: float = 1.0, polish: bool = True, quick: bool = False
+) -> RecursionResult:
     grads = {k: scale * g for k, g in gradient(model, x).items()}
-    return invert_layers(model, dict(model.named_parameters()), grads, tuple(x.shape[1:]), polish=polish)
+    return invert_layers(model, dict(model.named_parameters()), grads, tuple(x.shape[1:]), polish=polish, quick=quick)
 
 
 def error(result: RecursionResult, x: Tensor) -> float:

@@ -75,7 +75,7 @@ def test_what_does_not_fit_in_memory_is_said_and_auto_goes_on(monkeypatch: pytes
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1), nn.Sigmoid(), nn.Conv2d(8, 8, 3, padding=1), nn.Sigmoid(), nn.Flatten(),
+            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Flatten(),
             nn.Linear(8 * 256, 10),
         )  # fmt: skip
     client = Client(model, batch())
