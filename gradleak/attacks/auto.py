@@ -22,9 +22,11 @@ from gradleak.attacks.gauss_newton import gauss_newton, is_smooth
 from gradleak.attacks.linear_inversion import linear_inversion
 from gradleak.attacks.matching import GradientMatching, dlg, idlg, inverting_gradients
 from gradleak.attacks.recursion import check, plain_gradient
+from gradleak.attacks.sentences import read_sentences
 from gradleak.errors import InvalidInput, InvalidModel, NotApplicable, ResourceLimit
 from gradleak.inputs import ImageSpace
 from gradleak.threat import Knowledge, Observation
+from gradleak.tokens import TokenSpace
 from gradleak.training import FedSGD, check_reproducible
 from gradleak.types import Certificate, Reconstruction
 
@@ -176,7 +178,7 @@ class Auto(Attack):
             if any(c.best is None for c in cases):
                 raise  # there is nothing yet to return
             return [replace(case.result(), status="interrupted") for case in cases]
-        open_ = [c for c in cases if c.open]
+        open_ = [c for c in cases if c.open and not c.text]
         for case in open_:
             # One by one: whether the features of a batch separate is known only after trying.
             if case.separable() and not (clock.over or clock.cancelled):
@@ -256,11 +258,20 @@ class _Case:
     def objective(self) -> float:
         return float("inf") if self.best is None else self.best.objective
 
+    @property
+    def text(self) -> bool:
+        """Whether the inputs are sentences, which are read; matching them is for callers who choose its parts."""
+        return isinstance(self.observation.space, TokenSpace)
+
     def offer(
         self, name: str, found: Reconstruction, uniqueness: bool | None, construction: Construction | None = None
     ) -> None:
         """Keep ``found`` if its certificate is better than that of the best so far."""
-        proof = certificate(self.observation, found, construction=construction, uniqueness=uniqueness, seed=self.seed)
+        proof = found.certificate if self.text else None
+        if proof is None:
+            proof = certificate(
+                self.observation, found, construction=construction, uniqueness=uniqueness, seed=self.seed
+            )
         self.notes.append(f"{name}: {proof.verdict}. {proof.reason}")
         if self.best is None or _order(proof) > _order(self.best.certificate):
             self.best, self.by = replace(found, certificate=proof), name
@@ -268,7 +279,8 @@ class _Case:
     def exactly(self, options: Auto) -> None:
         """Try what needs no search."""
         begin = time.perf_counter()
-        for name, attempt in (("linear_inversion", self._linear), ("recursion", self._recursion)):
+        images = (("linear_inversion", self._linear), ("recursion", self._recursion))
+        for name, attempt in (("read_sentences", self._sentences),) if self.text else images:
             if not self.open:
                 break
             try:
@@ -282,6 +294,11 @@ class _Case:
     def _skip(self, name: str, reason: Exception) -> None:
         self.notes.append(f"{name}: not taken. {reason}")
         self.reasons.append(f"{name}: {reason}")
+
+    def _sentences(self) -> tuple[Reconstruction, Construction | None]:
+        if self.observation.training is None:
+            raise NotApplicable("Labels are read by simulating the client, which takes TRAINING; grant it.")
+        return read_sentences().reconstruct(self.observation, seed=self.seed), None
 
     def _linear(self) -> tuple[Reconstruction, Construction | None]:
         found = linear_inversion().reconstruct(self.observation, seed=self.seed)
@@ -449,9 +466,10 @@ def auto(
 ) -> Auto:
     """Take the exact way where there is one, matching where there is none, and prove what came out.
 
-    The order: ``linear_inversion`` (a first linear layer), ``recursion`` (one example, determined layer by layer); then
-    matching: ``feature_matching`` for a batch whose features separate, ``idlg`` or ``dlg`` on smooth models otherwise,
-    ``inverting_gradients`` where there are kinks; then Gauss–Newton
+    Sentences are read (``read_sentences``). For other inputs the order is: ``linear_inversion`` (a first linear layer),
+    ``recursion`` (one example, determined layer by layer); then matching: ``feature_matching`` for a batch whose
+    features separate, ``idlg`` or ``dlg`` on smooth models otherwise, ``inverting_gradients`` where there are kinks;
+    then Gauss–Newton
     steps on smooth models where they fit. An attack ends the search when the update proves or matches its result; among
     results the certificate decides, then the residual of the re-simulated update. The notes say why each step was taken
     or not.

@@ -351,7 +351,8 @@ class _Reader:
             calls.append((module, id(arguments[0])))
 
         with self._hooks([m for m in self.model.modules() if isinstance(m, nn.Linear)], note):
-            self.model(self.space.table[torch.zeros(1, self.space.length, dtype=torch.long, device=self.device)])
+            ids = torch.zeros(self.observation.batch_size or 1, self.space.length, dtype=torch.long, device=self.device)
+            self.model(self.space.table[ids])
         groups: dict[int, list[nn.Linear]] = {}
         for module, key in calls:
             groups.setdefault(key, []).append(module)
@@ -403,7 +404,7 @@ class _Reader:
         def stop(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             raise _Reached(arguments[0])
 
-        values = self._cast(embedded.dtype) | (replaced or {})
+        values = self._cast(embedded.dtype) | dict(replaced or {})
         with self._hooks([module], stop):
             try:
                 functional_call(self.model, values, (embedded,))

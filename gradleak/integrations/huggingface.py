@@ -115,7 +115,8 @@ class MaskedLanguageModel(nn.Module):
             index = self.positions.expand(hidden.shape[0], -1)
             return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
 
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(select)
+        # First of all hooks, so that others see what the decoder sees.
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(select, prepend=True)
         try:
             return self.model(inputs_embeds=embedded).logits
         finally:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers", reason="the extra 'text' is not installed")
 
+import gradleak as gl  # noqa: E402
 from gradleak.attacks.sentences import ReadSentences  # noqa: E402
 from gradleak.errors import NotApplicable  # noqa: E402
 from gradleak.inputs import TensorSpace  # noqa: E402
@@ -75,15 +76,44 @@ def _everywhere(ids: Tensor, positions: Tensor, labels: Tensor) -> list[list[int
     return torch.full_like(ids, -100).scatter(1, positions, labels).tolist()
 
 
+def test_the_mask_token_is_found_and_auto_reads() -> None:
+    lm = model(trained=True)
+    ids, positions, labels = private(1, 10, seed=4)
+    seen = observe(lm, ids, positions, labels)
+    everywhere = torch.tensor(_everywhere(ids, positions, labels))
+    for attack in (gl.attacks.read_sentences(), gl.attacks.auto()):
+        found = attack.reconstruct(seen)
+        assert torch.equal(found.inputs, ids)
+        assert found.labels is not None
+        assert torch.equal(found.labels, everywhere)
+        assert found.certificate is not None
+        assert found.certificate.verdict == "proved"
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_model_that_says_which_positions_it_predicts(size: int) -> None:
+    lm = model()
+    ids, positions, labels = private(size, 10, seed=5)
+    client = gl.Client(lm.at(positions), Batch(ids, labels), TRAINING)
+    leak = gl.simulate(client, gl.attacks.read_sentences(), space=lm.space(10))
+    found = leak.reconstruction
+    assert torch.equal(found.inputs[gl.metrics.assign(found.inputs, leak.truth.inputs)], ids)
+    if size == 1:
+        assert found.labels is not None
+        assert torch.equal(found.labels, labels)
+        assert found.certificate is not None
+        assert found.certificate.verdict == "proved"
+
+
 def test_noise_is_not_read_as_text() -> None:
     lm = model()
     observation = observe(lm, *private(1, 10, seed=0))
     generator = torch.Generator().manual_seed(0)
     noisy = {k: v + v.std() * torch.randn(v.shape, generator=generator) for k, v in observation.update.tensors.items()}
-    with pytest.raises(NotApplicable, match="use matching"):
-        ReadSentences(mask=MASK).reconstruct(
-            ThreatModel().observe(lm, Update(noisy), space=lm.space(10), training=TRAINING, batch_size=1)
-        )
+    seen = ThreatModel().observe(lm, Update(noisy), space=lm.space(10), training=TRAINING, batch_size=1)
+    for attack in (ReadSentences(mask=MASK), gl.attacks.auto()):
+        with pytest.raises(NotApplicable, match="use matching"):
+            attack.reconstruct(seen)
 
 
 def test_a_changed_update_is_not_proved() -> None:
