@@ -81,6 +81,9 @@ def test_recursion_is_held_against_its_targets(bench: types.ModuleType) -> None:
     double = row | {"successes": 63}
     published = row | {"images": 4, "seconds per success": 120.0}
     assert met(bench, {"name": "recursion", "rows": [row, double, published]}) == [True, True, False, True, True]
+    chosen = row | {"certified": 63, "seconds per success": 1.3}
+    lines = met(bench, {"name": "recursion", "rows": [row, chosen, double, published]})
+    assert lines == [False, False, True, True, False, True, True]
 
 
 def test_batches_below_the_rank_bound_have_no_target(bench: types.ModuleType) -> None:
