@@ -19,9 +19,11 @@ class Journal:
         self.path = RESULTS / f"{name}.partial.jsonl"
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         self.rows = {entry["key"]: entry["row"] for entry in map(json.loads, text.splitlines())}
+        self.used: set[str] = set()
 
     def row(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return the row of a key, measured now unless it has been before."""
+        self.used.add(key)
         if key not in self.rows:
             self.rows[key] = measure()
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,5 +33,6 @@ class Journal:
         return dict(self.rows[key])
 
     def finish(self) -> None:
-        """Forget the rows; the table holds them."""
-        self.path.unlink(missing_ok=True)
+        """Forget the rows once the table holds them; rows that a smaller run did not ask for stay."""
+        if self.used == set(self.rows):
+            self.path.unlink(missing_ok=True)

@@ -2,8 +2,9 @@
 
 One evaluation is the objective of ``dlg()`` and its gradient on the paper's LeNet, eager, one candidate: a forward
 pass, a backward pass, and a backward pass through both. Its floating-point operations are counted, and divided by the
-rate of a large matrix product on the same machine: the share of the arithmetic limit. Below 10 % of it, the time of
-starting operations is what counts. Peak memory is that of a fresh process, without what torch itself takes.
+rate of a large matrix product on the same machine: the share of the arithmetic limit. The limit is called starting
+operations where the smallest case takes more than half as long, else arithmetic from a share of 10 %, else memory
+traffic. Peak memory is that of a fresh process, without what torch itself takes.
 
 The recursion's time and memory are set beside its largest matrix, n x n for n unknowns.
 
@@ -32,7 +33,7 @@ CASES = {
     "image side": tuple((1, side, 12) for side in (32, 64, 128)),
     "width": tuple((1, 32, width) for width in (12, 24, 48, 96)),
 }
-SIDES = (16, 24, 32, 40, 48)
+SIDES = (16, 24, 32, 40)
 BOUND = 0.1
 
 
@@ -107,6 +108,7 @@ def evaluation(n: int, side: int, width: int, repeats: int, threads: int) -> dic
 def recursion(side: int, repeats: int, threads: int) -> dict[str, Any]:
     """Measure one recursion in this process, the factors of the model made anew."""
     import gradleak as gl
+    from gradleak.errors import NotApplicable
 
     model = gl.models.lenet(image_size=side, seed=0)
     x = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
@@ -114,7 +116,10 @@ def recursion(side: int, repeats: int, threads: int) -> dict[str, Any]:
     space = gl.ImageSpace((3, side, side))
     seen = gl.ThreatModel().observe(model, client.send(), space=space, training=client.training, batch_size=1)
     before, began = peak_mib(), clock(threads)
-    found = gl.attacks.recursion().reconstruct(seen)
+    try:
+        found = gl.attacks.recursion().reconstruct(seen)
+    except NotApplicable as reason:
+        return {"stopped": str(reason)}
     seconds = clock(threads) - began
     mib, unknowns = peak_mib() - before, 3 * side**2
     rate = product(threads)
@@ -165,11 +170,14 @@ def main() -> None:
                     "seconds": found["seconds"],
                     "MiB": found["mib"],
                     "share of arithmetic limit": share,
-                    "limit": "arithmetic" if share >= BOUND else "starting operations",
+                    "limit": limit(found["seconds"], share, rows),
                 }
             )
     for side in (s for s in SIDES if s <= options.largest):
         found = journal.row(f"recursion {side} {tail}", lambda side=side: child("recursion", side, *tail))
+        if "stopped" in found:
+            rows.append({"against": "recursion", "N": 1, "side": side, "width": 12, "limit": "not determined"} | found)
+            continue
         share = found["factorization"] / found["seconds"]
         rows.append(
             {
@@ -183,12 +191,19 @@ def main() -> None:
                 "matrix MiB": found["matrix mib"],
                 "one factorization, share of time": share,
                 "MSE": found["mse"],
-                "limit": "factorization" if share >= BOUND else "building the matrices",
+                "limit": "building and factorizing matrices" if share >= BOUND else "building matrices",
             }
         )
     draw(rows)
     write_result("cost", rows, clock="processor" if options.threads == 1 else "wall", summary=summary(rows))
     journal.finish()
+
+
+def limit(seconds: float, share: float, rows: list[dict[str, Any]]) -> str:
+    """Name what an evaluation waits for; the first row is the smallest case."""
+    if not rows or seconds < 2 * rows[0]["seconds"]:
+        return "starting operations"
+    return "arithmetic" if share >= BOUND else "memory traffic"
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
@@ -201,19 +216,21 @@ def draw(rows: list[dict[str, Any]]) -> None:
     figure, places = pyplot.subplots(1, 4, figsize=(11, 2.6), layout="constrained")
     keys = {"batch": "N", "image side": "side", "width": "width", "recursion": "side"}
     for place, (axis, key) in zip(places, keys.items(), strict=True):
-        mine = [r for r in rows if r["against"] == axis]
+        mine = [r for r in rows if r["against"] == axis and "seconds" in r]
         if not mine:
             continue
         at = [r[key] for r in mine]
-        place.loglog(at, [r["seconds"] for r in mine], "o-", color="#1f5fa8", label="seconds")
+        place.plot(at, [1000 * r["seconds"] for r in mine], "o-", color="#1f5fa8")
         other = place.twinx()
-        other.loglog(at, [max(r["MiB"], 0.1) for r in mine], "s--", color="#b4552d", label="MiB")
+        other.plot(at, [r["MiB"] for r in mine], "s--", color="#b4552d")
+        place.set_ylim(0)
+        other.set_ylim(0)
         place.set_xticks(at, [str(a) for a in at])
-        place.minorticks_off()
         place.set_xlabel({"recursion": "recursion: image side"}.get(axis, f"matching: {axis}"))
         place.tick_params(axis="y", labelcolor="#1f5fa8")
         other.tick_params(axis="y", labelcolor="#b4552d")
-    places[0].set_ylabel("seconds", color="#1f5fa8")
+    places[0].set_ylabel("ms", color="#1f5fa8")
+    figure.text(0.995, 1.0, "MiB", color="#b4552d", ha="right", va="top")
     figure.savefig(PICTURE, dpi=90, metadata={"Software": None})
 
 
@@ -221,13 +238,16 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return one line per axis: what the last step of it costs, and the limit at both ends."""
     found = []
     for axis in dict.fromkeys(r["against"] for r in rows):
-        mine = [r for r in rows if r["against"] == axis]
+        every = [r for r in rows if r["against"] == axis]
+        mine = [r for r in every if "seconds" in r]
         first, last = mine[0], mine[-1]
         key = {"batch": "N", "width": "width"}.get(axis, "side")
         what = "one `recursion()`" if axis == "recursion" else "one evaluation of matching"
-        times = f"{1000 * first['seconds']:.3g} ms to {1000 * last['seconds']:.3g} ms"
+        times = f"{1000 * first['seconds']:.0f} ms to {1000 * last['seconds']:.0f} ms"
         memory = f"{max(first['MiB'], 0):.0f} to {last['MiB']:.0f} MiB"
-        limits = " → ".join(dict.fromkeys(r["limit"] for r in mine))
+        limits = " → ".join(dict.fromkeys(r["limit"] for r in every))
+        if every != mine:
+            limits += f" (from {every[len(mine)]['side']})"
         found.append(
             {
                 "what": f"{what}, LeNet, {key} = {first[key]} to {last[key]}",
