@@ -33,6 +33,10 @@ NEEDS = ("wikitext2_valid.txt", "wikitext2_test.txt", "bert_base_uncased_vocab.t
 SHOWN = (0, 10, 20, 30)  # iterations of the project page
 INNER = 20  # evaluations an iteration, torch.optim.LBFGS's default
 EARLY = 6  # iterations after which matching looks for the first time whether its sentences explain the update
+TRAINED = (
+    ". Training moves the gradient to the head: tensors of the first layers are left with a thousandth to a millionth "
+    "of its norm, and a search hardly sees the input; reading needs their direction only"
+)
 METRICS = (gl.metrics.token_accuracy, gl.metrics.rouge_1, gl.metrics.rouge_2, gl.metrics.rouge_l)
 
 
@@ -320,7 +324,8 @@ def run(config: Config, lab: Lab) -> Result:
                 theirs,
                 cost=_cost(ours[1:], "a sentence"),
                 note="ours: float32, tensors balanced, strong-Wolfe L-BFGS, start of the table's spread, positions "
-                f"and labels as read; it stops once its sentence explains the update. {_rouge(ours[1:], last)}",
+                f"and labels as read; it stops once its sentence explains the update. {_rouge(ours[1:], last)}"
+                + (TRAINED if model["steps"] else ""),
             ),
         ]
         for name, found in (("ours, matching", ours[0]), ("published", published[0])):
