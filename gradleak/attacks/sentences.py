@@ -356,7 +356,9 @@ class _Reader:
         groups: dict[int, list[nn.Linear]] = {}
         for module, key in calls:
             groups.setdefault(key, []).append(module)
-        layers = [g for g in groups.values() if len(g) >= 3 and all(self._trained(m) for m in g)]
+        # Layers that share their weights count once: one gradient is spanned by the inputs of all of them.
+        distinct = {g[0]: g for g in reversed(groups.values()) if len(g) >= 3 and all(self._trained(m) for m in g)}
+        layers = list(reversed(distinct.values()))
         if not layers:
             raise NotApplicable("No layers for query, key and value that share an input were found; use matching.")
         decoder = calls[-1][0] if calls[-1][0].out_features == len(self.space.table) else None
@@ -384,7 +386,10 @@ class _Reader:
 
         """
         if layer >= len(self.layers):
-            raise NotApplicable("A model with a single attention layer does not tell several sentences apart.")
+            raise NotApplicable(
+                "A model with a single attention layer, or the same one throughout, does not tell sentences of a batch "
+                "apart; use matching."
+            )
         parts = [self.update[f"{self.names[m]}.weight"] for m in self.layers[layer]]
         # Each carries rounding in proportion to its own size: the value gradient's must not bury the others.
         return torch.cat([part / part.norm().clamp_min(1e-300) for part in parts])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ import gradleak as gl  # noqa: E402
 from gradleak.attacks.sentences import ReadSentences  # noqa: E402
 from gradleak.errors import NotApplicable  # noqa: E402
 from gradleak.inputs import TensorSpace  # noqa: E402
-from gradleak.integrations.huggingface import MaskedLanguageModel, TokenCrossEntropy  # noqa: E402
+from gradleak.integrations.huggingface import MaskedLanguageModel, TokenCrossEntropy, from_pretrained  # noqa: E402
 from gradleak.threat import Observation, ThreatModel  # noqa: E402
 from gradleak.training import FedSGD  # noqa: E402
 from gradleak.types import Batch, Update, UpdateKind  # noqa: E402
@@ -103,6 +105,42 @@ def test_a_model_that_says_which_positions_it_predicts(size: int) -> None:
         assert torch.equal(found.labels, labels)
         assert found.certificate is not None
         assert found.certificate.verdict == "proved"
+
+
+FAMILIES = {
+    "Albert": {"embedding_size": 32},
+    "Bert": {},
+    "Electra": {"embedding_size": 64},
+    "Roberta": {},
+}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reads_any_checkpoint(family: str, size: int, tmp_path: Path) -> None:
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=300,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        **FAMILIES[family],
+    )
+    own = getattr(transformers, f"{family}ForMaskedLM")(config)
+    generator = torch.Generator().manual_seed(0)
+    for p in own.parameters():
+        # Norms scale by about one, and biases are nowhere near their start of zero.
+        p.data = 0.05 * torch.randn(p.shape, generator=generator) + (p.ndim == 1)
+    own.save_pretrained(tmp_path)
+    observation = observe(from_pretrained(tmp_path), *(private_ := private(size, 10, seed=7)))
+    if family == "Albert" and size > 1:
+        with pytest.raises(NotApplicable, match="the same one throughout"):
+            gl.attacks.read_sentences().reconstruct(observation)
+        return
+    found = gl.attacks.read_sentences().reconstruct(observation)
+    assert torch.equal(found.inputs[gl.metrics.assign(found.inputs, private_[0])], private_[0])
+    assert found.certificate is not None
+    assert found.certificate.verdict == "proved"
 
 
 def test_noise_is_not_read_as_text() -> None:
