@@ -7,7 +7,7 @@ the targets; the schedules say with which weight (``--exponent 3``: 10⁻³) it 
 
 - none: cosine and total variation alone, which is ``inverting_gradients()``.
 - constant: the weight throughout.
-- first: the weight, which falls linearly to zero at half of the steps, so that the features place the images and the gradient
+- first: the weight, which falls to zero at half of the steps, so that the features place the images and the gradient
   draws them.
 - late: zero for the first half, then the weight.
 
