@@ -71,13 +71,13 @@ def _victim(lab: Lab, stage: int, examples: int, epochs: int) -> nn.Module:
     return model
 
 
-def ours(lab: Lab, *, stage: int, image: int, examples: int, epochs: int) -> Mapping[str, Any]:
+def ours(lab: Lab, *, stage: int, image: int, examples: int, epochs: int, iterations: int) -> Mapping[str, Any]:
     """Reconstruct one test digit at one stage with our attacker."""
     batch = _shared.held_out(lab, _shared.images("mnist"), [image])
     model = _victim(lab, stage, examples, epochs)
     observation = _shared.observe(model, batch)
     norm = float(torch.stack([v.square().sum() for v in observation.update.tensors.values()]).sum().sqrt())
-    return {**_shared.attack_gradients([observation], [batch], iterations=3000)[0], "gradient_norm": norm}
+    return {**_shared.attack_gradients([observation], [batch], iterations=iterations)[0], "gradient_norm": norm}
 
 
 def published(lab: Lab, *, stage: int, image: int, examples: int, epochs: int, outer: int) -> Mapping[str, Any]:
@@ -96,7 +96,7 @@ def run(config: Config, lab: Lab) -> Result:
     all_errors: list[list[list[float]]] = []
     lines: list[tuple[str, list[Any]]] = []
     for stage in STAGES:
-        mine = lab.measure(ours, [{"stage": stage, "image": i, **fixed} for i in chosen])
+        mine = lab.measure(ours, [{"stage": stage, "image": i, "iterations": 3000, **fixed} for i in chosen])
         theirs = lab.measure(
             published,
             [{"stage": stage, "image": i, "outer": config.outer, **fixed} for i in chosen[: config.published]],
