@@ -195,9 +195,9 @@ class _System:
     def blocks(self, v: Tensor, blocks: Tensor) -> Tensor:
         """Apply one symmetric block per phase (f, q, q), or per channel and phase (c, f, q, q), to rows (k, n)."""
         if blocks.ndim == 3:
-            parts = v.view(-1, *blocks.shape[:2]).transpose(0, 1)
+            parts = v.reshape(-1, *blocks.shape[:2]).transpose(0, 1)
             return (parts @ blocks).transpose(0, 1).reshape(v.shape)
-        parts = v.view(len(v), -1, blocks.shape[-1]).transpose(0, 1)
+        parts = v.reshape(len(v), -1, blocks.shape[-1]).transpose(0, 1)
         return (parts @ blocks.flatten(0, 1)).transpose(0, 1).reshape(v.shape)
 
     def _convolutions(self, dtype: torch.dtype) -> tuple[Rows, Rows]:
@@ -215,10 +215,10 @@ class _System:
         before, behind = kernel.shape[3] - 1 - left, broad - broad_in + left
 
         def apply(v: Tensor) -> Tensor:
-            return _convolve(v.view(len(v), -1, tall_in, broad_in), forward, (before, behind, above, below))
+            return _convolve(v.reshape(len(v), -1, tall_in, broad_in), forward, (before, behind, above, below))
 
         def adjoint(u: Tensor) -> Tensor:
-            return _convolve(u.view(len(u), -1, tall, broad), kernel, (left, right, top, bottom))
+            return _convolve(u.reshape(len(u), -1, tall, broad), kernel, (left, right, top, bottom))
 
         return apply, adjoint
 
@@ -247,7 +247,10 @@ class _System:
         eye = torch.eye(size).to(self.gram)
         if 2 * self.step.outputs <= self.step.inputs and self.step.outputs <= _FEWER:
             shift = 1e-4 * float(self.gram.diagonal(dim1=1, dim2=2).mean())
-            inverse = torch.linalg.inv(self.gram + shift * eye).float()
+            exact, singular = torch.linalg.inv_ex(self.gram + shift * eye)
+            if bool(singular.any()):
+                return None
+            inverse = exact.float()
 
             apply, adjoint = self._convolutions(torch.float32)
             narrow = self.blocks(adjoint(torch.eye(self.step.outputs).to(inverse)), inverse)
@@ -263,7 +266,7 @@ class _System:
                 return first - self.blocks(adjoint(inside.contiguous()), inverse)
 
             return eliminated
-        own = forward.view(self.step.channels, self.count, size)
+        own = forward.reshape(self.step.channels, self.count, size)
         matrix = (self.gram + torch.diag_embed(own)).float()
         matrix += 1e-6 * matrix.diagonal(dim1=2, dim2=3).mean(-1)[..., None, None] * eye.float()
         factor, failed = torch.linalg.cholesky_ex(matrix)

@@ -106,6 +106,18 @@ def test_where_it_does_not_serve() -> None:
     assert light(made(nn.Conv2d(1, 16, 3), nn.Tanh(), features=576), (1, 8, 8)) is not None
 
 
+@pytest.mark.parametrize("inputs", [12, 40], ids=["more outputs", "fewer outputs"])
+def test_linear_layer_without_bias(inputs: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(inputs, 16, bias=False), nn.Tanh(), nn.Linear(16, 5))
+    x = torch.rand(1, inputs, generator=torch.Generator().manual_seed(0))
+    result = invert(model, x)
+    assert result.input is not None
+    assert result.steps == 0
+    assert float((result.input - x[0].double()).square().mean()) < 1e-10
+
+
 def test_an_update_that_is_not_explained_is_left_to_the_factors() -> None:
     x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     model = lenet(image_size=16, seed=1)
