@@ -153,7 +153,10 @@ class _Problem:
         buffers = {
             k: v.to(dtype) if v.is_floating_point() else v for k, v in (others | dict(model.named_buffers())).items()
         }
-        observed = {k: v.to(device=own.device, dtype=dtype) for k, v in observation.update.tensors.items()}
+        shared = observation.update.tensors
+        # In the order of the parameters, whatever the file's was: prepared gradients take their tensors by position.
+        order = [*(k for k in params if k in shared), *(k for k in shared if k not in params)]
+        observed = {k: shared[k].to(device=own.device, dtype=dtype) for k in order}
         n, notes = observation.batch_size or 1, []
         with torch.no_grad():
             probe = torch.zeros(1, *observation.space.shape, dtype=dtype, device=own.device)
@@ -316,7 +319,8 @@ class _Group:
         """Return what identifies a prepared gradient of ``width`` candidates, None where nothing safely does."""
         p, a = self.first, self.attack
         found = (kind, width, p.signature(), type(p.model), self.training, a.objective, a.priors, a.coordinates)
-        key = (*found, p.observation.space, self.axes, tuple(p.buffers), self.like.dtype, self.like.device)
+        named = tuple(p.observed), tuple(p.buffers)
+        key = (*found, p.observation.space, self.axes, named, self.like.dtype, self.like.device)
         try:
             hash(key)
         except TypeError:
@@ -396,7 +400,7 @@ class _Evaluator:
             graph = backends.traced(self._function(), arguments)
             if kind == "trace":
                 function: backends.Function = graph
-            elif asked == "auto" and gain < 1.5 * backends.compile_seconds(graph):
+            elif asked == "auto" and gain < 1.2 * backends.compile_seconds(graph):
                 return None
             else:
                 function = backends.compiled(graph, arguments)
