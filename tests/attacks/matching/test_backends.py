@@ -46,6 +46,16 @@ def test_traced_vmapped_and_looped_agree() -> None:
     same(attack("trace", vectorize=False, restarts=1).reconstruct(seen), attack("eager", restarts=1).reconstruct(seen))
 
 
+def test_a_prepared_gradient_does_not_mix_up_tensors_that_come_in_another_order() -> None:
+    seen = observe()
+    tensors = dict(reversed(seen.update.tensors.items()))  # as a file may list them
+    turned = dataclasses.replace(seen, update=gl.Update(tensors, seen.update.kind), key=seen.key)
+    first = attack("trace").reconstruct(seen)
+    second = attack("trace").reconstruct(turned)
+    assert second.notes == ()
+    same(second, first)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
