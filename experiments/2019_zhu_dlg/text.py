@@ -71,7 +71,7 @@ class Config:
 
 
 SMOKE = Config(128, 3, 2, 1, (1, 1), (1, 1), 1, (2,), 1, 0)
-DEFAULT = Config(256, 4, 800, 20, (20, 5), (5, 0), 3, (2, 3, 4), 30, 3)
+DEFAULT = Config(256, 4, 800, 20, (20, 5), (5, 1), 3, (2, 3, 4), 30, 3)
 FULL = Config(256, 4, 20000, 200, (200, 200), (200, 100), 100, (2, 3, 4, 8), 30, 50)
 
 
@@ -394,7 +394,7 @@ def run(config: Config, lab: Lab) -> Result:
             f"{config.sentences} sentences ({config.matched[1]} matched at trained weights), {config.batches} batches "
             f"a size, {config.base} sentences at the shape of bert-base instead of {FULL.sentences}, {FULL.batches} "
             f"and {FULL.base}; the published algorithm on {config.published[0]} sentences and {config.published[1]} "
-            f"batches a size; {config.steps} training steps instead of {FULL.steps}"
+            f"batch a size; {config.steps} training steps instead of {FULL.steps}"
         )
     )
     return Result(rows, [Figure("text", "Token accuracy along the iterations.", draw)], texts, scaled)
