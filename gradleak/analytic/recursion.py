@@ -263,7 +263,7 @@ def _quickly(
     equations = len(whole.target)
     variance = (residual * float(whole.target.norm())) ** 2 / max(equations - value.numel(), 1)
     spread = variance * found.layers[-1].spread
-    size = float(value.square().mean())
+    size = float(value.abs().max()) ** 2
     if not (residual <= _CLOSE * outer.noise and spread <= _GOOD * size):
         return None
     return RecursionResult(value, None, tuple(reports), None, outer.features, label, outer.noise, residual, spread, 0)
@@ -277,9 +277,9 @@ _FINE = 1e-12
 """Below this noise (float64 updates) the many digits wanted make iterations dearer than factors."""
 _CLOSE = 150.0
 """Relative residual that the iterative way may leave, in units of the outer product's noise."""
-_GOOD = 1e-9
-"""Estimated mean squared error that it may leave, relative to the input's mean square (measured: the error is two to
-ten times less)."""
+_GOOD = 5e-10
+"""Estimated mean squared error that it may leave, relative to the input's squared peak: 93 dB. On 30 images that no
+benchmark uses, the true error was 0.03 to 0.6 times the estimate, at most 8e-11 below this limit."""
 
 
 def _label(delta: Tensor) -> int | None:
