@@ -347,6 +347,16 @@ class LBFGS(Solver):
         return best.outcome(interrupted)
 
 
+def _pick(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """Return rows of ``yes`` where ``mask``, else of ``no``; on a CPU, looking first costs less than copying."""
+    if not mask.is_cuda:
+        if not bool(mask.any()):
+            return no
+        if bool(mask.all()):
+            return yes
+    return torch.where(mask[:, None], yes, no)
+
+
 class _Lockstep:
     """The state of the line searches and histories of the problems at work."""
 
@@ -418,7 +428,7 @@ class _Lockstep:
         ]
         new_lo = [torch.where(worse, near, p) for p, near in zip(point, self.lo, strict=True)]
         t_old = t_lo
-        self.g_lo = torch.where(worse[:, None], self.g_lo, g)
+        self.g_lo = _pick(worse, self.g_lo, g)
         self.lo, self.hi = new_lo, new_hi
         self.zooming = self.zooming | worse | flip
         self.tries = self.tries + 1
@@ -441,13 +451,13 @@ class _Lockstep:
         accept = (accept & ~starting) | rescue
         step_t = torch.where(rescue, t_lo, t)
         step_f = torch.where(rescue, f_lo, f)
-        step_g = torch.where(rescue[:, None], self.g_lo, g)
+        step_g = _pick(rescue, self.g_lo, g)
 
         pair = self._remember(accept, step_t, step_g)
         moved = accept | starting
-        self.x = torch.where(accept[:, None], torch.addcmul(self.x, step_t[:, None], self.direction), self.x)
+        self.x = _pick(accept, torch.addcmul(self.x, step_t[:, None], self.direction), self.x)
         self.f = torch.where(moved, step_f, self.f)
-        self.g = torch.where(moved[:, None], step_g, self.g)
+        self.g = _pick(moved, step_g, self.g)
         self.steps = self.steps + accept
         self.finished = self.finished | (fail & self.failed) | (starting & ~torch.isfinite(f))
         self.failed = torch.where(moved, torch.zeros_like(fail), self.failed | fail)
@@ -455,16 +465,16 @@ class _Lockstep:
         direction = self._direction(pair, fail)
         slope = (direction * self.g).sum(1)
         steepest = ~(slope < 0) | (self.steps == 0) | fail
-        direction = torch.where(steepest[:, None], -self.g, direction)
+        direction = _pick(steepest, -self.g, direction)
         slope = torch.where(steepest, -(self.g * self.g).sum(1), slope)
         first_t = torch.where(steepest, (1 / self.g.abs().sum(1).clamp_min(1e-30)).clamp_max(1.0), torch.ones_like(t))
-        self.direction = torch.where(turn[:, None], direction, self.direction)
+        self.direction = _pick(turn, direction, self.direction)
         self.slope = torch.where(turn, slope, self.slope)
         self.t = torch.where(turn, first_t, next_t)
         zero = torch.zeros_like(t)
         self.lo = [torch.where(turn, a, b) for a, b in zip([zero, self.f, self.slope], self.lo, strict=True)]
         self.hi = [torch.where(turn, zero, h) for h in self.hi]
-        self.g_lo = torch.where(turn[:, None], self.g, self.g_lo)
+        self.g_lo = _pick(turn, self.g, self.g_lo)
         self.tries = torch.where(turn, torch.zeros_like(self.tries), self.tries)
         self.zooming = self.zooming & ~turn
         self.fresh = torch.zeros_like(self.fresh)
@@ -478,8 +488,8 @@ class _Lockstep:
         size = torch.where(good, ss, torch.ones_like(ss)).rsqrt()[:, None]
         every, k = torch.arange(len(s), device=s.device), self.slot
         y = (y * size).to(self.y.dtype)
-        self.s[every, k] = torch.where(good[:, None], (s * size).to(self.s.dtype), self.s[every, k])
-        self.y[every, k] = torch.where(good[:, None], y, self.y[every, k])
+        self.s[every, k] = _pick(good, (s * size).to(self.s.dtype), self.s[every, k])
+        self.y[every, k] = _pick(good, y, self.y[every, k])
         self.live[every, k] |= good
         self.pushes += 1
         return good, y
@@ -513,12 +523,15 @@ class _Lockstep:
             rows, columns = order[:, :, None].expand(-1, m, m), order[:, None, :].expand(-1, m, m)
             sy, yy = (a.gather(1, rows).gather(2, columns) for a in (sy, yy))
             live, s_g, y_g = (a.gather(1, order) for a in (live, s_g, y_g))
-        used = live[:, :, None] & live[:, None, :]
-        s_g, y_g = s_g * live, y_g * live
-        R = torch.where(used & self.upper[:k, :k], sy, torch.diag_embed((~live).double()))
+        s_g = s_g * live
+        if not live.is_cuda and bool(live.all()):
+            R = sy.triu()
+        else:
+            used = live[:, :, None] & live[:, None, :] & self.upper[:k, :k]
+            R = torch.where(used, sy, torch.diag_embed((~live).double()))
         gamma = self.gamma.double()[:, None]
         a = torch.linalg.solve_triangular(R, s_g[:, :, None], upper=True)[:, :, 0]
-        past = gamma * (y_g - (torch.where(used, yy, 0) @ a[:, :, None])[:, :, 0])
+        past = gamma * live * (y_g - (yy @ a[:, :, None])[:, :, 0])
         right = R.diagonal(dim1=1, dim2=2) * a - past
         b = torch.linalg.solve_triangular(R.mT, right[:, :, None], upper=False)[:, :, 0]
         a, b = gamma * a * live, b * live
