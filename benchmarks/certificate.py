@@ -256,7 +256,7 @@ def summary(trials: list[Trial]) -> dict[str, Any]:
         table[t.scenario].update([t.verdict, *["wrong"] * t.wrong])
     clean = [t for t in trials if t.scenario in CLEAN and t.exact]
     missed = [t for t in clean if t.verdict == "unproved" and "is zero or not finite" not in t.reason]
-    used = sorted(t.error / t.bound for t in trials if t.proved)
+    used = sorted(t.error / max(t.bound, 1e-300) for t in trials if t.proved)
     return {
         "trials": len(trials),
         "wrong": sum(t.wrong for t in trials),

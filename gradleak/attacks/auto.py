@@ -326,7 +326,8 @@ class _Case:
             if value is not None:
                 if note:
                     self.notes.append(f"recursion: {note}; what lies behind is its best guess.")
-                return self._from_layers(result, value, chain.head, seconds), _determined(result)
+                proof = _determined(result, _rounding(observation))
+                return self._from_layers(result, value, chain.head, seconds), proof
         raise NotApplicable(f"The recursion stops: {result.stopped_at}.")
 
     def _from_layers(self, result: RecursionResult, value: Tensor, head: bool, seconds: float) -> Reconstruction:
@@ -444,12 +445,13 @@ def _match(name: str, attack: Attack, cases: list[_Case], seed: int, clock: _Clo
         case.seconds += share
 
 
-def _determined(result: RecursionResult) -> Construction | None:
+def _determined(result: RecursionResult, rounding: float) -> Construction | None:
     if result.input is None or math.isnan(result.spread):
         return None
-    return Construction(
-        result.input.numel(), result.spread**0.5, "solved backward, every layer's linear system has full rank"
-    )
+    # A residual of zero is luck: nothing is known better than to the rounding of the numbers it came from.
+    size = float(result.input.square().mean().sqrt())
+    error = max(result.spread**0.5, rounding * size)
+    return Construction(result.input.numel(), error, "solved backward, every layer's linear system has full rank")
 
 
 def _rounding(observation: Observation) -> float:

@@ -10,8 +10,9 @@ from torch import nn
 
 import gradleak as gl
 from gradleak import defenses
+from gradleak.analytic.recursion import RecursionResult
 from gradleak.attacks import auto
-from gradleak.attacks.auto import certificate
+from gradleak.attacks.auto import _determined, certificate
 from gradleak.attacks.base import Progress
 from gradleak.errors import InvalidInput, NotApplicable
 from gradleak.models import lenet
@@ -38,6 +39,14 @@ def observe(client: gl.Client, threat: gl.ThreatModel | None = None) -> gl.Obser
 
 def error(client: gl.Client, found: gl.Reconstruction) -> float:
     return float((found.inputs.double() - client.batch.inputs.double()).square().mean())
+
+
+def test_no_bound_is_below_the_rounding_of_the_update() -> None:
+    x = torch.ones(4, dtype=torch.float64)
+    lucky = RecursionResult(x, None, (), None, x, None, 1e-16, 0.0, 0.0, 0)
+    proof = _determined(lucky, 2e-16)
+    assert proof is not None
+    assert proof.error == pytest.approx(2e-16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
