@@ -540,7 +540,8 @@ def _solve(
 def _slots(group: _Group, candidates: int, size: int) -> int:
     """Return how many candidates work at a time: what the cache likes and the memory holds."""
     attack, like = group.attack, group.like
-    wanted = min(candidates, _SLOTS_GPU if like.is_cuda else _SLOTS)
+    host = _SLOTS if group.params_axis == 0 else 2 * _SLOTS  # Weights of their own fill the cache sooner.
+    wanted = min(candidates, _SLOTS_GPU if like.is_cuda else host)
     if not group.vectorize:
         wanted = candidates
     keeps = attack.solver.memory(size, like.dtype.itemsize)
