@@ -16,6 +16,7 @@ from gradleak.analytic.head import Head, find_head
 from gradleak.attacks.base import Attack, Callback
 from gradleak.attacks.disaggregation import FeatureDisaggregation
 from gradleak.attacks.matching import LBFGS, GradientMatching
+from gradleak.attacks.matching.coordinates import NaturalImages
 from gradleak.errors import NotApplicable
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import CrossEntropy, LocalTraining, Loss, Tensors, soft_labels
@@ -161,8 +162,8 @@ def feature_matching(
     """Separate the batch at the head first, then match one feature target per example beside the body's gradient.
 
     With exact features and logit gradients the head drops out of the problem: no softmax couples the examples, their
-    order is fixed, and every example has its own target. The rest is squared-error matching as in :func:`dlg`, for
-    smooth models; published relative: gradient inversion with embeddings (GIE, ICME 2024).
+    order is fixed, and every example has its own target. The rest is squared-error matching as in :func:`dlg`, in its
+    coordinates and for smooth models; published relative: gradient inversion with embeddings (GIE, ICME 2024).
 
     Args:
         iterations: evaluations of the objective's gradient per candidate.
@@ -174,7 +175,8 @@ def feature_matching(
     """
     match = GradientMatching(
         solver=LBFGS(iterations=iterations),
-        init_std=0.1,
+        init_std=0.05,
+        coordinates=NaturalImages(),
         restarts=restarts,
         tolerance=tolerance,
         warm_dtype=torch.float32,
