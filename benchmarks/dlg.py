@@ -24,10 +24,13 @@ FAST = 5e-8
 
 def main() -> None:
     """Measure and store the table."""
-    options = arguments(__doc__ or "", images=64, published=16, polished=0)
+    options = arguments(__doc__ or "", images=64, default=32, published=16, polished=0)
     images, labels = cifar100(options.data)
     fast = gl.attacks.dlg(tolerance=FAST, trace=False)
-    rows = [measure("gradleak dlg()", fast, images, labels, options.images, torch.float32)]
+    rows = [measure("gradleak dlg(), stopped at MSE 1e-4", fast, images, labels, options.images, torch.float32)]
+    if options.default:
+        attack = gl.attacks.dlg(trace=False)
+        rows.append(measure("gradleak dlg(), default", attack, images, labels, options.default, torch.float32))
     if options.polished:
         attack = gl.attacks.dlg(tolerance=1e-19, trace=False)
         rows.append(measure("polished, float64 update", attack, images, labels, options.polished, torch.float64))

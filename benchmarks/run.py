@@ -150,7 +150,9 @@ def lines(name: str, record: Record) -> list[Line]:
 
 
 def _dlg(record: Record) -> list[Line]:
-    ours, *others = record["rows"]
+    others = [r for r in record["rows"] if r["attacker"].startswith("published")]
+    mine = [r for r in record["rows"] if r not in others and not r["attacker"].startswith("polished")]
+    ours, fast = mine[-1], mine[0]  # the default, and the one that stops at the goal; one row may be both
     count, hits = ours["images"], ours["MSE <= 1e-4"]
     enough = count >= 32
     beside = "".join(f"; published algorithm {o['MSE <= 1e-4']} of {o['images']}" for o in others)
@@ -165,8 +167,12 @@ def _dlg(record: Record) -> list[Line]:
             _if(enough, ours["labels right"] == count),
         ),
     ]
+    if fast is not ours:
+        total, good = fast["images"], fast["MSE <= 1e-4"]
+        label = "the same, stopped where an MSE of 1e-4 is expected: MSE ≤ 1e-4"
+        found.append(Line(label, "≥ 62 of 64", f"{good} of {total}", _if(total >= 64, 64 * good >= 62 * total)))
     if others:
-        found.append(_speed("the same: time per success", ours, others[0], 25, enough))
+        found.append(_speed("the same: time per success", fast, others[0], 25, enough))
     return [_short(line) for line in found]
 
 
@@ -195,7 +201,10 @@ def _recursion(record: Record) -> list[Line]:
 
 
 def _speed(what: str, ours: Record, published: Record, factor: int, enough: bool) -> Line:
-    mine, theirs = ours["seconds per success"], published["seconds per success"]
+    # Processor time where it was taken: other work on the machine does not stretch it.
+    key = "processor seconds per success"
+    key = key if key in ours and key in published else "seconds per success"
+    mine, theirs = ours[key], published[key]
     target = f"≤ 1/{factor} of the published algorithm"
     if not math.isfinite(mine):
         return Line(what, target, "no success", _if(enough, False))

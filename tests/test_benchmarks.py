@@ -47,6 +47,12 @@ def dlg(images: int = 32, hits: int = 31, median: float = 5e-7, theirs: float = 
     return {"name": "dlg", "machine": MACHINE, "rows": [row, other]}
 
 
+def both(fast: int = 62, median: float = 5e-7) -> dict[str, Any]:
+    record = dlg(median=median)
+    quick = record["rows"][0] | {"attacker": "stopped early", "images": 64, "MSE <= 1e-4": fast, "median MSE": 3e-5}
+    return record | {"rows": [quick, *record["rows"]]}
+
+
 def store(folder: Path, *records: dict[str, Any]) -> Path:
     folder.mkdir(exist_ok=True)
     for record in records:
@@ -67,6 +73,9 @@ def met(bench: types.ModuleType, record: dict[str, Any]) -> list[bool | None]:
         (dlg(theirs=49.0), [True, True, True, False]),  # 1/24.5 of the time
         (dlg(theirs=float("inf")), [True, True, True, None]),  # nothing to compare with
         (dlg(images=2, hits=2), [None, None, None, None]),  # too few to decide
+        (both(), [True, True, True, True, True]),
+        (both(fast=61), [True, True, True, False, True]),
+        (both(median=2e-6), [True, False, True, True, True]),
     ],
 )
 def test_dlg_is_held_against_its_targets(
