@@ -27,7 +27,8 @@ BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 EMPTY = "*No figures yet: this section is filled from the scripts in `benchmarks/`.*"
 
 QUICK: dict[str, tuple[str, ...]] = {
-    "dlg": ("--images", "2", "--published", "0"),
+    "dlg": ("--images", "2", "--default", "0", "--published", "0"),
+    "restarts": ("--repeats", "1", "--evaluations", "5"),
     "batches": ("--batches", "1", "--iterations", "50"),
     "batches_features": ("--batches", "1", "--iterations", "50"),
     "inverting_gradients": ("--pairs", "1", "--steps", "1"),
