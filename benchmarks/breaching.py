@@ -66,9 +66,10 @@ def worker(threads: int) -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Only for the model.
     sys.path = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]  # This file's name.
     import torch
+    from torch import library
 
     torch.set_num_threads(threads)
-    operators = torch.library.Library("torchvision", "FRAGMENT")
+    operators = library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import breaching
