@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(os.environ.get("GRADLEAK_BENCHMARK_RESULTS", Path(__file__).resolve().parent / "results"))
+from _common import RESULTS
 
 
 class Journal:

@@ -29,8 +29,8 @@ import time
 from typing import Any
 
 import torch
-from _common import arguments, cifar100, observe, write_result
-from _journal import RESULTS, Journal
+from _common import RESULTS, arguments, cifar100, observe, write_result
+from _journal import Journal
 from torch import Tensor, nn
 
 import gradleak as gl

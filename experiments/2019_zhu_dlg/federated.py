@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 import gradleak as gl
 from gradleak.analytic.ranks import rank_bound
 from gradleak.audit.experiment import Figure, Lab, Measured, Result, Row, median, share
@@ -60,50 +62,62 @@ def training(steps: int, lr: float, momentum: float, examples: int = 1) -> gl.Fe
     return gl.FedAvg(optimizer=rule, steps=steps, batch_size=1 if examples > 1 else None)
 
 
-def ours(lab: Lab, *, steps: int, lr: float, momentum: float, images: list[int], iterations: int) -> Mapping[str, Any]:
-    """Unroll k steps on one example each; images of one case advance together."""
-    data, local = _shared.images("cifar100"), training(steps, lr, momentum)
+def _alone(lab: Lab, images: list[int], local: gl.FedAvg, iterations: int) -> Mapping[str, Any]:
+    """Unroll ``local`` on one example each; images of one case advance together."""
+    data = _shared.images("cifar100")
     batches = [_shared.held_out(lab, data, [i]) for i in images]
     observations = [_shared.observe(data.lenet(i), b, local) for i, b in zip(images, batches, strict=True)]
     return _shared.merged(_shared.attack_gradients(observations, batches, iterations=iterations))
+
+
+def _victim(lab: Lab, images: list[int], width: int = 12) -> tuple[gl.Batch, nn.Module]:
+    """Return the examples of one client and the model that it was sent."""
+    data = _shared.images("cifar100")
+    return _shared.held_out(lab, data, images), data.lenet(images[0], width=width)
+
+
+def _as_one_gradient(
+    lab: Lab, local: gl.FedAvg, images: list[int], lr: float, budget: int, width: int = 12
+) -> Mapping[str, Any]:
+    """Divide the delta of ``local`` by −lr·k and run the published algorithm on it."""
+    batch, model = _victim(lab, images, width)
+    return _shared.attack_published(
+        model, batch, _shared.observe(model, batch, local), classes=100, seed=images[0], budget=budget, lr=lr,
+        steps=local.count(len(batch)),
+    )  # fmt: skip
+
+
+def ours(lab: Lab, *, steps: int, lr: float, momentum: float, images: list[int], iterations: int) -> Mapping[str, Any]:
+    """Unroll k steps of SGD on one example each."""
+    return _alone(lab, images, training(steps, lr, momentum), iterations)
 
 
 def published(lab: Lab, *, steps: int, lr: float, momentum: float, image: int, budget: int) -> Mapping[str, Any]:
     """Treat the same delta as one gradient and run the published algorithm."""
-    data = _shared.images("cifar100")
-    batch, model = _shared.held_out(lab, data, [image]), data.lenet(image)
-    observation = _shared.observe(model, batch, training(steps, lr, momentum))
-    return _shared.attack_published(
-        model, batch, observation, classes=100, seed=image, budget=budget, lr=lr, steps=steps
-    )
+    return _as_one_gradient(lab, training(steps, lr, momentum), [image], lr, budget)
 
 
 def adam(lab: Lab, *, steps: int, lr: float, images: list[int], iterations: int) -> Mapping[str, Any]:
     """Unroll k steps of Adam on one example each."""
-    data, local = _shared.images("cifar100"), gl.FedAvg(optimizer=Adam(lr), steps=steps)
-    batches = [_shared.held_out(lab, data, [i]) for i in images]
-    observations = [_shared.observe(data.lenet(i), b, local) for i, b in zip(images, batches, strict=True)]
-    return _shared.merged(_shared.attack_gradients(observations, batches, iterations=iterations))
+    return _alone(lab, images, gl.FedAvg(optimizer=Adam(lr), steps=steps), iterations)
 
 
 def adam_published(lab: Lab, *, steps: int, lr: float, image: int, budget: int) -> Mapping[str, Any]:
     """Treat Adam's delta as one gradient and run the published algorithm."""
-    data = _shared.images("cifar100")
-    batch, model = _shared.held_out(lab, data, [image]), data.lenet(image)
-    observation = _shared.observe(model, batch, gl.FedAvg(optimizer=Adam(lr), steps=steps))
-    return _shared.attack_published(
-        model, batch, observation, classes=100, seed=image, budget=budget, lr=lr, steps=steps
-    )
+    return _as_one_gradient(lab, gl.FedAvg(optimizer=Adam(lr), steps=steps), [image], lr, budget)
+
+
+def _shuffled(count: int, lr: float, seed: int) -> gl.FedAvg:
+    return gl.FedAvg(lr, epochs=count, batch_size=2, shuffle=seed)
 
 
 def epochs(
     lab: Lab, *, count: int, lr: float, width: int, images: list[int], iterations: int, order: bool
 ) -> Mapping[str, Any]:
     """Unroll several epochs over shuffled minibatches of two, with the order granted or withheld."""
-    data, local = _shared.images("cifar100"), gl.FedAvg(lr, epochs=count, batch_size=2, shuffle=images[0])
-    batch, model = _shared.held_out(lab, data, images), data.lenet(images[0], width=width)
+    local, (batch, model) = _shuffled(count, lr, images[0]), _victim(lab, images, width)
     threat = gl.ThreatModel(gl.ThreatModel().knows | gl.Knowledge.ORDER) if order else gl.ThreatModel()
-    space = gl.ImageSpace(data.shape)
+    space = gl.ImageSpace(tuple(batch.inputs.shape[1:]))
     seen = threat.observe(model, local(model, batch), space=space, training=local, batch_size=len(batch))
     return _shared.attack_gradients([seen], [batch], iterations=iterations)[0]
 
@@ -112,20 +126,15 @@ def epochs_published(
     lab: Lab, *, count: int, lr: float, width: int, images: list[int], budget: int
 ) -> Mapping[str, Any]:
     """Treat the delta of several epochs as one gradient of the whole batch."""
-    data, local = _shared.images("cifar100"), gl.FedAvg(lr, epochs=count, batch_size=2, shuffle=images[0])
-    batch, model = _shared.held_out(lab, data, images), data.lenet(images[0], width=width)
-    return _shared.attack_published(
-        model, batch, _shared.observe(model, batch, local), classes=100, seed=images[0], budget=budget, lr=lr,
-        steps=local.count(len(batch)),
-    )  # fmt: skip
+    return _as_one_gradient(lab, _shuffled(count, lr, images[0]), images, lr, budget, width)
 
 
 def several(lab: Lab, *, examples: int, lr: float, width: int, images: list[int], iterations: int) -> Mapping[str, Any]:
     """Unroll one step on each of k examples."""
-    data, local = _shared.images("cifar100"), training(examples, lr, 0.0, examples)
-    batch, model = _shared.held_out(lab, data, images), data.lenet(images[0], width=width)
-    bound = rank_bound(model, parameters(model), data.shape, examples)
-    found = _shared.attack_gradients([_shared.observe(model, batch, local)], [batch], iterations=iterations)[0]
+    batch, model = _victim(lab, images, width)
+    bound = rank_bound(model, parameters(model), tuple(batch.inputs.shape[1:]), examples)
+    seen = _shared.observe(model, batch, training(examples, lr, 0.0, examples))
+    found = _shared.attack_gradients([seen], [batch], iterations=iterations)[0]
     return {**found, "rank": bound.rank, "unknowns": bound.unknowns}
 
 
@@ -133,12 +142,7 @@ def several_published(
     lab: Lab, *, examples: int, lr: float, width: int, images: list[int], budget: int
 ) -> Mapping[str, Any]:
     """Treat the delta of k steps on k examples as one gradient of a batch of k."""
-    data = _shared.images("cifar100")
-    batch, model = _shared.held_out(lab, data, images), data.lenet(images[0], width=width)
-    observation = _shared.observe(model, batch, training(examples, lr, 0.0, examples))
-    return _shared.attack_published(
-        model, batch, observation, classes=100, seed=images[0], budget=budget, lr=lr, steps=examples
-    )
+    return _as_one_gradient(lab, training(examples, lr, 0.0, examples), images, lr, budget, width)
 
 
 def run(config: Config, lab: Lab) -> Result:

@@ -127,7 +127,7 @@ def disaggregate(
     repeated = int(estimate.counts.max()) > 1
     restarts = restarts if repeated else 1
     together = max(1, min(restarts, 2_000_000 // size**4))
-    left = max(iterations // 4, int(40 * (64 / size) ** 3))
+    left = allowed = max(iterations // 4, int(40 * (64 / size) ** 3))
     best: _Fit | None = None
     while restarts > 0 and left > 0:
         starts = system.starts(means, estimate, together, generator)
@@ -144,8 +144,7 @@ def disaggregate(
         return judged
     refined = refine(system, best.mixing)
     if refined is None and not best.stationary and size**2 <= LARGEST:
-        rest = max(iterations // 4, int(40 * (64 / size) ** 3))
-        return system.judge(system.solve(best.mixing[None], rest), estimate, tolerance)
+        return system.judge(system.solve(best.mixing[None], allowed), estimate, tolerance)
     return judged if refined is None else system.settle(judged, refined, estimate, tolerance)
 
 

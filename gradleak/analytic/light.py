@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradleak.analytic.graph import Affine, Chain, Elementwise, Fixed
+from gradleak.analytic.layers import Rows, conjugate_gradients
 
 __all__ = ["LightLayer", "LightResult", "solve_light"]
 
 Tensors = Mapping[str, Tensor]
-Rows = Callable[[Tensor], Tensor]
 
 _SAMPLES = 4
 """Samples of the error; pooled over channels, that is dozens per position."""
@@ -326,21 +326,7 @@ def _convolve(x: Tensor, kernel: Tensor, pads: tuple[int, int, int, int]) -> Ten
 def _solve(product: Rows, right: Tensor, precondition: Rows, tolerance: float) -> tuple[Tensor, int, bool]:
     """Solve in float32 and return in float64; energies fall by ``tolerance``²."""
     level = right.abs().amax(1, keepdim=True).clamp(min=1e-300)
-    residual = (right / level).float()
-    x = torch.zeros_like(residual)
-    z = precondition(residual)
-    direction = z
-    energy = (residual * z).sum(1)
-    goal = tolerance**2 * energy
-    for steps in range(1, _LIMIT + 1):
-        image = product(direction)
-        rate = (energy / (direction * image).sum(1).clamp(min=1e-30))[:, None]
-        x.addcmul_(rate, direction)
-        residual = residual - rate * image
-        z = precondition(residual)
-        new = (residual * z).sum(1)
-        direction = torch.addcmul(z, (new / energy.clamp(min=1e-30))[:, None], direction)
-        energy = new
-        if bool((energy <= goal).all()):
-            return x.double() * level, steps, True
-    return x.double() * level, _LIMIT, False
+    x, steps, done = conjugate_gradients(
+        product, (right / level).float(), precondition, tolerance=tolerance, limit=_LIMIT
+    )
+    return x.double() * level, steps, done

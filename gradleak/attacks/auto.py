@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import final
 
 import torch
@@ -20,7 +21,7 @@ from gradleak.attacks.base import Attack, Callback, Progress, as_gradient
 from gradleak.attacks.feature_matching import feature_matching
 from gradleak.attacks.gauss_newton import gauss_newton, is_smooth
 from gradleak.attacks.linear_inversion import linear_inversion
-from gradleak.attacks.matching import GradientMatching, dlg, idlg, inverting_gradients
+from gradleak.attacks.matching import dlg, idlg, inverting_gradients
 from gradleak.attacks.recursion import check, plain_gradient
 from gradleak.attacks.sentences import read_sentences
 from gradleak.errors import InvalidInput, InvalidModel, NotApplicable, ResourceLimit
@@ -200,19 +201,14 @@ class Auto(Attack):
         return [(name, self._made(name), members) for name, members in groups.items()]
 
     def _made(self, name: str) -> Attack:
-        if name == "feature_matching":
-            if self.iterations is None:
-                return feature_matching(restarts=self.restarts)
-            return feature_matching(iterations=self.iterations, restarts=self.restarts)
-        factories: dict[str, Callable[..., GradientMatching]] = {
+        factories: dict[str, Callable[..., Attack]] = {
+            "feature_matching": feature_matching,
             "idlg": idlg,
             "dlg": dlg,
             "inverting_gradients": inverting_gradients,
         }
-        matching = factories[name](restarts=self.restarts)
-        if self.iterations is None:
-            return matching
-        return replace(matching, solver=replace(matching.solver, iterations=self.iterations))
+        chosen = {} if self.iterations is None else {"iterations": self.iterations}
+        return factories[name](restarts=self.restarts, **chosen)
 
 
 class _Clock:
@@ -345,6 +341,11 @@ class _Case:
             features=result.features[None] if head else None,
         )
 
+    @cached_property
+    def smooth(self) -> bool:
+        """Whether the model is smooth in its input; raises InvalidModel where that cannot be asked."""
+        return is_smooth(self.observation.model, tuple(self.observation.space.shape))
+
     def separable(self) -> bool:
         """Whether feature matching may serve: one gradient of a batch through a smooth model, labels not granted."""
         observation = self.observation
@@ -352,7 +353,7 @@ class _Case:
         if observation.batch_size in (None, 1) or observation.labels is not None or not isinstance(training, FedSGD):
             return False
         try:
-            return is_smooth(observation.model, tuple(observation.space.shape))
+            return self.smooth
         except InvalidModel:
             return False
 
@@ -364,7 +365,7 @@ class _Case:
             self._skip("matching", reason)
             return None
         try:
-            smooth = is_smooth(observation.model, tuple(observation.space.shape))
+            smooth = self.smooth
         except InvalidModel as reason:
             self._skip("matching", reason)
             return None
@@ -471,10 +472,9 @@ def auto(
     Sentences are read (``read_sentences``). For other inputs the order is: ``linear_inversion`` (a first linear layer),
     ``recursion`` (one example, determined layer by layer); then matching: ``feature_matching`` for a batch whose
     features separate, ``idlg`` or ``dlg`` on smooth models otherwise, ``inverting_gradients`` where there are kinks;
-    then Gauss–Newton
-    steps on smooth models where they fit. An attack ends the search when the update proves or matches its result; among
-    results the certificate decides, then the residual of the re-simulated update. The notes say why each step was taken
-    or not.
+    then Gauss–Newton steps on smooth models where they fit. An attack ends the search when the update proves or matches
+    its result; among results the certificate decides, then the residual of the re-simulated update. The notes say why
+    each step was taken or not.
 
     Args:
         budget: seconds for all observations together; the best so far is returned. Exact attacks are not cut short.

@@ -29,10 +29,7 @@ from gradleak.types import Reconstruction, Trace
 __all__ = ["GradientMatching"]
 
 _VMAP_LIMIT = 2_000_000  # Parameters x examples above which vmap on a CPU only costs memory (measured on ResNet-18).
-_SLOTS, _SLOTS_GPU = (
-    16,
-    1024,
-)  # Candidates at work at a time: on a CPU, more would leave its cache (measured on LeNets).
+_SLOTS, _SLOTS_GPU = 16, 1024  # Candidates at work at a time: more would leave a CPU's cache (measured on LeNets).
 _SAVED = {"compile": 0.5, "trace": 0.15}  # Shares of an eager evaluation that are saved (measured on LeNets).
 _TYPICAL = 0.1  # Share of its rounds that a search usually takes.
 _RUNG, _BEHIND = 100, 10.0  # Restarts are compared after 100, 200, 400 … evaluations; dropped when 10 times behind.
@@ -569,7 +566,6 @@ def _search(
     """Run the solver, first in the cheaper number type if there is one, and return one outcome for both stages."""
     start, solver = group.start(seed), attack.solver
     notes: list[str] = []
-    warm_only = attack.warm_dtype is not None and attack.warm_dtype != start.dtype
     count = len(start)
 
     def run(stage: _Group, x: Tensor, tolerance: float, spent: list[int] | None, rounds: int) -> tuple[Outcome, _Race]:
@@ -593,7 +589,7 @@ def _search(
         notes.extend(n for n in evaluate.notes if n not in notes)
         return found, race
 
-    if not warm_only or attack.warm_dtype is None:
+    if attack.warm_dtype is None or attack.warm_dtype == start.dtype:
         return run(group, start, attack.tolerance, None, solver.iterations)[0], notes
     warm = _Group([p.to(attack.warm_dtype) for p in group.problems], attack)
     goal = max(attack.warm_tolerance, attack.tolerance)

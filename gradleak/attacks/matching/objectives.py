@@ -19,6 +19,11 @@ def _dot(a: Tensors, b: Tensors) -> Tensor:
     return torch.stack([torch.dot(a[k].reshape(-1), b[k].reshape(-1)) for k in b]).sum()
 
 
+def _distances(simulated: Tensors, observed: Tensors) -> Tensor:
+    """Return the squared distance of every tensor, one number each."""
+    return torch.stack([(simulated[k] - v).square().sum() for k, v in observed.items()])
+
+
 class Objective(ABC):
     """A distance between updates."""
 
@@ -45,7 +50,7 @@ class SquaredError(Objective):
     def __call__(self, simulated: Tensors, observed: Tensors, scale: Tensor) -> Tensor:
         """Return the relative squared distance."""
         # Not _dot: under vmap, its float32 sum over a whole layer loses four digits, and a line search sees that.
-        return torch.stack([(simulated[k] - v).square().sum() for k, v in observed.items()]).sum() * scale
+        return _distances(simulated, observed).sum() * scale
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,7 @@ class BalancedError(Objective):
 
     def __call__(self, simulated: Tensors, observed: Tensors, scale: Tensor) -> Tensor:
         """Return the balanced relative squared distance."""
-        squares = torch.stack([(simulated[k] - v).square().sum() for k, v in observed.items()])
-        return (squares / self._shares(observed) ** self.power).sum() * scale
+        return (_distances(simulated, observed) / self._shares(observed) ** self.power).sum() * scale
 
 
 @dataclass(frozen=True)
