@@ -6,7 +6,7 @@ through the same solves as the values, and its mean square weighs the next layer
 estimated error at the end. Weights are pooled over channels and the output gradients carry errors of their own, so the
 result is not the best estimate (measured on float32 updates of LeNets: mostly five to thirty times the mean squared
 error that :mod:`gradleak.analytic.layers` reaches), but it comes in a fraction of the time and memory. Where it does
-not converge, or estimates too large an error, the factors remain the way.
+not converge, or estimates too large an error, the factors remain the way, and what was solved is where they start.
 
 What makes it quick: a stride s splits a layer's input into s² phases, and every weight's gradient equation sees one
 phase of one channel only. So the gradient equations are many small blocks, all channels sharing theirs.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -55,6 +55,7 @@ class LightLayer:
 
     Attributes:
         step: the layer.
+        value: its input (n,).
         rank: most that the gradient equations of one input channel can have as rank.
         condition: Rayleigh quotient of the error samples, against the scaled diagonal.
         spread: mean squared error of the layer's input, in units of the squared noise.
@@ -63,6 +64,7 @@ class LightLayer:
     """
 
     step: Affine
+    value: Tensor
     rank: int
     condition: float
     spread: float
@@ -72,9 +74,15 @@ class LightLayer:
 @final
 @dataclass(frozen=True, eq=False)
 class LightResult:
-    """The input of a chain, (n,), and the layers from the last to the first."""
+    """The solved layers of a chain, from the last to the first.
 
-    value: Tensor
+    Attributes:
+        value: the chain's input (n,), None where some layer could not be solved.
+        layers: the layers that could.
+
+    """
+
+    value: Tensor | None
     layers: tuple[LightLayer, ...]
 
 
@@ -89,7 +97,7 @@ def solve_light(
     seed: int,
     refine: Callable[[int, Tensor, Rows], Tensor],
 ) -> LightResult | None:
-    """Return the input of ``chain`` for ``features``, or None where this way does not serve.
+    """Return the input of ``chain`` for ``features``, layer by layer, or None where this way does not serve.
 
     Args:
         chain: reaches the model's input.
@@ -121,7 +129,7 @@ def solve_light(
             value = step.inverse(value.reshape(1, *step.in_shape)).flatten()
             slope = step.derivatives(value)[0]
             if not bool((slope.abs() > 0).all()):
-                return None
+                return LightResult(None, tuple(layers))
             delta, errors, variance = delta * slope, errors / slope, variance / slope.square()
         elif isinstance(step, Affine):
             if index == first:
@@ -131,11 +139,12 @@ def solve_light(
             precondition = system.preconditioner()
             found = None if precondition is None else system.solve(value, errors, precondition, normal, noise)
             if found is None or precondition is None:
-                return None
-            value, errors, layer = found
+                return LightResult(None, tuple(layers))
+            layer, errors = found
+            value = layer.value
             if index > first:
                 value = refine(index, value, _outside(system, precondition))
-            layers.append(layer)
+            layers.append(replace(layer, value=value))
             # Channels share their gradient equations, so the error depends on the position most.
             pooled = errors.square().mean(0).reshape(step.channels, -1)
             variance = (pooled if step.linear else pooled.mean(0).expand_as(pooled)).flatten()
@@ -277,8 +286,8 @@ class _System:
 
     def solve(
         self, value: Tensor, errors: Tensor, precondition: Rows, normal: Callable[..., Tensor], noise: float
-    ) -> tuple[Tensor, Tensor, LightLayer] | None:
-        """Return the layer's input (n,), samples of its error (k, n), and the report; None without convergence."""
+    ) -> tuple[LightLayer, Tensor] | None:
+        """Return the solved layer and samples of its input's error (k, n); None without convergence."""
         step, scale = self.step, self.gradient.square().mean().sqrt()
         zero = torch.zeros(1, *step.in_shape).to(value)
         constant = step.forward(zero, {step.weight_name: self.weight, **self._bias()}).flatten()
@@ -310,7 +319,8 @@ class _System:
         whole = self.diagonal() + own
         condition = quadratic / max(float((samples.square() * whole).sum()), 1e-300)
         spread = float(samples.square().mean())
-        return self.join(x)[0], self.join(samples), LightLayer(step, self.rank, condition, spread, steps + total)
+        layer = LightLayer(step, self.join(x)[0], self.rank, condition, spread, steps + total)
+        return layer, self.join(samples)
 
     def _bias(self) -> Tensors:
         return {} if self.bias is None or self.step.bias_name is None else {self.step.bias_name: self.bias}

@@ -22,18 +22,18 @@ from torch import Tensor, nn
 
 from gradleak.analytic.graph import Affine, Chain, Elementwise, Fixed, Step, trace_chain
 from gradleak.analytic.layers import (
+    LARGEST,
     Composite,
     Factor,
     Information,
     Rows,
-    Solution,
     add_gradient_equations,
     conjugate_gradients,
     factorize,
     precision,
     solve_layer,
 )
-from gradleak.analytic.light import solve_light
+from gradleak.analytic.light import LightResult, solve_light
 from gradleak.errors import NotApplicable, ResourceLimit
 
 __all__ = ["LayerReport", "OuterProduct", "RecursionResult", "invert_layers", "read_outer_product"]
@@ -199,11 +199,13 @@ def invert_layers(
         )
     outer = read_outer_product(seen[anchor.weight_name], seen[anchor.bias_name])
     label = _label(outer.delta) if chain.head else None
-    if quick and outer.noise > _FINE:
-        quickly = _quickly(chain, params, seen, outer, label, seed)
+    light = _light(chain, params, seen, outer, seed) if quick and outer.noise > _FINE else None
+    known = {} if light is None else _known(light, outer, seen)
+    if light is not None and light.value is not None:
+        quickly = _quickly(chain, params, seen, outer, label, light, known)
         if quickly is not None:
             return quickly
-    walk = _Walk(chain, params, seen, outer, seed)
+    walk = _Walk(chain, params, seen, outer, seed, known)
     walk.run()
     common = (outer.features, label, outer.noise)
     if walk.stop is not None:
@@ -227,10 +229,8 @@ def invert_layers(
     return RecursionResult(found, None, tuple(walk.reports), None, *common, residual, spread, steps)
 
 
-def _quickly(
-    chain: Chain, params: Tensors, seen: Tensors, outer: OuterProduct, label: int | None, seed: int
-) -> RecursionResult | None:
-    """Return what the iterative way finds, or None where it does not serve or is not good enough."""
+def _light(chain: Chain, params: Tensors, seen: Tensors, outer: OuterProduct, seed: int) -> LightResult | None:
+    """Solve the layers iteratively, refining each by what the later ones say."""
 
     def refine(index: int, value: Tensor, precondition: Rows) -> Tensor:
         local = _Map(chain, chain.steps[index:], params, seen, outer).linearize(value)
@@ -241,37 +241,55 @@ def _quickly(
 
     pull = outer.delta @ params[chain.anchor.weight_name]
     noise = _ACCUMULATED * outer.noise
-    found = solve_light(chain, params, seen, outer.features, pull, noise=noise, seed=seed, refine=refine)
-    if found is None or not found.layers:
-        return None
-    reports, usable = [], outer.features.numel()
-    for layer in found.layers:
-        step, gradient = layer.step, seen[layer.step.weight_name]
+    return solve_light(chain, params, seen, outer.features, pull, noise=noise, seed=seed, refine=refine)
+
+
+def _known(light: LightResult, outer: OuterProduct, seen: Tensors) -> dict[str, tuple[Tensor, LayerReport]]:
+    """Return input and report of the layers solved iteratively, by name, down to the first that is not determined."""
+    known, usable = {}, outer.features.numel()
+    for layer in light.layers:
+        step, spread = layer.step, layer.spread * outer.noise**2
         bound = min(step.inputs, usable + layer.rank * step.channels)
-        spread = layer.spread * outer.noise**2
         if bound < step.inputs or not layer.condition > _SINGULAR:
-            return None
-        reports.append(
+            break
+        equations, before, usable = seen[step.weight_name].numel(), usable, step.inputs
+        known[step.name] = (
+            layer.value,
             LayerReport(
-                step.name, step.inputs, usable, gradient.numel(), bound, True, layer.condition, spread, layer.iterations
-            )
+                step.name, step.inputs, before, equations, bound, True, layer.condition, spread, layer.iterations
+            ),
         )
-        usable = step.inputs
+    return known
+
+
+def _quickly(
+    chain: Chain,
+    params: Tensors,
+    seen: Tensors,
+    outer: OuterProduct,
+    label: int | None,
+    light: LightResult,
+    known: Mapping[str, tuple[Tensor, LayerReport]],
+) -> RecursionResult | None:
+    """Return what was found iteratively, or None where it is not good enough."""
+    if light.value is None or not known or len(known) < len(light.layers):
+        return None
     whole = _Map(chain, chain.steps, params, seen, outer)
-    value = found.value.reshape(chain.shape)
+    value = light.value.reshape(chain.shape)
     residual = whole.relative(value)
     equations = len(whole.target)
     variance = (residual * float(whole.target.norm())) ** 2 / max(equations - value.numel(), 1)
-    spread = variance * found.layers[-1].spread
+    spread = variance * light.layers[-1].spread
     size = float(value.abs().max()) ** 2
     if not (residual <= _CLOSE * outer.noise and spread <= _GOOD * size):
         return None
-    return RecursionResult(value, None, tuple(reports), None, outer.features, label, outer.noise, residual, spread, 0)
+    reports = tuple(report for _, report in known.values())
+    return RecursionResult(value, None, reports, None, outer.features, label, outer.noise, residual, spread, 0)
 
 
 _ACCUMULATED = 16.0
 """The client's rounding accumulates to so many times what the outer product shows (measured: 10 to 40)."""
-_REFINED = 24
+_REFINED = 48
 """Conjugate gradient steps of one refinement."""
 _FINE = 1e-12
 """Below this noise (float64 updates) the many digits wanted make iterations dearer than factors."""
@@ -297,8 +315,17 @@ class _HaltedError(Exception):
 class _Walk:
     """The walk from the anchor back to the input; its state is what is known about the current tensor."""
 
-    def __init__(self, chain: Chain, params: Tensors, seen: Tensors, outer: OuterProduct, seed: int) -> None:
+    def __init__(
+        self,
+        chain: Chain,
+        params: Tensors,
+        seen: Tensors,
+        outer: OuterProduct,
+        seed: int,
+        known: Mapping[str, tuple[Tensor, LayerReport]] | None = None,
+    ) -> None:
         self.chain, self.params, self.seen, self.outer = chain, params, seen, outer
+        self.solved = known or {}
         self.generator = torch.Generator().manual_seed(seed)
         weight = params[chain.anchor.weight_name]
         self.value = outer.features
@@ -401,6 +428,14 @@ class _Walk:
     def _affine(self, step: Affine, index: int) -> None:
         gradient = self.seen.get(step.weight_name)
         composite = Composite((step, *self.pending), self.params)
+        dense = self.information.dense
+        if self.stop is None and dense is not None and step.name in self.solved and step.inputs <= LARGEST:
+            value, report = self.solved[step.name]
+            forward = composite.sandwich(dense.to(precision(step.inputs)), self.information.slope)
+            self.reports.append(report)
+            self._linearize(step, composite, value, forward, None, gradient, index)
+            self.value, self.usable, self.pending = value, step.inputs, []
+            return
         known = min(self.usable, self.value.numel())
         unknowns = step.inputs
         solution = solve_layer(
@@ -419,18 +454,24 @@ class _Walk:
             self.reports.append(report)
         if not determined:
             self._halt(f"the input of {report}")
-        self._linearize(step, composite, solution, gradient, index)
+        self._linearize(step, composite, solution.value, solution.forward, solution.product, gradient, index)
         self.value, self.usable, self.pending = solution.value, unknowns, []
 
     def _linearize(
-        self, step: Affine, composite: Composite, solution: Solution, gradient: Tensor | None, index: int
+        self,
+        step: Affine,
+        composite: Composite,
+        value: Tensor,
+        dense: Tensor | None,
+        product: Rows | None,
+        gradient: Tensor | None,
+        index: int,
     ) -> None:
         """Replace what is known about the layer's input by the exact linearization of everything from there on."""
         weight = self.params[step.weight_name]
-        product, dense = solution.product, solution.forward
-        if self.stop is None:
+        if self.stop is None or product is None:
             self.suffix = _Map(self.chain, self.chain.steps[index:], self.params, self.seen, self.outer)
-            product = self.suffix.linearize(solution.value).product
+            product = self.suffix.linearize(value).product
         if dense is not None:
             known, delta, hessian = self.information, self.delta, self.hessian
             more = any(
@@ -439,7 +480,7 @@ class _Walk:
 
             def equations(forward: Tensor) -> Tensor:
                 return add_gradient_equations(
-                    forward, step, weight, solution.value, delta, hessian, gradient, lower_only=not more
+                    forward, step, weight, value, delta, hessian, gradient, lower_only=not more
                 )
 
             before, dtype, first = known.dense, dense.dtype, [dense]
