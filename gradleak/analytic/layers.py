@@ -32,6 +32,7 @@ __all__ = [
     "conjugate_gradients",
     "factorize",
     "precision",
+    "quotient",
     "solve_layer",
 ]
 
@@ -335,17 +336,17 @@ def solve_layer(
         factor = factorize(build)
         solved, iterations, _ = conjugate_gradients(product, right, factor.solve, tolerance=tolerance, limit=60)
         value, response = solved[0], factor.solve(probed)[0]
-    condition = _quotient(product, response, scale)
+    condition = quotient(product, response, scale)
     if forward is not None and condition < 1e3 * torch.finfo(forward.dtype).eps:
         # Too small for the factor's precision to tell: ask the exact product.
         exact, _, _ = conjugate_gradients(product, probed, factor.solve, tolerance=1e-10, limit=60)
         response = exact[0]
-        condition = _quotient(product, response, scale)
+        condition = quotient(product, response, scale)
     spread = float((response / scale * probe).sum() / len(probe)) * float(scale.square().mean())
     return Solution(value, forward, product, condition, spread, iterations, _rank(gram, block.shape[1]))
 
 
-def _quotient(product: Rows, v: Tensor, scale: Tensor) -> float:
+def quotient(product: Rows, v: Tensor, scale: Tensor) -> float:
     """Return the Rayleigh quotient of the scaled matrix at the scaled vector."""
     return float((v * product(v[None])[0]).sum() / (v / scale).square().sum().clamp(min=1e-300))
 

@@ -54,6 +54,7 @@ class LightLayer:
     """One layer's solve.
 
     Attributes:
+        index: which step of the chain it is.
         step: the layer.
         value: its input (n,).
         rank: most that the gradient equations of one input channel can have as rank.
@@ -63,6 +64,7 @@ class LightLayer:
 
     """
 
+    index: int
     step: Affine
     value: Tensor
     rank: int
@@ -144,7 +146,7 @@ def solve_light(
             value = layer.value
             if index > first:
                 value = refine(index, value, _outside(system, precondition))
-            layers.append(replace(layer, value=value))
+            layers.append(replace(layer, index=index, value=value))
             # Channels share their gradient equations, so the error depends on the position most.
             pooled = errors.square().mean(0).reshape(step.channels, -1)
             variance = (pooled if step.linear else pooled.mean(0).expand_as(pooled)).flatten()
@@ -319,7 +321,7 @@ class _System:
         whole = self.diagonal() + own
         condition = quadratic / max(float((samples.square() * whole).sum()), 1e-300)
         spread = float(samples.square().mean())
-        layer = LightLayer(step, self.join(x)[0], self.rank, condition, spread, steps + total)
+        layer = LightLayer(-1, step, self.join(x)[0], self.rank, condition, spread, steps + total)
         return layer, self.join(samples)
 
     def _bias(self) -> Tensors:

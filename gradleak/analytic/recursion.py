@@ -20,7 +20,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from gradleak.analytic.graph import Affine, Chain, Elementwise, Fixed, Step, trace_chain
+from gradleak.analytic.graph import Affine, Chain, Elementwise, Fixed, trace_chain
 from gradleak.analytic.layers import (
     LARGEST,
     Composite,
@@ -31,12 +31,15 @@ from gradleak.analytic.layers import (
     conjugate_gradients,
     factorize,
     precision,
+    quotient,
     solve_layer,
 )
 from gradleak.analytic.light import LightResult, solve_light
+from gradleak.analytic.outer import OuterProduct, read_outer_product
+from gradleak.analytic.whole import WholeMap, feature_scale, newton_steps
 from gradleak.errors import NotApplicable, ResourceLimit
 
-__all__ = ["LayerReport", "OuterProduct", "RecursionResult", "invert_layers", "read_outer_product"]
+__all__ = ["LayerReport", "OuterProduct", "RecursionResult", "fit_layers", "invert_layers", "read_outer_product"]
 
 Tensors = Mapping[str, Tensor]
 
@@ -79,23 +82,6 @@ class LayerReport:
 
 @final
 @dataclass(frozen=True, eq=False)
-class OuterProduct:
-    """A linear layer's gradient, read as δ hᵀ and δ.
-
-    Attributes:
-        features: h (d,), the layer's exact input.
-        delta: δ (C,), the gradient at its output.
-        noise: relative root mean square deviation from an outer product: the rounding of the update.
-
-    """
-
-    features: Tensor
-    delta: Tensor
-    noise: float
-
-
-@final
-@dataclass(frozen=True, eq=False)
 class RecursionResult:
     """What the recursion reached.
 
@@ -124,40 +110,6 @@ class RecursionResult:
     residual: float
     spread: float
     steps: int
-
-
-def read_outer_product(weight: Tensor, bias: Tensor) -> OuterProduct:
-    """Return input and output gradient of a linear layer that saw one vector, from its gradients (C, d) and (C,).
-
-    Every row k gives h = ∂W_k / ∂b_k. Rounding is relative, so all rows count alike; other noise is seen and makes
-    large rows count more.
-
-    Raises:
-        NotApplicable: the gradient is zero, or no outer product (more than one example, noise, pruning).
-
-    """
-    weight, bias = weight.double(), bias.double()
-    top = bias.abs().max()
-    if not bool(top > 0):
-        raise NotApplicable("The bias gradient where the recursion starts is zero, so the update says nothing there.")
-    rows = bias.abs() > 1e-4 * top
-    ratios = weight[rows] / bias[rows, None]
-    features = ratios.mean(0)
-    scale = features.square().mean().sqrt().clamp(min=1e-300)
-    used = features.abs() > 1e-3 * scale
-    relative = (ratios - features)[:, used] / features[used]
-    noise = float(relative.square().mean().sqrt()) if relative.numel() else 0.0
-    fitted = bias @ weight / bias.square().sum()
-    mismatch = float((weight - torch.outer(bias, fitted)).norm() / weight.norm().clamp(min=1e-300))
-    if noise > 4 * mismatch:
-        # The noise is not that of rounding: small rows are worse, so rows count by their size.
-        features, noise = fitted, mismatch
-    if mismatch > 1e-2:
-        raise NotApplicable(
-            f"The gradient of the linear layer is no outer product (relative distance {mismatch:.1e}), so the update "
-            "comes from more than one example or step, or was noised or pruned; disaggregate it, or use matching."
-        )
-    return OuterProduct(features, bias, max(noise, 2.0**-53))
 
 
 def invert_layers(
@@ -192,12 +144,7 @@ def invert_layers(
     chain = trace_chain(model, shape) if chain is None else chain
     params = {k: p.detach().double() for k, p in params.items()}
     seen = {k: g.detach().double() for k, g in grads.items()}
-    anchor = chain.anchor
-    if anchor.weight_name not in seen or anchor.bias_name not in seen:
-        raise NotApplicable(
-            f"The update has no gradient of {anchor.name!r}, where the recursion starts; share it, or use matching."
-        )
-    outer = read_outer_product(seen[anchor.weight_name], seen[anchor.bias_name])
+    outer = _outer(chain, seen)
     label = _label(outer.delta) if chain.head else None
     light = _light(chain, params, seen, outer, seed) if quick and outer.noise > _FINE else None
     known = {} if light is None else _known(light, outer, seen)
@@ -212,28 +159,142 @@ def invert_layers(
         start, residual = None, math.nan
         if walk.reached:
             start = walk.value.reshape(chain.shape)
-            residual = _Map(chain, chain.steps, params, seen, outer).relative(start)
+            residual = WholeMap(chain, chain.steps, params, seen, outer).relative(start)
         return RecursionResult(None, walk.stop, tuple(walk.reports), start, *common, residual, math.nan, 0)
     value, steps, spread = walk.value, 0, math.nan
     if walk.suffix is None or not polish:
-        residual = _Map(chain, chain.steps, params, seen, outer).relative(value.reshape(chain.shape))
+        residual = WholeMap(chain, chain.steps, params, seen, outer).relative(value.reshape(chain.shape))
     else:
         # Whatever comes before the first layer (scaling, reshaping) is inverted exactly at the end.
-        whole = _Map(chain, chain.steps, params, seen, outer)
+        whole = WholeMap(chain, chain.steps, params, seen, outer)
         if walk.information.dense is None:
             residual = whole.relative(value.reshape(chain.shape))
         else:
             factor = factorize(walk.normal)
-            value, steps, spread, residual = _polish(whole, value, factor, walk.probe(value.numel()))
+            done = newton_steps(whole, value, factor, walk.probe(value.numel()))
+            value, steps, spread, residual = done.value, done.steps, done.spread, done.residual
     found = value.reshape(chain.shape)
     return RecursionResult(found, None, tuple(walk.reports), None, *common, residual, spread, steps)
+
+
+def fit_layers(
+    model: nn.Module,
+    params: Tensors,
+    grads: Tensors,
+    start: Tensor,
+    *,
+    chain: Chain | None = None,
+    seed: int = 0,
+    going: Callable[[float, int], bool] | None = None,
+) -> RecursionResult:
+    """Solve all layers together for the input that explains one example's gradient, by Gauss–Newton from ``start``.
+
+    The normal matrix is put together from the last layer to the first, as the recursion does, at the point reached; but
+    no layer needs to be determined by itself, only the whole. Measured on sigmoid LeNets, the steps converge from a
+    gray image; from a good start, one factorization serves them all.
+
+    Args:
+        model: the model, used for its graph and constants only.
+        params: parameters by name.
+        grads: gradient of any loss of one example, up to one common factor, by name; frozen parameters may lack.
+        start: where the steps begin (*shape), model-input units.
+        chain: the traced chain.
+        seed: of the probe that estimates condition and error.
+        going: (relative residual, steps so far) → whether to go on; asked after what every factorization served.
+
+    Returns:
+        The result; ``input`` is None and ``start`` the best point where the layers together leave a direction open.
+
+    Raises:
+        NotApplicable: the model is no chain of smooth layers from the input to a linear layer, or the gradient there is
+            no outer product.
+        ResourceLimit: the matrices of a layer do not fit in memory.
+
+    """
+    shape = tuple(start.shape)
+    chain = trace_chain(model, shape) if chain is None else chain
+    params = {k: p.detach().double() for k, p in params.items()}
+    seen = {k: g.detach().double() for k, g in grads.items()}
+    outer = _outer(chain, seen)
+    kinks = [s.name for s in chain.steps if isinstance(s, Elementwise) and s.rectifies]
+    if chain.stop is not None or kinks:
+        reason = chain.stop or f"{kinks[0]!r} has a kink, where the gradient jumps"
+        raise NotApplicable(f"The layers cannot be solved together: {reason}; use matching.")
+    whole = WholeMap(chain, chain.steps, params, seen, outer)
+    value, steps, residual = start.detach().double().flatten(), 0, math.inf
+    walk, factor = _around(chain, params, seen, outer, seed, value)
+    probe = walk.probe(value.numel())
+    for _ in range(_FACTORS):
+        last = newton_steps(
+            whole, value, factor, probe, limit=_LONG, stale=_STALE, halvings=_HALVINGS, tolerance=_TIGHT
+        )
+        value, steps, residual = last.value, steps + last.steps, last.residual
+        stopped = going is not None and not going(residual, steps)
+        if last.done or stopped:
+            break
+        _, factor = _around(chain, params, seen, outer, seed, value)
+    product = whole.linearize(value).product
+    response, _, full = conjugate_gradients(product, probe[None], factor.solve, tolerance=1e-6, limit=_CHECK)
+    condition = quotient(product, response[0], factor.scale)
+    variance = (residual * float(whole.target.norm())) ** 2 / max(len(whole.target) - len(value), 1)
+    spread = variance * float(probe @ response[0]) / len(value)
+    determined = full and condition > _SINGULAR and last.done
+    equations = len(whole.target) - outer.features.numel()
+    bound = min(len(value), len(whole.target))
+    report = LayerReport(
+        "all layers together",
+        len(value),
+        outer.features.numel(),
+        equations,
+        bound,
+        determined,
+        condition,
+        spread,
+        steps,
+    )
+    found, label = value.reshape(shape), _label(outer.delta) if chain.head else None
+    common = (outer.features, label, outer.noise, residual)
+    if determined:
+        return RecursionResult(found, None, (report,), None, *common, spread, steps)
+    reason = str(report) if last.done else f"the steps did not converge in {_FACTORS} factorizations"
+    return RecursionResult(None, reason, (report,), found, *common, math.nan, steps)
+
+
+def _around(
+    chain: Chain, params: Tensors, seen: Tensors, outer: OuterProduct, seed: int, value: Tensor
+) -> tuple[_Walk, Factor]:
+    """Return the normal matrix of the whole map, factorized at the chain's input ``value`` (n,)."""
+    walk = _Walk(chain, params, seen, outer, seed, _inputs(chain, params, value.reshape(chain.shape)))
+    walk.run()
+    if walk.stop is not None or walk.information.dense is None:
+        reason = walk.stop or f"there are more than {LARGEST} values"
+        raise NotApplicable(f"The layers cannot be solved together: {reason}; use matching.")
+    return walk, factorize(walk.normal)
+
+
+def _inputs(chain: Chain, params: Tensors, x: Tensor) -> dict[int, tuple[Tensor, None]]:
+    """Return the input of every step at the chain's input ``x`` (*shape), by index."""
+    known, value = {}, x[None]
+    for index, step in enumerate(chain.steps):
+        known[index] = value.flatten(), None
+        value = step.forward(value, params)
+    return known
+
+
+def _outer(chain: Chain, seen: Tensors) -> OuterProduct:
+    anchor = chain.anchor
+    if anchor.weight_name not in seen or anchor.bias_name is None or anchor.bias_name not in seen:
+        raise NotApplicable(
+            f"The update has no gradient of {anchor.name!r}, where the recursion starts; share it, or use matching."
+        )
+    return read_outer_product(seen[anchor.weight_name], seen[anchor.bias_name])
 
 
 def _light(chain: Chain, params: Tensors, seen: Tensors, outer: OuterProduct, seed: int) -> LightResult | None:
     """Solve the layers iteratively, refining each by what the later ones say."""
 
     def refine(index: int, value: Tensor, precondition: Rows) -> Tensor:
-        local = _Map(chain, chain.steps[index:], params, seen, outer).linearize(value)
+        local = WholeMap(chain, chain.steps[index:], params, seen, outer).linearize(value)
         step, _, _ = conjugate_gradients(
             local.product, local.descent[None], precondition, tolerance=1e-2, limit=_REFINED
         )
@@ -244,16 +305,17 @@ def _light(chain: Chain, params: Tensors, seen: Tensors, outer: OuterProduct, se
     return solve_light(chain, params, seen, outer.features, pull, noise=noise, seed=seed, refine=refine)
 
 
-def _known(light: LightResult, outer: OuterProduct, seen: Tensors) -> dict[str, tuple[Tensor, LayerReport]]:
-    """Return input and report of the layers solved iteratively, by name, down to the first that is not determined."""
-    known, usable = {}, outer.features.numel()
+def _known(light: LightResult, outer: OuterProduct, seen: Tensors) -> dict[int, tuple[Tensor, LayerReport]]:
+    """Return input and report of the layers solved iteratively, by index, down to the first that is not determined."""
+    known: dict[int, tuple[Tensor, LayerReport]] = {}
+    usable = outer.features.numel()
     for layer in light.layers:
         step, spread = layer.step, layer.spread * outer.noise**2
         bound = min(step.inputs, usable + layer.rank * step.channels)
         if bound < step.inputs or not layer.condition > _SINGULAR:
             break
         equations, before, usable = seen[step.weight_name].numel(), usable, step.inputs
-        known[step.name] = (
+        known[layer.index] = (
             layer.value,
             LayerReport(
                 step.name, step.inputs, before, equations, bound, True, layer.condition, spread, layer.iterations
@@ -269,12 +331,12 @@ def _quickly(
     outer: OuterProduct,
     label: int | None,
     light: LightResult,
-    known: Mapping[str, tuple[Tensor, LayerReport]],
+    known: Mapping[int, tuple[Tensor, LayerReport]],
 ) -> RecursionResult | None:
     """Return what was found iteratively, or None where it is not good enough."""
     if light.value is None or not known or len(known) < len(light.layers):
         return None
-    whole = _Map(chain, chain.steps, params, seen, outer)
+    whole = WholeMap(chain, chain.steps, params, seen, outer)
     value = light.value.reshape(chain.shape)
     residual = whole.relative(value)
     equations = len(whole.target)
@@ -291,6 +353,18 @@ _ACCUMULATED = 16.0
 """The client's rounding accumulates to so many times what the outer product shows (measured: 10 to 40)."""
 _REFINED = 48
 """Conjugate gradient steps of one refinement."""
+_LONG = 30
+"""Steps that one factorization may serve where the start is further away."""
+_STALE = 16
+"""Conjugate gradient steps of one of them beyond which a new factorization is the quicker way."""
+_FACTORS = 12
+"""Factorizations of one such polish."""
+_HALVINGS = 4
+"""How often a step from further away is halved."""
+_TIGHT = 1e-3
+"""Accuracy of such steps."""
+_CHECK = 200
+"""Conjugate gradient steps in which a determined system is solved, given its factor."""
 _FINE = 1e-12
 """Below this noise (float64 updates) the many digits wanted make iterations dearer than factors."""
 _CLOSE = 150.0
@@ -322,7 +396,7 @@ class _Walk:
         seen: Tensors,
         outer: OuterProduct,
         seed: int,
-        known: Mapping[str, tuple[Tensor, LayerReport]] | None = None,
+        known: Mapping[int, tuple[Tensor, LayerReport | None]] | None = None,
     ) -> None:
         self.chain, self.params, self.seen, self.outer = chain, params, seen, outer
         self.solved = known or {}
@@ -330,14 +404,15 @@ class _Walk:
         weight = params[chain.anchor.weight_name]
         self.value = outer.features
         self.delta = outer.delta @ weight
-        self.information = Information.diagonal(_feature_scale(self.value).square())
+        self.information = Information.diagonal(feature_scale(self.value).square())
         self.hessian: Rows = torch.zeros_like
         self.usable = self.value.numel()
         self.pending: list[Fixed | Elementwise] = []
+        self.first = 0
         self.reports: list[LayerReport] = []
         self.stop: str | None = None
         self.reached = False
-        self.suffix: _Map | None = None
+        self.suffix: WholeMap | None = None
         self.rebuild: Callable[[], Tensor] | None = None
 
     def probe(self, size: int) -> Tensor:
@@ -370,6 +445,7 @@ class _Walk:
                 self.delta = single.adjoint(self.delta[None])[0]
                 self.hessian = _between(single, self.hessian)
                 self.pending.insert(0, step)
+                self.first = index
             elif isinstance(step, Elementwise):
                 self._activation(step)
         if self.chain.stop is None:
@@ -394,6 +470,10 @@ class _Walk:
         if not self.pending:
             return
         composite = Composite(tuple(self.pending), self.params)
+        if self.first in self.solved:
+            self.information = self.information.behind(composite)
+            self.value, self.pending = self.solved[self.first][0], []
+            return
         unknowns, known = self.pending[0].inputs, self.value.numel()
         names = ", ".join(repr(s.name) for s in self.pending)
         reason = f"{names} keeps {known} of the {unknowns} values before it, so {where} is not determined"
@@ -429,10 +509,11 @@ class _Walk:
         gradient = self.seen.get(step.weight_name)
         composite = Composite((step, *self.pending), self.params)
         dense = self.information.dense
-        if self.stop is None and dense is not None and step.name in self.solved and step.inputs <= LARGEST:
-            value, report = self.solved[step.name]
+        if self.stop is None and dense is not None and index in self.solved and step.inputs <= LARGEST:
+            value, report = self.solved[index]
             forward = composite.sandwich(dense.to(precision(step.inputs)), self.information.slope)
-            self.reports.append(report)
+            if report is not None:
+                self.reports.append(report)
             self._linearize(step, composite, value, forward, None, gradient, index)
             self.value, self.usable, self.pending = value, step.inputs, []
             return
@@ -470,7 +551,7 @@ class _Walk:
         """Replace what is known about the layer's input by the exact linearization of everything from there on."""
         weight = self.params[step.weight_name]
         if self.stop is None or product is None:
-            self.suffix = _Map(self.chain, self.chain.steps[index:], self.params, self.seen, self.outer)
+            self.suffix = WholeMap(self.chain, self.chain.steps[index:], self.params, self.seen, self.outer)
             product = self.suffix.linearize(value).product
         if dense is not None:
             known, delta, hessian = self.information, self.delta, self.hessian
@@ -513,101 +594,3 @@ _MATERIAL = 1024
 
 _SINGULAR = 1e-13
 """Below this share of the scaled spectrum, a direction counts as not determined (float64 cannot tell it from zero)."""
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class _Linearization:
-    """The map's value and derivative at one point."""
-
-    residual: Tensor
-    descent: Tensor
-    product: Rows
-
-
-class _Map:
-    """The map from the input of ``steps`` to features and layer gradients for the seen output gradient, weighted."""
-
-    def __init__(
-        self, chain: Chain, steps: tuple[Step, ...], params: Tensors, seen: Tensors, outer: OuterProduct
-    ) -> None:
-        self.steps, self.params, self.features = steps, params, outer.features
-        wanted = [n for s in steps if isinstance(s, Affine) for n in (s.weight_name, s.bias_name) if n is not None]
-        self.names = [n for n in wanted if n in seen and float(seen[n].square().sum()) > 0]
-        self.pull = outer.delta @ params[chain.anchor.weight_name]
-        self.feature_scale = _feature_scale(self.features)
-        self.scales = {n: float(seen[n].square().mean().rsqrt()) for n in self.names}
-        self.target = torch.cat(
-            [self.features * self.feature_scale] + [(seen[n] * self.scales[n]).flatten() for n in self.names]
-        )
-
-    def outputs(self, x: Tensor, *, graph: bool) -> Tensor:
-        """Return the weighted equations' left sides at ``x`` (*shape)."""
-        leaves = {n: self.params[n].detach().requires_grad_() for n in self.names}
-        params = {**self.params, **leaves}
-        features = x[None]
-        for step in self.steps:
-            features = step.forward(features, params)
-        features = features.flatten()
-        parts = [features * self.feature_scale]
-        if leaves:
-            grads = torch.autograd.grad(features @ self.pull, list(leaves.values()), create_graph=graph)
-            parts += [(g * self.scales[n]).flatten() for n, g in zip(self.names, grads, strict=True)]
-        return torch.cat(parts)
-
-    def relative(self, x: Tensor) -> float:
-        """Return the relative distance of the weighted equations at ``x``."""
-        with torch.enable_grad():
-            return float((self.outputs(x, graph=False).detach() - self.target).norm() / self.target.norm())
-
-    @torch.enable_grad()
-    def linearize(self, value: Tensor) -> _Linearization:
-        """Return residual r, Jᵀ r (n,) and v (k, n) → Jᵀ J v at ``value`` (n,)."""
-        leaf = value.detach().reshape(self.steps[0].in_shape).requires_grad_()
-        left = self.outputs(leaf, graph=True)
-        dummy = torch.zeros_like(left, requires_grad=True)
-        (pulled,) = torch.autograd.grad(left, leaf, dummy, create_graph=True)
-
-        def pull(u: Tensor) -> Tensor:
-            return torch.autograd.grad(left, leaf, u, retain_graph=True)[0].flatten()
-
-        def product(v: Tensor) -> Tensor:
-            # Jᵀ u is linear in u, so its derivative with respect to u is J.
-            rows = [torch.autograd.grad(pulled, dummy, row.reshape(leaf.shape), retain_graph=True)[0] for row in v]
-            return torch.stack([pull(row) for row in rows])
-
-        residual = (self.target - left).detach()
-        return _Linearization(residual, pull(residual), product)
-
-
-def _feature_scale(features: Tensor) -> Tensor:
-    floor = float(0.05 * features.square().mean().sqrt()) + 1e-300
-    return features.abs().clamp(min=floor).reciprocal()
-
-
-def _polish(whole: _Map, value: Tensor, factor: Factor, probe: Tensor) -> tuple[Tensor, int, float, float]:
-    """Take Gauss–Newton steps on the whole map until they are below the noise that the residual shows.
-
-    Returns the input (n,), the number of steps, the estimated mean squared error and the relative residual.
-    """
-    response = float((probe * factor.solve(probe[None])[0]).sum()) / probe.numel()
-    best, distance, steps = value, math.inf, 0
-    while True:
-        local = whole.linearize(value)
-        norm = float(local.residual.square().sum())
-        if not norm < distance:
-            break
-        variance = max(norm, 1e-300) / max(len(local.residual) - probe.numel(), 1)
-        gained = distance - norm
-        best, distance = value, norm
-        right = local.descent[None]
-        decrement = float((right * factor.solve(right)).sum())
-        if steps >= _STEPS or decrement < 1e-2 * variance * probe.numel() or gained < 1e-3 * norm:
-            break
-        step, _, _ = conjugate_gradients(local.product, right, factor.solve, tolerance=1e-2, limit=60)
-        value, steps = value + step[0], steps + 1
-    variance = distance / max(len(whole.target) - probe.numel(), 1)
-    return best, steps, variance * response, math.sqrt(distance) / float(whole.target.norm())
-
-
-_STEPS = 8

@@ -16,10 +16,11 @@ from torch.func import functional_call
 from gradleak.analytic.certify import Construction, certify
 from gradleak.analytic.graph import trace_chain
 from gradleak.analytic.labels import recover_labels
+from gradleak.analytic.ranks import rank_bound
 from gradleak.analytic.recursion import RecursionResult, invert_layers
 from gradleak.attacks.base import Attack, Callback, Progress, as_gradient
 from gradleak.attacks.feature_matching import feature_matching
-from gradleak.attacks.gauss_newton import gauss_newton, is_smooth
+from gradleak.attacks.gauss_newton import by_layers, gauss_newton, is_smooth
 from gradleak.attacks.linear_inversion import linear_inversion
 from gradleak.attacks.matching import dlg, idlg, inverting_gradients
 from gradleak.attacks.recursion import check, plain_gradient
@@ -36,6 +37,8 @@ __all__ = ["Auto", "auto", "certificate"]
 _RANK = {"unproved": 0, "matched": 1, "proved": 2}
 _POLISHED = 1024
 """Unknowns up to which a Gauss–Newton polish is a matter of seconds."""
+_BACKWARD = "solved backward, every layer's linear system has full rank"
+_TOGETHER = "solved for all layers together, whose linear system there has full rank"
 _MOST_CLASSES = 256
 """Up to so many classes, the label of one example is found by trying all of them."""
 
@@ -173,7 +176,7 @@ class Auto(Attack):
         cases = [_Case(o, seed) for o in observations]
         try:
             for number, case in enumerate(cases):
-                case.exactly(self)
+                case.exactly(self, clock)
                 clock(Progress(number + 1, len(cases), case.objective, "exact attacks"), stop=False)
         except KeyboardInterrupt:
             if any(c.best is None for c in cases):
@@ -272,10 +275,14 @@ class _Case:
         if self.best is None or _order(proof) > _order(self.best.certificate):
             self.best, self.by = replace(found, certificate=proof), name
 
-    def exactly(self, options: Auto) -> None:
+    def exactly(self, options: Auto, clock: _Clock) -> None:
         """Try what needs no search."""
         begin = time.perf_counter()
-        images = (("linear_inversion", self._linear), ("recursion", self._recursion))
+        images = (
+            ("linear_inversion", self._linear),
+            ("recursion", self._recursion),
+            ("gauss_newton", lambda: self._together(clock)),
+        )
         for name, attempt in (("read_sentences", self._sentences),) if self.text else images:
             if not self.open:
                 break
@@ -322,9 +329,26 @@ class _Case:
             if value is not None:
                 if note:
                     self.notes.append(f"recursion: {note}; what lies behind is its best guess.")
-                proof = _determined(result, _rounding(observation))
+                proof = _determined(result, _rounding(observation), _BACKWARD)
                 return self._from_layers(result, value, chain.head, seconds), proof
         raise NotApplicable(f"The recursion stops: {result.stopped_at}.")
+
+    def _together(self, clock: _Clock) -> tuple[Reconstruction, Construction | None]:
+        """Solve all layers together."""
+        observation = self.observation
+        if observation.batch_size != 1:
+            raise NotApplicable("All layers together are solved for one example; a batch is matched.")
+        shape = tuple(observation.space.shape)
+        bound = rank_bound(observation.model, observation.params, shape, 1)
+        if not bound.determined:
+            raise NotApplicable(bound.reason)
+        begin = time.perf_counter()
+        result = by_layers(observation, seed=self.seed, going=lambda *_: not (clock.over or clock.cancelled))
+        value = result.start if result.input is None else result.input
+        assert value is not None
+        head = result.label is not None
+        found = self._from_layers(result, value, head, time.perf_counter() - begin)
+        return found, _determined(result, _rounding(observation), _TOGETHER)
 
     def _from_layers(self, result: RecursionResult, value: Tensor, head: bool, seconds: float) -> Reconstruction:
         space = self.observation.space
@@ -400,6 +424,7 @@ class _Case:
         if self.best is None:
             return
         unknowns = self.best.inputs.numel()
+        # One example was solved by all layers together where that is possible; what is left takes the whole Jacobian.
         if unknowns > _POLISHED and clock.deadline is None:
             reason = ResourceLimit(
                 f"A step with {unknowns} unknowns takes minutes on a CPU; call gauss_newton().polish(...) yourself, "
@@ -446,13 +471,13 @@ def _match(name: str, attack: Attack, cases: list[_Case], seed: int, clock: _Clo
         case.seconds += share
 
 
-def _determined(result: RecursionResult, rounding: float) -> Construction | None:
+def _determined(result: RecursionResult, rounding: float, why: str) -> Construction | None:
     if result.input is None or math.isnan(result.spread):
         return None
     # A residual of zero is luck: nothing is known better than to the rounding of the numbers it came from.
     size = float(result.input.square().mean().sqrt())
     error = max(result.spread**0.5, rounding * size)
-    return Construction(result.input.numel(), error, "solved backward, every layer's linear system has full rank")
+    return Construction(result.input.numel(), error, why)
 
 
 def _rounding(observation: Observation) -> float:
@@ -470,7 +495,8 @@ def auto(
     """Take the exact way where there is one, matching where there is none, and prove what came out.
 
     Sentences are read (``read_sentences``). For other inputs the order is: ``linear_inversion`` (a first linear layer),
-    ``recursion`` (one example, determined layer by layer); then matching: ``feature_matching`` for a batch whose
+    ``recursion`` (one example, determined layer by layer), ``gauss_newton`` (one example, determined by all layers of a
+    smooth chain together); then matching: ``feature_matching`` for a batch whose
     features separate, ``idlg`` or ``dlg`` on smooth models otherwise, ``inverting_gradients`` where there are kinks;
     then Gauss–Newton steps on smooth models where they fit. An attack ends the search when the update proves or matches
     its result; among results the certificate decides, then the residual of the re-simulated update. The notes say why

@@ -1,4 +1,4 @@
-"""Matching as what it is on smooth models, a nonlinear least-squares problem: Levenberg–Marquardt, and a polish."""
+"""Matching as what it is on smooth models, a nonlinear least-squares problem: Gauss–Newton, and a polish."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradleak.analytic.certify import jacobian, number_format, storage_deviation
+from gradleak.analytic.graph import trace_chain
 from gradleak.analytic.labels import recover_labels
+from gradleak.analytic.recursion import RecursionResult, fit_layers
 from gradleak.attacks.base import Attack, Callback, Progress, as_gradient
+from gradleak.attacks.recursion import check, plain_gradient
 from gradleak.errors import InvalidInput, NotApplicable, ResourceLimit
+from gradleak.inputs import ImageSpace
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import check_reproducible
 from gradleak.types import Reconstruction
 
-__all__ = ["GaussNewton", "gauss_newton", "is_smooth"]
+__all__ = ["GaussNewton", "by_layers", "gauss_newton", "is_smooth"]
 
 Rows = Callable[[Tensor], Tensor]
 
@@ -56,38 +60,82 @@ def is_smooth(model: nn.Module, shape: tuple[int, ...]) -> bool:
     simpson = simpson / (3 * (_POINTS - 1))
 
     def derivatives(start: Tensor, way: Tensor) -> tuple[Tensor, Tensor]:
-        s = t.clone().requires_grad_()
-        x = start + s.view(-1, *(1,) * len(shape)) * way
-        out = functional_call(model, tensors, (x,)).flatten(1)
+        """Return first and second derivatives (lines, points) along lines (lines, *shape)."""
+        s = t.repeat(len(start)).requires_grad_()
+        grid = s.view(len(start), _POINTS, *(1,) * len(shape))
+        out = functional_call(model, tensors, ((start[:, None] + grid * way[:, None]).flatten(0, 1),)).flatten(1)
         mixed = out @ torch.randn(out.shape[1], generator=draw, dtype=torch.float64).to(out)
         (first,) = torch.autograd.grad(mixed.sum(), s, create_graph=True)
         second = None
         if first.requires_grad:
             (second,) = torch.autograd.grad(first.sum(), s, allow_unused=True)
-        return first.detach(), torch.zeros_like(t) if second is None else second
+        second = torch.zeros_like(s) if second is None else second
+        return first.detach().view(len(start), _POINTS), second.view(len(start), _POINTS)
 
+    # A large model has enough units for any line to meet a kink; a tiny one has few.
+    size = sum(p.numel() for p in model.parameters())
+    rounds, lines = (1, 2) if size >= 100_000 else (4, 8) if size >= 2_000 else (16, 16)
     try:
-        # A large model has enough units for any line to meet a kink.
-        for _ in range(32 if sum(p.numel() for p in model.parameters()) < 100_000 else 2):
-            start, way = (torch.randn(shape, generator=draw, dtype=torch.float64).to(like) for _ in range(2))
+        for _ in range(rounds):
+            start, way = (torch.randn(lines, *shape, generator=draw, dtype=torch.float64).to(like) for _ in range(2))
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 first, second = derivatives(start, 0.2 * way)
                 if not bool(second.any()):  # affine, or linear in pieces, of which a long line meets several
                     first, second = derivatives(start, 10 * way)
-            change = first[-1] - first[0]
-            error = float((simpson @ second - change).abs())
+            change = first[:, -1] - first[:, 0]
+            error = (second @ simpson - change).abs()
             # Against the whole variation, not the net change, in which rises and falls may cancel.
-            if error > 1e-3 * float(simpson @ second.abs()) + 1e-9 * float(first.norm()):
+            if bool((error > 1e-3 * (second.abs() @ simpson) + 1e-9 * first.norm(dim=1)).any()):
                 return False
     except (NotImplementedError, RuntimeError):
         return False  # an operation without second derivatives cannot be judged, nor taken by this attack
     return True
 
 
+def by_layers(
+    observation: Observation,
+    start: Tensor | None = None,
+    *,
+    seed: int = 0,
+    going: Callable[[float, int], bool] | None = None,
+) -> RecursionResult:
+    """Solve all layers of a smooth chain together for one example; see :func:`fit_layers`.
+
+    Args:
+        observation: what was seen.
+        start: decoded input (*shape); None starts from mid-gray, or zero where the inputs are no images.
+        seed: of the estimates of condition and error.
+        going: (relative residual, steps so far) → whether to go on.
+
+    Raises:
+        NotApplicable: the update is no plain gradient of one example in float32 or float64, or the model no such chain.
+        ResourceLimit: the matrices of a layer do not fit in memory.
+
+    """
+    check(observation)
+    fmt, training = number_format(observation.update.tensors), observation.training
+    if fmt not in (torch.float32, torch.float64) or (training is not None and training.undefended is not training):
+        raise NotApplicable("Solving all layers together takes a plain float32 or float64 gradient; use matching.")
+    shape, space = tuple(observation.space.shape), observation.space
+    if start is None:
+        start = torch.full(shape, 0.5 if isinstance(space, ImageSpace) else 0.0)
+    params = {k: p.detach() for k, p in observation.model.named_parameters()}
+    like = next(iter(params.values()))
+    return fit_layers(
+        observation.model,
+        params,
+        plain_gradient(observation),
+        space.encode(start[None].to(like.device, torch.float64))[0],
+        chain=trace_chain(observation.model, shape),
+        seed=seed,
+        going=going,
+    )
+
+
 @final
 @dataclass(frozen=True)
 class GaussNewton(Attack):
-    """Levenberg–Marquardt on the weighted residual of the update; made by :func:`gauss_newton`.
+    """Gauss–Newton by layers where they form a chain, else Levenberg–Marquardt; made by :func:`gauss_newton`.
 
     Attributes:
         iterations: steps per start.
@@ -118,6 +166,10 @@ class GaussNewton(Attack):
 
     def _one(self, observation: Observation, seed: int, callback: Callback | None) -> Reconstruction:
         begin = time.perf_counter()
+        try:
+            return self._layers(observation, None, seed, callback, begin)
+        except (NotApplicable, ResourceLimit):
+            pass  # no chain of layers; one of any other kind is taken as a whole
         problem = _Problem.of(observation, None, seed)
         draw = torch.Generator().manual_seed(seed)
         best: _State | None = None
@@ -150,11 +202,58 @@ class GaussNewton(Attack):
         begin = time.perf_counter()
         if observation.training is None:
             raise NotApplicable("A polish simulates the client, which takes TRAINING; grant it in the threat model.")
+        if len(found) == 1:
+            try:
+                return self._layers(observation, found, seed, callback, begin)
+            except (NotApplicable, ResourceLimit):
+                pass
         problem = _Problem.of(observation, found.labels, seed)
         start = observation.space.encode(found.inputs.to(problem.like)).flatten()
         state = self._search(problem, start, callback, begin)
         polished = problem.result(state, state.evaluations, time.perf_counter() - begin)
         return replace(polished, notes=(*found.notes, *polished.notes), features=found.features)
+
+    def _layers(
+        self, observation: Observation, found: Reconstruction | None, seed: int, callback: Callback | None, begin: float
+    ) -> Reconstruction:
+        status = "converged"
+
+        def going(residual: float, steps: int) -> bool:
+            nonlocal status
+            if (self.budget is not None and time.perf_counter() - begin > self.budget) or steps >= self.iterations:
+                status = "budget"
+            elif callback is not None:
+                try:
+                    callback(Progress(steps, self.iterations, residual**2, "all layers together"))
+                except KeyboardInterrupt:
+                    status = "interrupted"
+            return status == "converged"
+
+        result = by_layers(observation, None if found is None else found.inputs[0], seed=seed, going=going)
+        value = result.start if result.input is None else result.input
+        assert value is not None
+        label = None if found is None else found.labels
+        if observation.labels is not None and not observation.labels.is_floating_point():
+            label = observation.labels
+        elif label is None and result.label is not None:
+            label = torch.tensor([result.label])
+        notes = (f"{result.steps} Gauss–Newton steps on all layers together.", *map(str, result.layers))
+        if result.input is not None and status == "budget":
+            status = "converged"
+        if result.stopped_at is not None and status == "converged":
+            status, notes = "stalled", (*notes, f"It ended without a unique solution: {result.stopped_at}.")
+        dtype = torch.promote_types(next(iter(observation.update.tensors.values())).dtype, torch.float32)
+        return Reconstruction(
+            observation.space.decode(value[None].to(dtype)),
+            label,
+            result.residual**2,
+            label_probabilities=None if found is None else found.label_probabilities,
+            status=status,
+            iterations=result.steps,
+            seconds=time.perf_counter() - begin,
+            notes=notes if found is None else (*found.notes, *notes),
+            features=None if found is None else found.features,
+        )
 
     def _search(self, problem: _Problem, z: Tensor, callback: Callback | None, begin: float) -> _State:
         state = _State(z, problem.cost(z))
@@ -494,7 +593,11 @@ _INNER = 60
 def gauss_newton(
     *, iterations: int = 60, restarts: int = 1, init_std: float = 0.1, budget: float | None = None
 ) -> GaussNewton:
-    """Solve ∇W′ = ∇W by Levenberg–Marquardt: quadratic convergence on smooth models, down to the noise of the update.
+    """Solve ∇W′ = ∇W by Gauss–Newton: quadratic convergence on smooth models, down to the noise of the update.
+
+    One example through a chain of smooth layers is solved for all layers together, from mid-gray: the normal matrix is
+    put together layer by layer, exactly, so thousands of unknowns take seconds. Restarts and labels are not needed
+    there. What follows holds for everything else.
 
     Every equation is divided by its own noise: accumulated rounding, the number format, and what a known defense leaves
     uncertain, so float16, bfloat16 and noised updates are inverted as well as linear estimation can. Labels are granted

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from gradleak.analytic import layers
 from gradleak.analytic.graph import Affine, trace_chain
-from gradleak.analytic.recursion import _Map, _Walk, read_outer_product
+from gradleak.analytic.outer import read_outer_product
+from gradleak.analytic.recursion import _Walk
+from gradleak.analytic.whole import WholeMap
 
 CONVOLUTIONS = [
     nn.Conv2d(2, 6, 3),
@@ -69,7 +71,7 @@ def test_normal_matrix_is_that_of_the_exact_jacobian(channels: int, stride: int)
     walk = _Walk(chain, params, seen, outer, 0)
     walk.run()
     assert torch.allclose(walk.value.reshape(x.shape), x, atol=1e-10)
-    whole = _Map(chain, chain.steps, params, seen, outer)
+    whole = WholeMap(chain, chain.steps, params, seen, outer)
     jacobian = torch.autograd.functional.jacobian(lambda z: whole.outputs(z, graph=True), x[0]).reshape(-1, 128)
     # The assembled matrix leaves the few bias equations out.
     sizes = [(seen[n].numel(), "weight" in n) for n in whole.names]

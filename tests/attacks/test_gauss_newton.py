@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -54,18 +55,78 @@ def test_factory_is_the_attack() -> None:
             gauss_newton(**wrong)
 
 
-@pytest.mark.parametrize("training", [gl.FedSGD(), gl.FedAvg(lr=0.1, epochs=2)], ids=["gradient", "two steps"])
-def test_random_start_converges_to_rounding(training: gl.LocalTraining) -> None:
-    sender = client(training=training)
+@pytest.mark.parametrize(
+    ("n", "training"), [(2, gl.FedSGD()), (1, gl.FedAvg(lr=0.1, epochs=2))], ids=["batch", "steps"]
+)
+def test_random_start_converges_to_rounding(n: int, training: gl.LocalTraining) -> None:
+    sender = client(n, training=training)
     found = gauss_newton().reconstruct(observe(sender))
     assert found.status == "converged"
     assert found.iterations < 40
     assert error(sender, found) < 1e-20
 
 
-def test_float32_update_to_its_floor() -> None:
-    sender = client(dtype=torch.float32)
-    assert error(sender, gauss_newton().reconstruct(observe(sender))) < 1e-12
+@pytest.mark.parametrize("training", [gl.FedSGD(), gl.FedAvg(lr=0.1)], ids=["gradient", "delta"])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-11), (torch.float64, 1e-25)])
+def test_one_example_to_its_floor_by_all_layers(training: gl.LocalTraining, dtype: torch.dtype, limit: float) -> None:
+    sender = client(dtype=dtype, training=training)
+    found = gauss_newton().reconstruct(observe(sender))
+    assert found.status == "converged"
+    assert found.iterations < 20
+    assert any("all layers together: determined" in n for n in found.notes)
+    assert found.labels is not None
+    assert found.labels.tolist() == [0]
+    assert error(sender, found) < limit
+
+
+def chain(*layers: nn.Module) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(*layers)
+        for p in model.parameters():
+            nn.init.uniform_(p, -0.5, 0.5)
+        return model.double()
+
+
+def convolution(channels: int, outputs: int, stride: int = 1) -> nn.Module:
+    return nn.Conv2d(channels, outputs, 3, stride=stride, padding=1)
+
+
+def open_inside() -> nn.Module:
+    # The input of the second convolution: 256 unknowns, 64 forward and 144 gradient equations.
+    first, second = convolution(1, 4), convolution(4, 4, 2)
+    return chain(first, nn.Sigmoid(), second, nn.Tanh(), nn.Flatten(), nn.Linear(64, 9))
+
+
+def pooled() -> nn.Module:
+    last = (nn.Flatten(), nn.Linear(192, 9), nn.Tanh(), nn.Linear(9, 5))
+    return chain(convolution(1, 12), nn.Tanh(), nn.AvgPool2d(2), *last)
+
+
+@pytest.mark.parametrize("make", [open_inside, pooled])
+def test_exact_where_the_recursion_stops(make: Callable[[], nn.Module]) -> None:
+    images = torch.rand(1, *SHAPE, generator=torch.Generator().manual_seed(1)).double()
+    sender = gl.Client(make(), gl.Batch(images, torch.tensor([3])))
+    with pytest.raises(NotApplicable, match="recursion stops"):
+        gl.attacks.recursion().reconstruct(observe(sender))
+    assert error(sender, gauss_newton().reconstruct(observe(sender))) < 1e-20
+    chosen = gl.attacks.auto().reconstruct(observe(sender))
+    assert chosen.notes[0] == "Chosen by its certificate: gauss_newton."
+    assert chosen.certificate is not None
+    assert chosen.certificate.verdict == "proved"
+    assert "all layers together" in chosen.certificate.reason
+
+
+def test_what_all_layers_leave_open_is_not_called_converged() -> None:
+    model = chain(convolution(1, 2, 2), nn.Sigmoid(), nn.Flatten(), nn.Linear(32, 5))
+    sender = gl.Client(model, gl.Batch(torch.full((1, *SHAPE), 0.3).double(), torch.tensor([3])))
+    found = gauss_newton().reconstruct(observe(sender))
+    assert found.status == "stalled"
+    assert "without a unique solution" in found.notes[-1]
+    chosen = gl.attacks.auto(iterations=5).reconstruct(observe(sender))
+    assert chosen.certificate is not None
+    assert chosen.certificate.verdict != "proved"
+    assert any(n.startswith("gauss_newton: not taken. This model, 1 example") for n in chosen.notes)
 
 
 def test_sampled_rows_precondition_the_whole() -> None:
@@ -111,8 +172,8 @@ def test_kinks_are_refused_with_a_remedy() -> None:
 
 
 def test_too_many_unknowns() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(5000, 2))
-    sender = gl.Client(model, gl.Batch(torch.rand(1, 1, 50, 100), torch.tensor([0])))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2500, 2))
+    sender = gl.Client(model, gl.Batch(torch.rand(2, 1, 25, 100), torch.tensor([0, 1])))
     with pytest.raises(ResourceLimit, match="5000"):
         gl.simulate(sender, gauss_newton())
 
@@ -121,9 +182,10 @@ def test_interruption_and_budget_return_the_best_so_far() -> None:
     def stop(progress: Progress) -> None:
         raise KeyboardInterrupt
 
-    found = gauss_newton().reconstruct(observe(client()), callback=stop)
+    found = gauss_newton().reconstruct(observe(client(2)), callback=stop)
     assert (found.status, found.iterations) == ("interrupted", 1)
-    assert replace(gauss_newton(), budget=1e-6).reconstruct(observe(client())).status == "budget"
+    assert gauss_newton().reconstruct(observe(client()), callback=stop).status == "interrupted"
+    assert replace(gauss_newton(), budget=1e-6).reconstruct(observe(client(2))).status == "budget"
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh", "softplus", "gelu"])
@@ -136,8 +198,11 @@ def test_steep_sigmoids_are_smooth(seed: int) -> None:
     assert is_smooth(lenet(seed=seed), (3, 32, 32))
 
 
-def test_models_with_kinks() -> None:
-    affine = nn.Linear(6, 4)
+@pytest.mark.parametrize("seed", range(4))
+def test_models_with_kinks(seed: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        affine = nn.Linear(6, 4)
     assert is_smooth(affine, (6,))
     for kink in (nn.ReLU(), nn.LeakyReLU(0.9), nn.MaxPool1d(2), nn.Hardtanh()):
         last = 2 if isinstance(kink, nn.MaxPool1d) else 4
