@@ -10,7 +10,6 @@ from typing import final
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -528,6 +527,8 @@ class _Reader:
         wanted = design @ (base - self.update[name].double().flatten())
         weights = torch.linalg.lstsq(normal, wanted[:, None], driver="gelsd").solution.view(total, len(kinds))
         score = weights[:, torch.searchsorted(kinds, ids).to(weights.device)].detach().cpu().numpy()
+        from scipy.optimize import linear_sum_assignment  # Not at the top: it takes long to import.
+
         order = linear_sum_assignment(-np.asarray(score))[1]
         labels = torch.full(chosen.shape, _IGNORED)
         labels[chosen] = ids[torch.from_numpy(order)]
