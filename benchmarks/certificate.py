@@ -96,13 +96,20 @@ def _model(draw: _Draw, scenario: str) -> tuple[str, nn.Module, tuple[int, ...],
     kind = "relu" if scenario == "dead units" else draw.one(("sigmoid", "tanh", "softplus", "relu"))
     act = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "softplus": nn.Softplus, "relu": nn.ReLU}[kind]
     classes = draw.one((3, 5, 10))
-    if draw.uniform(0, 1) < 0.6:
+    family = draw.uniform(0, 1)
+    if family < 0.5:
         width, inputs = draw.one((8, 16, 32)), draw.one((6, 12))
         bias = draw.uniform(0, 1) < 0.8
         layers = [nn.Linear(inputs, width, bias), act(), nn.Linear(width, width, bias), act()]
         model = nn.Sequential(*layers, nn.Linear(width, classes))
         shape: tuple[int, ...] = (inputs,)
         name = f"mlp {inputs}-{width}-{width}-{classes} {kind}{'' if bias else ' without bias'}"
+    elif family < 0.75:
+        # Pooling stops the recursion, so that all layers are solved together.
+        width = draw.one((2, 4))
+        layers = [nn.Conv2d(1, width, 3, padding=1), act(), nn.AvgPool2d(2), nn.Flatten()]
+        model = nn.Sequential(*layers, nn.Linear(4 * width, 8), act(), nn.Linear(8, classes))
+        shape, name = (1, 4, 4), f"conv {width} pooled {kind}"
     else:
         width = draw.one((2, 4))
         layers = [nn.Conv2d(1, width, 3, padding=1, stride=2), act(), nn.Conv2d(width, width, 3, padding=1), act()]

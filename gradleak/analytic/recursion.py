@@ -220,6 +220,8 @@ def fit_layers(
     if chain.stop is not None or kinks:
         reason = chain.stop or f"{kinks[0]!r} has a kink, where the gradient jumps"
         raise NotApplicable(f"The layers cannot be solved together: {reason}; use matching.")
+    if not any(isinstance(s, Affine) for s in chain.steps):
+        raise NotApplicable(f"The gradient of {chain.anchor.name!r} shows its input; use linear_inversion().")
     whole = WholeMap(chain, chain.steps, params, seen, outer)
     value, steps, residual = start.detach().double().flatten(), 0, math.inf
     walk, factor = _around(chain, params, seen, outer, seed, value)

@@ -13,7 +13,7 @@ import gradleak as gl
 from gradleak import defenses
 from gradleak.attacks import gauss_newton as factory
 from gradleak.attacks.base import Progress
-from gradleak.attacks.gauss_newton import GaussNewton, _Problem, _Sampled, gauss_newton, is_smooth
+from gradleak.attacks.gauss_newton import GaussNewton, _Problem, _Sampled, by_layers, gauss_newton, is_smooth
 from gradleak.errors import InvalidInput, InvalidModel, NotApplicable, ResourceLimit
 from gradleak.models import lenet, resnet18
 
@@ -115,6 +115,14 @@ def test_exact_where_the_recursion_stops(make: Callable[[], nn.Module]) -> None:
     assert chosen.certificate is not None
     assert chosen.certificate.verdict == "proved"
     assert "all layers together" in chosen.certificate.reason
+
+
+def test_a_first_linear_layer_is_nothing_to_solve_together() -> None:
+    model = chain(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 5))
+    sender = gl.Client(model, gl.Batch(torch.full((1, *SHAPE), 0.3).double(), torch.tensor([3])))
+    with pytest.raises(NotApplicable, match="linear_inversion"):
+        by_layers(observe(sender))
+    assert error(sender, gauss_newton().reconstruct(observe(sender))) < 1e-20  # by its whole Jacobian
 
 
 def test_what_all_layers_leave_open_is_not_called_converged() -> None:
