@@ -228,7 +228,15 @@ def fit_layers(
     probe = walk.probe(value.numel())
     for _ in range(_FACTORS):
         last = newton_steps(
-            whole, value, factor, probe, limit=_LONG, stale=_STALE, halvings=_HALVINGS, tolerance=_TIGHT
+            whole,
+            value,
+            factor,
+            probe,
+            limit=_LONG,
+            stale=_STALE,
+            halvings=_HALVINGS,
+            tolerance=_TIGHT,
+            floor=_CLOSE * outer.noise,
         )
         value, steps, residual = last.value, steps + last.steps, last.residual
         stopped = going is not None and not going(residual, steps)
@@ -236,7 +244,7 @@ def fit_layers(
             break
         _, factor = _around(chain, params, seen, outer, seed, value)
     product = whole.linearize(value).product
-    response, _, full = conjugate_gradients(product, probe[None], factor.solve, tolerance=1e-6, limit=_CHECK)
+    response, _, full = conjugate_gradients(product, probe[None], factor.solve, tolerance=1e-3, limit=_CHECK)
     condition = quotient(product, response[0], factor.scale)
     variance = (residual * float(whole.target.norm())) ** 2 / max(len(whole.target) - len(value), 1)
     spread = variance * float(probe @ response[0]) / len(value)

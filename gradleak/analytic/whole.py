@@ -115,6 +115,7 @@ def newton_steps(
     stale: int = 60,
     halvings: int = 0,
     tolerance: float = 1e-2,
+    floor: float = 0.0,
 ) -> Polished:
     """Take Gauss–Newton steps on the whole map until they are below the noise that the residual shows.
 
@@ -127,6 +128,7 @@ def newton_steps(
         stale: conjugate gradient steps beyond which the factor no longer serves.
         halvings: how often a step that does not help is halved.
         tolerance: relative accuracy of a step, in energy.
+        floor: relative residual below which a step that does not halve it is the last.
 
     """
     response = float((probe * factor.solve(probe[None])[0]).sum()) / probe.numel()
@@ -151,7 +153,8 @@ def newton_steps(
             done = True
             break
         gained, norm, value, local, steps = norm - fallen, fallen, moved, there, steps + 1
-        if gained < 1e-3 * norm:
+        low = norm <= (floor * float(whole.target.norm())) ** 2
+        if gained < (3 if low else 1e-3) * norm:
             done = True
             break
     variance = norm / max(len(whole.target) - probe.numel(), 1)

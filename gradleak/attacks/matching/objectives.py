@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,4 +97,38 @@ class Cosine(Objective):
 
     def __call__(self, simulated: Tensors, observed: Tensors, scale: Tensor) -> Tensor:
         """Return one minus the cosine similarity, in [0, 2]."""
-        return 1 - _dot(simulated, observed) * _dot(simulated, simulated).clamp_min(_TINY).rsqrt() * scale
+        names = list(observed)
+        ours, theirs = [simulated[k] for k in names], [observed[k] for k in names]
+        cosine: Tensor = _Similarity.apply(scale, len(names), *ours, *theirs)[0]  # type: ignore[no-untyped-call]
+        return 1 - cosine
+
+
+class _Similarity(torch.autograd.Function):
+    """⟨a, b⟩ / ‖a‖ · scale, with the derivative in a in two passes over the numbers instead of five.
+
+    On ResNet-18 with one example, automatic differentiation of the two dot products was a fifth of an iteration.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(scale: Tensor, count: int, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pairs = list(zip(tensors[:count], tensors[count:], strict=True))
+        product = torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in pairs]).sum()
+        square = torch.stack([torch.dot(a.reshape(-1), a.reshape(-1)) for a, _ in pairs]).sum().clamp_min(_TINY)
+        return product * square.rsqrt() * scale, product, square
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.count = inputs[1]
+        ctx.mark_non_differentiable(output[1], output[2])
+        ctx.save_for_backward(inputs[0], *output[1:], *inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scale, product, square, *tensors = ctx.saved_tensors
+        along = grads[0] * scale * square.rsqrt()
+        against = -along * product / square
+        pairs = zip(tensors[: ctx.count], tensors[ctx.count :], strict=True)
+        found = [torch.addcmul(b * along, a, against.expand_as(a)) for a, b in pairs]
+        return (None, None, *found, *(None for _ in found))
