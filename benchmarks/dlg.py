@@ -23,7 +23,7 @@ FAST = 5e-8
 """Relative squared distance at which other images than these had an MSE below 1e-4 (worst of 16: 7e-5)."""
 
 HANDOVER = 1e-5
-"""Relative squared distance at which Gauss–Newton takes over; quickest of 1e-6, 1e-5, 1e-4 on 16 other images, all alike exact."""
+"""Relative squared distance at which Gauss–Newton takes over: on 16 other images quicker than 1e-6 and 1e-4."""
 
 
 def main() -> None:

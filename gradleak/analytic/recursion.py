@@ -203,12 +203,13 @@ def fit_layers(
         going: (relative residual, steps so far) → whether to go on; asked after what every factorization served.
 
     Returns:
-        The result; ``input`` is None and ``start`` the best point where the layers together leave a direction open.
+        The result; ``input`` is None and ``start`` the best point where the steps do not reach the update, or where the
+        layers together leave a direction open.
 
     Raises:
         NotApplicable: the model is no chain of smooth layers from the input to a linear layer, or the gradient there is
             no outer product.
-        ResourceLimit: the matrices of a layer do not fit in memory.
+        ResourceLimit: there are too many values, or the matrices of a layer do not fit in memory.
 
     """
     shape = tuple(start.shape)
@@ -222,6 +223,11 @@ def fit_layers(
         raise NotApplicable(f"The layers cannot be solved together: {reason}; use matching.")
     if not any(isinstance(s, Affine) for s in chain.steps):
         raise NotApplicable(f"The gradient of {chain.anchor.name!r} shows its input; use linear_inversion().")
+    largest = max(s.inputs for s in chain.steps)
+    if largest > LARGEST:
+        raise ResourceLimit(
+            f"Solving all layers together factorizes a matrix of {largest} rows, more than {LARGEST}; use matching."
+        )
     whole = WholeMap(chain, chain.steps, params, seen, outer)
     value, steps, residual = start.detach().double().flatten(), 0, math.inf
     walk, factor = _around(chain, params, seen, outer, seed, value)
@@ -248,6 +254,7 @@ def fit_layers(
     condition = quotient(product, response[0], factor.scale)
     variance = (residual * float(whole.target.norm())) ** 2 / max(len(whole.target) - len(value), 1)
     spread = variance * float(probe @ response[0]) / len(value)
+    explained = residual <= _CLOSE * outer.noise
     determined = full and condition > _SINGULAR and last.done
     equations = len(whole.target) - outer.features.numel()
     bound = min(len(value), len(whole.target))
@@ -264,9 +271,11 @@ def fit_layers(
     )
     found, label = value.reshape(shape), _label(outer.delta) if chain.head else None
     common = (outer.features, label, outer.noise, residual)
-    if determined:
+    if determined and explained:
         return RecursionResult(found, None, (report,), None, *common, spread, steps)
-    reason = str(report) if last.done else f"the steps did not converge in {_FACTORS} factorizations"
+    reason = str(report)
+    if not last.done or not explained:
+        reason = f"the steps ended at a relative residual of {residual:.1e}, which does not explain the update"
     return RecursionResult(None, reason, (report,), found, *common, math.nan, steps)
 
 
@@ -276,9 +285,8 @@ def _around(
     """Return the normal matrix of the whole map, factorized at the chain's input ``value`` (n,)."""
     walk = _Walk(chain, params, seen, outer, seed, _inputs(chain, params, value.reshape(chain.shape)))
     walk.run()
-    if walk.stop is not None or walk.information.dense is None:
-        reason = walk.stop or f"there are more than {LARGEST} values"
-        raise NotApplicable(f"The layers cannot be solved together: {reason}; use matching.")
+    if walk.stop is not None:
+        raise NotApplicable(f"The layers cannot be solved together: {walk.stop}; use matching.")
     return walk, factorize(walk.normal)
 
 

@@ -125,6 +125,23 @@ def test_a_first_linear_layer_is_nothing_to_solve_together() -> None:
     assert error(sender, gauss_newton().reconstruct(observe(sender))) < 1e-20  # by its whole Jacobian
 
 
+def test_an_update_that_is_not_explained_is_not_called_converged() -> None:
+    sender = client()
+    seen = observe(sender)
+    name = next(n for n in seen.update.tensors if n.endswith("weight"))
+    wrong = replace(seen.update, tensors={**seen.update.tensors, name: seen.update.tensors[name] * 1.01})
+    found = gauss_newton().reconstruct(replace(seen, update=wrong))
+    assert found.status == "stalled"
+    assert "does not explain the update" in found.notes[-1]
+
+
+def test_too_many_values_for_all_layers() -> None:
+    model = chain(convolution(1, 200), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(3200, 5))
+    sender = gl.Client(model, gl.Batch(torch.full((1, *SHAPE), 0.3).double(), torch.tensor([3])))
+    with pytest.raises(ResourceLimit, match="12800 rows"):
+        by_layers(observe(sender))
+
+
 def test_what_all_layers_leave_open_is_not_called_converged() -> None:
     model = chain(convolution(1, 2, 2), nn.Sigmoid(), nn.Flatten(), nn.Linear(32, 5))
     sender = gl.Client(model, gl.Batch(torch.full((1, *SHAPE), 0.3).double(), torch.tensor([3])))
