@@ -104,9 +104,10 @@ class Cosine(Objective):
 
 
 class _Similarity(torch.autograd.Function):
-    """⟨a, b⟩ / ‖a‖ · scale, with the derivative in a in two passes over the numbers instead of five.
+    """⟨a, b⟩ / ‖a‖ · scale, with the derivative in a in two passes over the numbers instead of five; b is constant.
 
-    On ResNet-18 with one example, automatic differentiation of the two dot products was a fifth of an iteration.
+    The dot product and ‖a‖² are outputs as well, so that second derivatives are right too. On ResNet-18 with one
+    example, automatic differentiation of the two dot products was a fifth of an iteration.
     """
 
     generate_vmap_rule = True
@@ -121,14 +122,13 @@ class _Similarity(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.count = inputs[1]
-        ctx.mark_non_differentiable(output[1], output[2])
         ctx.save_for_backward(inputs[0], *output[1:], *inputs[2:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scale, product, square, *tensors = ctx.saved_tensors
-        along = grads[0] * scale * square.rsqrt()
-        against = -along * product / square
+        slope = grads[0] * scale * square.rsqrt()
+        along, against = slope + grads[1], 2 * grads[2] - slope * product / square
         pairs = zip(tensors[: ctx.count], tensors[ctx.count :], strict=True)
         found = [torch.addcmul(b * along, a, against.expand_as(a)) for a, b in pairs]
         return (None, None, *found, *(None for _ in found))

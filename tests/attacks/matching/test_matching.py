@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch.func import grad, jacrev, vmap
 
 import gradleak as gl
 from gradleak.attacks.base import Progress
@@ -172,6 +173,23 @@ def test_objectives_vanish_at_the_truth_and_pass_gradcheck(objective: SquaredErr
     x = torch.rand_like(batch.inputs).requires_grad_()
     y = torch.rand_like(labels).softmax(-1).requires_grad_()
     assert torch.autograd.gradcheck(distance, (x, y), fast_mode=True, atol=1e-6)
+
+
+def test_cosine_has_the_derivatives_of_its_formula() -> None:
+    draw = torch.Generator().manual_seed(0)
+    seen = {k: torch.randn(n, generator=draw, dtype=torch.float64) for k, n in (("a", 3), ("b", 4))}
+    a, b = (torch.randn(3, n, generator=draw, dtype=torch.float64) for n in (3, 4))
+    scale = Cosine().scale(seen)
+
+    def ours(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return Cosine()({"a": a, "b": b}, seen, scale)
+
+    def formula(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return 1 - torch.nn.functional.cosine_similarity(torch.cat([a, b]), torch.cat([*seen.values()]), dim=0)
+
+    for f in (grad, lambda f, argnums: jacrev(grad(f, argnums), argnums)):
+        found, expected = (vmap(f(g, (0, 1)))(a, b) for g in (ours, formula))
+        torch.testing.assert_close(found, expected)
 
 
 def test_total_variation_is_the_mean_of_neighbor_differences() -> None:
