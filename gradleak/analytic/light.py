@@ -93,7 +93,8 @@ def solve_light(
     params: Tensors,
     seen: Tensors,
     features: Tensor,
-    pull: Tensor,
+    delta: Tensor,
+    weight: Tensor,
     *,
     noise: float,
     seed: int,
@@ -106,7 +107,8 @@ def solve_light(
         params: float64 parameters by name.
         seen: float64 gradients by name.
         features: (d,), the chain's output.
-        pull: (d,), the gradient there.
+        delta: (C,), the gradient at the output of the linear layer behind.
+        weight: (C, d), of that layer.
         noise: relative noise of the update.
         seed: of the error samples.
         refine: (index of a step, its input (n,), approximate inverse for rows) → a better input, for the layers in
@@ -120,7 +122,8 @@ def solve_light(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw, dtype=torch.float64).to(features)
 
-    value, delta = features, pull
+    value, slips = features, (delta * normal(_SAMPLES, len(delta))) @ weight
+    delta = delta @ weight
     size = features.abs().clamp(min=float(0.05 * features.square().mean().sqrt()) + 1e-300)
     variance, errors = size.square(), size * normal(_SAMPLES, len(features))
     layers: list[LightLayer] = []
@@ -129,17 +132,20 @@ def solve_light(
         step = chain.steps[index]
         if isinstance(step, Elementwise):
             value = step.inverse(value.reshape(1, *step.in_shape)).flatten()
-            slope = step.derivatives(value)[0]
+            slope, bend = step.derivatives(value)
             if not bool((slope.abs() > 0).all()):
                 return LightResult(None, tuple(layers))
-            delta, errors, variance = delta * slope, errors / slope, variance / slope.square()
+            errors, variance = errors / slope, variance / slope.square()
+            slips, delta = slips * slope + delta * bend * errors, delta * slope
         elif isinstance(step, Affine):
             if index == first:
                 # Halfway to equal weights: a worse estimate by little, in half as many iterations.
                 variance = (variance * variance.median()).sqrt()
             system = _System(step, params, delta, seen[step.weight_name], variance)
             precondition = system.preconditioner()
-            found = None if precondition is None else system.solve(value, errors, precondition, normal, noise)
+            # Layers in between are refined by what the later ones say, which takes the gradient's own errors out.
+            felt = slips if index == first else torch.zeros_like(slips)
+            found = None if precondition is None else system.solve(value, errors, felt, precondition, normal, noise)
             if found is None or precondition is None:
                 return LightResult(None, tuple(layers))
             layer, errors = found
@@ -150,7 +156,8 @@ def solve_light(
             # Channels share their gradient equations, so the error depends on the position most.
             pooled = errors.square().mean(0).reshape(step.channels, -1)
             variance = (pooled if step.linear else pooled.mean(0).expand_as(pooled)).flatten()
-            delta = step.adjoint(delta[None], params[step.weight_name])[0]
+            delta, slips = (step.adjoint(v, params[step.weight_name]) for v in (delta[None], slips))
+            delta = delta[0]
     return LightResult(value, tuple(layers))
 
 
@@ -287,18 +294,22 @@ class _System:
         return lambda v: self.blocks(v, whole)
 
     def solve(
-        self, value: Tensor, errors: Tensor, precondition: Rows, normal: Callable[..., Tensor], noise: float
+        self,
+        value: Tensor,
+        errors: Tensor,
+        slips: Tensor,
+        precondition: Rows,
+        normal: Callable[..., Tensor],
+        noise: float,
     ) -> tuple[LightLayer, Tensor] | None:
         """Return the solved layer and samples of its input's error (k, n); None without convergence."""
         step, scale = self.step, self.gradient.square().mean().sqrt()
         zero = torch.zeros(1, *step.in_shape).to(value)
         constant = step.forward(zero, {step.weight_name: self.weight, **self._bias()}).flatten()
-        drawn = scale * normal(len(errors), *self.gradient.shape)
         narrow, wide = self.product(torch.float32), self.product(torch.float64)
-        samples, steps, done = _solve(narrow, self.pull(errors, drawn), precondition, _LOOSE)
         right = self.pull((value - constant)[None], self.gradient[None])
         x, total = torch.zeros_like(right), 0
-        energy, first = math.inf, 0.0
+        energy, first, done = math.inf, 0.0, True
         for _ in range(_ROUNDS):
             residual = right - wide(x)
             level = max(float(residual.abs().max()), 1e-300)
@@ -314,7 +325,12 @@ class _System:
             x, total = x + more, total + taken
         else:
             return None
-        if not done or not bool(torch.isfinite(x).all() & torch.isfinite(samples).all()):
+        # An error of the output gradient is one of the gradient equations, in proportion to the input.
+        patches = step.patches(self.join(x)[0], self.weight)[0]
+        drawn = scale * normal(len(errors), *self.gradient.shape)
+        drawn = drawn - (slips.view(len(slips), step.out_shape[0], -1) @ patches.T).view_as(drawn)
+        samples, steps, well = _solve(narrow, self.pull(errors, drawn), precondition, _LOOSE)
+        if not (done and well) or not bool(torch.isfinite(x).all() & torch.isfinite(samples).all()):
             return None
         quadratic = float((samples * wide(samples)).sum())
         own = self.gram.diagonal(dim1=1, dim2=2).flatten().repeat(step.channels)

@@ -123,7 +123,7 @@ def newton_steps(
         whole: the map.
         value: where the steps begin, (n,).
         factor: of its normal matrix nearby, which preconditions.
-        probe: (n,) signs, for the estimate of the error.
+        probe: (k, n) signs, for the estimate of the error: one could miss the direction that is known worst.
         limit: steps.
         stale: conjugate gradient steps beyond which the factor no longer serves.
         halvings: how often a step that does not help is halved.
@@ -131,14 +131,14 @@ def newton_steps(
         floor: relative residual below which a step that does not halve it is the last.
 
     """
-    response = float((probe * factor.solve(probe[None])[0]).sum()) / probe.numel()
+    response, n = float((probe * factor.solve(probe)).sum()) / probe.numel(), len(value)
     local, steps, served = whole.linearize(value), 0, True
     norm = float(local.residual.square().sum())
     while True:
-        variance = max(norm, 1e-300) / max(len(local.residual) - probe.numel(), 1)
+        variance = max(norm, 1e-300) / max(len(local.residual) - n, 1)
         right = local.descent[None]
         decrement = float((right * factor.solve(right)).sum())
-        done = decrement < 1e-2 * variance * probe.numel()
+        done = decrement < 1e-2 * variance * n
         if done or steps >= limit or not served:
             break
         step, taken, _ = conjugate_gradients(local.product, right, factor.solve, tolerance=tolerance, limit=60)
@@ -157,5 +157,5 @@ def newton_steps(
         if gained < (3 if low else 1e-3) * norm:
             done = True
             break
-    variance = norm / max(len(whole.target) - probe.numel(), 1)
+    variance = norm / max(len(whole.target) - n, 1)
     return Polished(value, steps, variance * response, math.sqrt(norm) / float(whole.target.norm()), done)

@@ -87,9 +87,17 @@ def light(model: nn.Module, shape: tuple[int, ...]) -> object:
     params = {k: p.detach() for k, p in model.named_parameters()}
     chain = trace_chain(model, shape)
     outer = read_outer_product(seen[chain.anchor.weight_name], seen[chain.anchor.bias_name or ""])
-    pull = outer.delta @ params[chain.anchor.weight_name]
+    weight = params[chain.anchor.weight_name]
     return solve_light(
-        chain, params, seen, outer.features, pull, noise=1e-7, seed=0, refine=lambda _index, value, _inverse: value
+        chain,
+        params,
+        seen,
+        outer.features,
+        outer.delta,
+        weight,
+        noise=1e-7,
+        seed=0,
+        refine=lambda _index, value, _inverse: value,
     )
 
 
