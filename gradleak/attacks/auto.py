@@ -342,8 +342,13 @@ class _Case:
         bound = rank_bound(observation.model, observation.params, shape, 1)
         if not bound.determined:
             raise NotApplicable(bound.reason)
-        begin = time.perf_counter()
-        result = by_layers(observation, seed=self.seed, going=lambda *_: not (clock.over or clock.cancelled))
+        begin, limit = time.perf_counter(), gauss_newton().iterations
+
+        def going(residual: float, steps: int) -> bool:
+            clock(Progress(min(steps, limit), limit, residual**2, "all layers together"), stop=False)
+            return not clock.over
+
+        result = by_layers(observation, seed=self.seed, going=going)
         value = result.start if result.input is None else result.input
         assert value is not None
         head = result.label is not None
