@@ -392,7 +392,7 @@ _CLOSE = 150.0
 """Relative residual that the iterative way may leave, in units of the outer product's noise."""
 _GOOD = 2e-10
 """Estimated mean squared error that it may leave, relative to the input's squared peak: 97 dB. On 50 images that no
-benchmark uses, the true error was 0.1 to 2 times the estimate, and at most 0.6 times it where that is near this limit."""
+benchmark uses, the true error was 0.1 to 2 times the estimate, and at most 0.6 times where that is near this limit."""
 
 
 def _label(delta: Tensor) -> int | None:
