@@ -104,10 +104,10 @@ def test_batches_below_the_rank_bound_have_no_target(bench: types.ModuleType) ->
     assert "6,060 of 6,144" in lines[2].target
 
 
-def test_inverting_gradients_has_two_targets(bench: types.ModuleType) -> None:
+def test_inverting_gradients_is_held_against_the_loop(bench: types.ModuleType) -> None:
     rows = [{"batch": n, "ratio (median of pairs)": r, "ratio range": "0.9-1.1"} for n, r in ((1, 0.99), (8, 1.05))]
     lines = bench.lines("inverting_gradients", {"rows": rows})
-    assert [(line.met, line.short) for line in lines] == [(True, True), (True, True), (True, False), (False, False)]
+    assert [(line.met, line.short) for line in lines] == [(True, True), (False, True)]
 
 
 def test_disaggregation_is_judged_by_its_worst_size(bench: types.ModuleType) -> None:
