@@ -165,7 +165,8 @@ def examine(
         training: the forward map as the attacker knows it, defended or not; None stands for one gradient of the
             cross-entropy up to an unknown factor.
         construction: a proof of uniqueness that came with the solution.
-        uniqueness: whether to compute the Jacobian; None does so up to ``largest`` unknowns.
+        uniqueness: whether to compute the Jacobian; None does so up to ``largest`` unknowns. The error bound of a
+            construction is checked against it in any case, where that is cheap.
         largest: see ``uniqueness``.
         scale: size of a typical input value; None takes the root mean square of ``inputs``.
         tolerance: largest error bound, relative to ``scale``, that is still called a proof.

@@ -214,15 +214,23 @@ def factorize(build: Callable[[], Tensor]) -> Factor:
 
 
 def conjugate_gradients(
-    product: Rows, right: Tensor, precondition: Rows, *, tolerance: float, limit: int
+    product: Rows,
+    right: Tensor,
+    precondition: Rows,
+    *,
+    tolerance: float,
+    limit: int,
+    ready: Tensor | None = None,
 ) -> tuple[Tensor, int, bool]:
     """Solve k symmetric systems ``product(x) = right`` at once, rows (k, n); stop by the energy of the error.
+
+    ``ready`` is ``precondition(right)`` where the caller has it already.
 
     Returns the solutions, the number of iterations, and whether each energy fell by ``tolerance``².
     """
     x = torch.zeros_like(right)
     residual = right.clone()
-    z = precondition(residual)
+    z = precondition(residual) if ready is None else ready
     direction = z.clone()
     energy = (residual * z).sum(1)
     first = energy.clone()

@@ -145,14 +145,16 @@ def solve_light(
             precondition = system.preconditioner()
             # Layers in between are refined by what the later ones say, which takes the gradient's own errors out.
             felt = slips if index == first else torch.zeros_like(slips)
-            found = None if precondition is None else system.solve(value, errors, felt, precondition, normal, noise)
+            found = (
+                None if precondition is None else system.solve(index, value, errors, felt, precondition, normal, noise)
+            )
             if found is None or precondition is None:
                 return LightResult(None, tuple(layers))
             layer, errors = found
             value = layer.value
             if index > first:
                 value = refine(index, value, _outside(system, precondition))
-            layers.append(replace(layer, index=index, value=value))
+            layers.append(replace(layer, value=value))
             # Channels share their gradient equations, so the error depends on the position most.
             pooled = errors.square().mean(0).reshape(step.channels, -1)
             variance = (pooled if step.linear else pooled.mean(0).expand_as(pooled)).flatten()
@@ -295,6 +297,7 @@ class _System:
 
     def solve(
         self,
+        index: int,
         value: Tensor,
         errors: Tensor,
         slips: Tensor,
@@ -337,7 +340,7 @@ class _System:
         whole = self.diagonal() + own
         condition = quadratic / max(float((samples.square() * whole).sum()), 1e-300)
         spread = float(samples.square().mean())
-        layer = LightLayer(-1, step, self.join(x)[0], self.rank, condition, spread, steps + total)
+        layer = LightLayer(index, step, self.join(x)[0], self.rank, condition, spread, steps + total)
         return layer, self.join(samples)
 
     def _bias(self) -> Tensors:

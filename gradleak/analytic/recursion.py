@@ -39,7 +39,7 @@ from gradleak.analytic.outer import OuterProduct, read_outer_product
 from gradleak.analytic.whole import WholeMap, feature_scale, newton_steps
 from gradleak.errors import NotApplicable, ResourceLimit
 
-__all__ = ["LayerReport", "OuterProduct", "RecursionResult", "fit_layers", "invert_layers", "read_outer_product"]
+__all__ = ["LayerReport", "OuterProduct", "RecursionResult", "check_together", "fit_layers", "invert_layers"]
 
 Tensors = Mapping[str, Tensor]
 
@@ -148,7 +148,7 @@ def invert_layers(
     label = _label(outer.delta) if chain.head else None
     light = _light(chain, params, seen, outer, seed) if quick and outer.noise > _FINE else None
     known = {} if light is None else _known(light, outer, seen)
-    if light is not None and light.value is not None:
+    if light is not None:
         quickly = _quickly(chain, params, seen, outer, label, light, known)
         if quickly is not None:
             return quickly
@@ -217,17 +217,7 @@ def fit_layers(
     params = {k: p.detach().double() for k, p in params.items()}
     seen = {k: g.detach().double() for k, g in grads.items()}
     outer = _outer(chain, seen)
-    kinks = [s.name for s in chain.steps if isinstance(s, Elementwise) and s.rectifies]
-    if chain.stop is not None or kinks:
-        reason = chain.stop or f"{kinks[0]!r} has a kink, where the gradient jumps"
-        raise NotApplicable(f"The layers cannot be solved together: {reason}; use matching.")
-    if not any(isinstance(s, Affine) for s in chain.steps):
-        raise NotApplicable(f"The gradient of {chain.anchor.name!r} shows its input; use linear_inversion().")
-    largest = max(s.inputs for s in chain.steps)
-    if largest > LARGEST:
-        raise ResourceLimit(
-            f"Solving all layers together factorizes a matrix of {largest} rows, more than {LARGEST}; use matching."
-        )
+    check_together(chain)
     whole = WholeMap(chain, chain.steps, params, seen, outer)
     value, steps, residual = start.detach().double().flatten(), 0, math.inf
     walk, factor = _around(chain, params, seen, outer, seed, value)
@@ -250,10 +240,11 @@ def fit_layers(
             break
         _, factor = _around(chain, params, seen, outer, seed, value)
     product = whole.linearize(value).product
-    response, _, full = conjugate_gradients(product, probe[:1], factor.solve, tolerance=1e-3, limit=_CHECK)
+    ready = factor.solve(probe[:1])
+    response, _, full = conjugate_gradients(product, probe[:1], factor.solve, tolerance=1e-3, limit=_CHECK, ready=ready)
     condition = quotient(product, response[0], factor.scale)
     # Where the factor's own precision hides a weak direction, the exact product shows it.
-    hidden = float(probe[0] @ response[0]) / float((probe[0] * factor.solve(probe[:1])[0]).sum())
+    hidden = float(probe[0] @ response[0]) / float(probe[0] @ ready[0])
     spread = last.spread * max(1.0, hidden)
     explained = residual <= _CLOSE * outer.noise
     determined = full and condition > _SINGULAR and last.done
@@ -278,6 +269,27 @@ def fit_layers(
     if not last.done or not explained:
         reason = f"the steps ended at a relative residual of {residual:.1e}, which does not explain the update"
     return RecursionResult(None, reason, (report,), found, *common, math.nan, steps)
+
+
+def check_together(chain: Chain) -> None:
+    """Check that the layers of ``chain`` can be solved together.
+
+    Raises:
+        NotApplicable: they are no chain of smooth layers from the input on.
+        ResourceLimit: there are too many values.
+
+    """
+    kinks = [s.name for s in chain.steps if isinstance(s, Elementwise) and s.rectifies]
+    if chain.stop is not None or kinks:
+        reason = chain.stop or f"{kinks[0]!r} has a kink, where the gradient jumps"
+        raise NotApplicable(f"The layers cannot be solved together: {reason}; use matching.")
+    if not any(isinstance(s, Affine) for s in chain.steps):
+        raise NotApplicable(f"The gradient of {chain.anchor.name!r} shows its input; use linear_inversion().")
+    largest = max(s.inputs for s in chain.steps)
+    if largest > LARGEST:
+        raise ResourceLimit(
+            f"Solving all layers together factorizes a matrix of {largest} rows, more than {LARGEST}; use matching."
+        )
 
 
 def _around(
@@ -389,7 +401,7 @@ _CHECK = 200
 _FINE = 1e-12
 """Below this noise (float64 updates) the many digits wanted make iterations dearer than factors."""
 _CLOSE = 150.0
-"""Relative residual that the iterative way may leave, in units of the outer product's noise."""
+"""Relative residual at which an update counts as explained, in units of the outer product's noise."""
 _GOOD = 2e-10
 """Estimated mean squared error that it may leave, relative to the input's squared peak: 97 dB. On 50 images that no
 benchmark uses, the true error was 0.1 to 2 times the estimate, and at most 0.6 times where that is near this limit."""

@@ -137,11 +137,14 @@ def newton_steps(
     while True:
         variance = max(norm, 1e-300) / max(len(local.residual) - n, 1)
         right = local.descent[None]
-        decrement = float((right * factor.solve(right)).sum())
+        ready = factor.solve(right)
+        decrement = float((right * ready).sum())
         done = decrement < 1e-2 * variance * n
         if done or steps >= limit or not served:
             break
-        step, taken, _ = conjugate_gradients(local.product, right, factor.solve, tolerance=tolerance, limit=60)
+        step, taken, _ = conjugate_gradients(
+            local.product, right, factor.solve, tolerance=tolerance, limit=60, ready=ready
+        )
         served = taken <= stale
         for halving in range(halvings + 1):
             moved = value + step[0] / 2**halving

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from gradleak.analytic.certify import Construction, certify
-from gradleak.analytic.graph import trace_chain
+from gradleak.analytic.graph import Chain, trace_chain
 from gradleak.analytic.labels import recover_labels
 from gradleak.analytic.ranks import rank_bound
-from gradleak.analytic.recursion import RecursionResult, invert_layers
+from gradleak.analytic.recursion import RecursionResult, check_together, invert_layers
 from gradleak.attacks.base import Attack, Callback, Progress, as_gradient
 from gradleak.attacks.feature_matching import feature_matching
 from gradleak.attacks.gauss_newton import by_layers, gauss_newton, is_smooth
@@ -318,7 +318,7 @@ class _Case:
         observation = self.observation
         check(observation)
         shape = tuple(observation.space.shape)
-        chain = trace_chain(observation.model, shape)
+        chain = self.chain
         params = {k: p.detach() for k, p in observation.model.named_parameters()}
         begin = time.perf_counter()
         result = invert_layers(
@@ -338,8 +338,8 @@ class _Case:
         observation = self.observation
         if observation.batch_size != 1:
             raise NotApplicable("All layers together are solved for one example; a batch is matched.")
-        shape = tuple(observation.space.shape)
-        bound = rank_bound(observation.model, observation.params, shape, 1)
+        check_together(self.chain)
+        bound = rank_bound(observation.model, observation.params, tuple(observation.space.shape), 1)
         if not bound.determined:
             raise NotApplicable(bound.reason)
         begin, limit = time.perf_counter(), gauss_newton().iterations
@@ -348,7 +348,7 @@ class _Case:
             clock(Progress(min(steps, limit), limit, residual**2, "all layers together"), stop=False)
             return not clock.over
 
-        result = by_layers(observation, seed=self.seed, going=going)
+        result = by_layers(observation, chain=self.chain, seed=self.seed, going=going)
         value = result.start if result.input is None else result.input
         assert value is not None
         head = result.label is not None
@@ -369,6 +369,11 @@ class _Case:
             notes=tuple(str(r) for r in result.layers),
             features=result.features[None] if head else None,
         )
+
+    @cached_property
+    def chain(self) -> Chain:
+        """The model's layers; raises NotApplicable where they have no beginning to solve from."""
+        return trace_chain(self.observation.model, tuple(self.observation.space.shape))
 
     @cached_property
     def smooth(self) -> bool:
@@ -501,11 +506,10 @@ def auto(
 
     Sentences are read (``read_sentences``). For other inputs the order is: ``linear_inversion`` (a first linear layer),
     ``recursion`` (one example, determined layer by layer), ``gauss_newton`` (one example, determined by all layers of a
-    smooth chain together); then matching: ``feature_matching`` for a batch whose
-    features separate, ``idlg`` or ``dlg`` on smooth models otherwise, ``inverting_gradients`` where there are kinks;
-    then Gauss–Newton steps on smooth models where they fit. An attack ends the search when the update proves or matches
-    its result; among results the certificate decides, then the residual of the re-simulated update. The notes say why
-    each step was taken or not.
+    smooth chain together); then matching: ``feature_matching`` for a batch whose features separate, ``idlg`` or ``dlg``
+    on smooth models otherwise, ``inverting_gradients`` where there are kinks; then Gauss–Newton steps on smooth models
+    where they fit. An attack ends the search when the update proves or matches its result; among results the
+    certificate decides, then the residual of the re-simulated update. The notes say why each step was taken or not.
 
     Args:
         budget: seconds for all observations together; the best so far is returned. Exact attacks are not cut short.

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradleak.analytic.certify import jacobian, number_format, storage_deviation
-from gradleak.analytic.graph import trace_chain
+from gradleak.analytic.graph import Chain
 from gradleak.analytic.labels import recover_labels
 from gradleak.analytic.recursion import RecursionResult, fit_layers
 from gradleak.attacks.base import Attack, Callback, Progress, as_gradient
@@ -96,6 +96,7 @@ def by_layers(
     observation: Observation,
     start: Tensor | None = None,
     *,
+    chain: Chain | None = None,
     seed: int = 0,
     going: Callable[[float, int], bool] | None = None,
 ) -> RecursionResult:
@@ -104,6 +105,7 @@ def by_layers(
     Args:
         observation: what was seen.
         start: decoded input (*shape); None starts from mid-gray, or zero where the inputs are no images.
+        chain: the traced chain of the model.
         seed: of the estimates of condition and error.
         going: (relative residual, steps so far) → whether to go on.
 
@@ -126,7 +128,7 @@ def by_layers(
         params,
         plain_gradient(observation),
         space.encode(start[None].to(like.device, torch.float64))[0],
-        chain=trace_chain(observation.model, shape),
+        chain=chain,
         seed=seed,
         going=going,
     )

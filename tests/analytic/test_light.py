@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from gradleak.analytic.graph import Affine, trace_chain
 from gradleak.analytic.light import _System, solve_light
-from gradleak.analytic.recursion import RecursionResult, invert_layers, read_outer_product
+from gradleak.analytic.outer import read_outer_product
+from gradleak.analytic.recursion import RecursionResult, invert_layers
 from gradleak.models import lenet
 
 

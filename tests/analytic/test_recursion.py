@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradleak.analytic.recursion import RecursionResult, invert_layers, read_outer_product
+from gradleak.analytic.outer import read_outer_product
+from gradleak.analytic.recursion import RecursionResult, invert_layers
 from gradleak.errors import NotApplicable
 from gradleak.models import lenet, resnet18
 

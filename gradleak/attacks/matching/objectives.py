@@ -114,9 +114,8 @@ class _Similarity(torch.autograd.Function):
 
     @staticmethod
     def forward(scale: Tensor, count: int, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        pairs = list(zip(tensors[:count], tensors[count:], strict=True))
-        product = torch.stack([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in pairs]).sum()
-        square = torch.stack([torch.dot(a.reshape(-1), a.reshape(-1)) for a, _ in pairs]).sum().clamp_min(_TINY)
+        ours, theirs = ({str(i): t for i, t in enumerate(part)} for part in (tensors[:count], tensors[count:]))
+        product, square = _dot(ours, theirs), _dot(ours, ours).clamp_min(_TINY)
         return product * square.rsqrt() * scale, product, square
 
     @staticmethod
