@@ -32,6 +32,7 @@ _VMAP_LIMIT = 2_000_000  # Parameters x examples above which vmap on a CPU only 
 _SLOTS, _SLOTS_GPU = 16, 1024  # Candidates at work at a time: more would leave a CPU's cache (measured on LeNets).
 _SAVED = {"compile": 0.5, "trace": 0.15}  # Shares of an eager evaluation that are saved (measured on LeNets).
 _TYPICAL = 0.1  # Share of its rounds that a search usually takes.
+_RECHECKED = 4  # Rows on which a prepared gradient that is used again is checked.
 _RUNG, _BEHIND = 100, 10.0  # Restarts are compared after 100, 200, 400 … evaluations; dropped when 10 times behind.
 
 
@@ -339,7 +340,7 @@ class _Evaluator:
     def __call__(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         if not self._ready:
             self._ready = True
-            self._prepare(z, rows)
+            return self._prepare(z, rows)
         if self.function is not None and 3 * len(rows) >= self.width:  # Below that, padding costs more than it saves.
             return self._call(self.function, z, rows)
         return self._plain(z, rows)
@@ -369,24 +370,37 @@ class _Evaluator:
         z = torch.cat([z, z[-1:].expand(missing, -1)]) if missing else z
         return [z, *(t for t in self._flat[1] if isinstance(t, Tensor))]
 
-    def _prepare(self, z: Tensor, rows: Tensor) -> None:
-        """Trace or compile, if asked for or if it should pay, and check the result against the eager gradient."""
+    def _prepare(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Trace or compile, if asked for or if it should pay, and check the result against the eager gradient.
+
+        What is new is checked on all rows; what has passed before, for another observation, on a few.
+        """
         group, asked = self.group, self.group.attack.backend
         kinds = ["compile", "trace"] if asked == "auto" else [asked]
         known = next((f for kind in kinds if (f := backends.prepared(group.key(self.width, kind))) is not None), None)
-        plain, seconds = self._timed(z, rows) if asked == "auto" else (self._plain(z, rows), math.inf)
+        fresh = known is None
+        few = slice(None) if fresh else slice(_RECHECKED)
+        timed = fresh and asked == "auto"
+        plain, seconds = self._timed(z, rows) if timed else (self._plain(z[few], rows[few]), math.inf)
         if known is None:
             known = self._made(asked, self._arguments(z[: self.width], rows[: self.width]), seconds)
         if known is None:
-            return
-        if backends.agree(self._call(known, z, rows), plain):
+            return plain
+        found = self._call(known, z, rows)
+        if backends.agree((found[0][few], found[1][few]), plain):
             self.function = known
-        else:
-            self.notes.append("The prepared gradient disagreed with the eager one and was not used.")
+            if fresh:
+                backends.remember(group.key(self.width, self._kind(asked)), known)
+            return found
+        self.notes.append("The prepared gradient disagreed with the eager one and was not used.")
+        return plain if fresh else self._plain(z, rows)
+
+    def _kind(self, asked: str) -> str:
+        able = backends.can_compile(self.group.like.device)
+        return asked if asked != "auto" else "compile" if able else "trace"
 
     def _made(self, asked: str, arguments: list[Tensor], seconds: float) -> backends.Function | None:
-        able = backends.can_compile(self.group.like.device)
-        kind = asked if asked != "auto" else "compile" if able else "trace"
+        kind = self._kind(asked)
         total = seconds * self.rounds
         if self.until is not None:
             total = min(total, self.until - time.monotonic())
@@ -405,7 +419,6 @@ class _Evaluator:
             reason = (str(error).strip().splitlines() or [""])[0][:200]
             self.notes.append(f"The gradient could not be prepared ({type(error).__name__}: {reason}); it ran eagerly.")
             return None
-        backends.remember(self.group.key(self.width, kind), function)
         return function
 
     def _function(self) -> backends.Function:
