@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gradleak.analytic.dense import cholesky, cholesky_solve
 from gradleak.analytic.head import Head
 from gradleak.analytic.labels import LabelEstimate, rounding
 from gradleak.analytic.refine import LARGEST, Refined, refine
@@ -123,11 +124,11 @@ def disaggregate(
         )
     system = System.build(gw, gb, head, estimate, means, loss)
     # One start where no class occurs twice; else as many together as keep the normal matrices small, and as many
-    # iterations in all as the cubic cost of one allows (about 40 for 64 examples).
+    # iterations in all as the cubic cost of one allows (about 100 for 64 examples).
     repeated = int(estimate.counts.max()) > 1
     restarts = restarts if repeated else 1
     together = max(1, min(restarts, 2_000_000 // size**4))
-    left = allowed = max(iterations // 4, int(40 * (64 / size) ** 3))
+    left = allowed = max(iterations // 4, int(100 * (64 / size) ** 2))
     best: _Fit | None = None
     while restarts > 0 and left > 0:
         starts = system.starts(means, estimate, together, generator)
@@ -321,14 +322,26 @@ class System:
         )
 
     def starts(self, means: Tensor, estimate: LabelEstimate, count: int, generator: torch.Generator) -> Tensor:
-        """Return (count, B, B) mixings: class means, split at random where a class occurs more than once."""
+        """Return (count, B, B) mixings: class means, split at random where a class occurs more than once.
+
+        Splits keep their class's mean. A class that the model predicts for the others too hardly shows its own
+        examples: what is unknown of the repeated ones covers them, so its mean is drawn towards that of all.
+        """
         counts = estimate.counts[estimate.counts > 0]
+        repeated = (counts > 1).repeat_interleave(counts)[:, None]
         mixing = (means[:, self.live] / self.column) @ self.rows.T * self.whiten
         centered = mixing - mixing.mean(0)
         spread = centered.norm() / math.sqrt(max(len(mixing) - 1, 1)) if len(mixing) > 1 else 0.1 * mixing.norm()
+        mixing = mixing.repeat_interleave(counts, 0)
+        p, _ = self.residual(mixing[None])
+        mine = estimate.labels[:, None] == estimate.labels
+        own = 1 - p[0].gather(1, estimate.labels[:, None])[:, 0]
+        others = (p[0][:, estimate.labels].square() * repeated * ~mine).sum(0)
+        trust = (own.square() / (own.square() + others).clamp_min(1e-300))[:, None]
+        mixing = trust * mixing + (1 - trust) * (trust * mixing).sum(0) / trust.sum().clamp_min(1e-300)
         noise = torch.randn((count, self.size, self.size), generator=generator, dtype=torch.float64).to(mixing)
-        repeated = (counts > 1).repeat_interleave(counts)[:, None]
-        return mixing.repeat_interleave(counts, 0) + 0.3 * spread / math.sqrt(self.size) * noise * repeated
+        noise = noise - (mine.to(noise) / mine.sum(1)) @ noise
+        return mixing + 0.3 * spread / math.sqrt(self.size) * noise * repeated
 
     def augment(self, mixing: Tensor) -> Tensor:
         """Append the bias gradient's constant feature."""
@@ -399,17 +412,17 @@ class System:
                 diagonal = normal.diagonal(dim1=1, dim2=2).clone()
             damped = normal.clone()
             damped.diagonal(dim1=1, dim2=2).add_(damping[:, None] * diagonal + 1e-300)
-            factor, info = torch.linalg.cholesky_ex(damped)
+            factor, failed = cholesky(damped)
             del damped
-            step = torch.cholesky_solve(-gradient[..., None], factor)[..., 0].view(r, b, b)
+            step = cholesky_solve(-gradient[:, None], factor).reshape(r, b, b)
             curve = self.pull(m, d, mixing, self.bend(p, mixing, step))
-            extra = torch.cholesky_solve(-0.5 * curve[..., None], factor)[..., 0].view(r, b, b)
+            extra = cholesky_solve(-0.5 * curve[:, None], factor).reshape(r, b, b)
             weight = diagonal.view(r, b, b)
             bent = 2 * ((weight * extra**2).sum((1, 2)) / (weight * step**2).sum((1, 2)).clamp_min(1e-300)).sqrt()
             trial = mixing + step + extra
             new_p, new_residual = self.residual(trial)
             new = new_residual.square().sum((1, 2))
-            better = (new < objective) & (info == 0) & (bent <= 0.75)
+            better = (new < objective) & ~failed & (bent <= 0.75)
             gain = torch.where(better, (objective - new) / objective.clamp_min(1e-300), 1.0)
             pick = better[:, None, None]
             mixing, p = torch.where(pick, trial, mixing), torch.where(pick, new_p, p)

@@ -16,6 +16,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from gradleak.analytic.dense import cholesky, cholesky_solve
 from gradleak.analytic.graph import Affine, Elementwise, Fixed
 from gradleak.errors import ResourceLimit
 
@@ -174,13 +175,7 @@ class Factor:
     def solve(self, rows: Tensor) -> Tensor:
         """Return matrix⁻¹ · rows for rows (k, n), to the precision of the factor."""
         scaled = (rows * self.scale).to(self.lower)
-        if self.lower.device.type == "cpu":
-            from scipy.linalg import lapack  # Not at the top: it takes as long to import as torch.
-
-            solve = lapack.spotrs if self.lower.dtype == torch.float32 else lapack.dpotrs
-            solved, _ = solve(self.lower.numpy().T, scaled.numpy().T, lower=0)
-            return torch.from_numpy(solved.T).to(rows) * self.scale
-        return torch.cholesky_solve(scaled.T, self.lower).T.to(rows) * self.scale
+        return cholesky_solve(scaled[None], self.lower[None])[0].to(rows) * self.scale
 
 
 def factorize(build: Callable[[], Tensor]) -> Factor:
@@ -198,17 +193,9 @@ def factorize(build: Callable[[], Tensor]) -> Factor:
         matrix.mul_(narrow).mul_(narrow[:, None])
         shift = shift * 30 or 8 * torch.finfo(matrix.dtype).eps
         matrix.diagonal().fill_(1 + shift)
-        if matrix.device.type == "cpu":
-            from scipy.linalg import lapack
-
-            decompose = lapack.spotrf if matrix.dtype == torch.float32 else lapack.dpotrf
-            factor, info = decompose(matrix.numpy().T, lower=0, overwrite_a=1, clean=0)
-            lower, failed = torch.from_numpy(factor.T), int(info)
-        else:
-            lower, status = torch.linalg.cholesky_ex(matrix)
-            failed = int(status)
-        if not failed:
-            return Factor(lower, scale)
+        lower, failed = cholesky(matrix[None])
+        if not bool(failed):
+            return Factor(lower[0], scale)
         if shift > 1:
             return Factor(torch.eye(len(scale), dtype=matrix.dtype, device=matrix.device), scale)
 

@@ -386,7 +386,7 @@ _REFINED = 32
 """Conjugate gradient steps of one refinement."""
 _LONG = 30
 """Steps that one factorization may serve where the start is further away."""
-_STALE = 16
+_STALE = 60
 """Conjugate gradient steps of one of them beyond which a new factorization is the quicker way."""
 _FACTORS = 12
 """Factorizations of one such polish."""

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gradleak.analytic.dense import cholesky, cholesky_solve
+
 if TYPE_CHECKING:
     from gradleak.analytic.disaggregate import System
 
@@ -158,13 +160,13 @@ def _step(system: System, state: _State, linear: _Linear, extra: Tensor, damping
     for _ in range(24):
         damped = linear.normal.clone()
         damped.diagonal().add_(damping)
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0:
-            step = torch.cholesky_solve((-gradient / linear.diagonal)[:, None], factor)[:, 0]
+        factor, failed = cholesky(damped[None])
+        if not bool(failed):
+            step = cholesky_solve((-gradient / linear.diagonal)[None, None], factor).flatten()
             a, tau = (step / linear.diagonal).split([b * b, len(step) - b * b])
             inside, outside = _bend(system, state, a.view(b, b), q @ tau.view(q.shape[1], len(extra)), extra)
             curve = _pull(system, state, linear, inside, outside)
-            bent = torch.cholesky_solve((-0.5 * curve / linear.diagonal)[:, None], factor)[:, 0]
+            bent = cholesky_solve((-0.5 * curve / linear.diagonal)[None, None], factor).flatten()
             if 2 * float(bent.norm()) <= 0.75 * float(step.norm()):
                 a, tau = ((step + bent) / linear.diagonal).split([b * b, len(step) - b * b])
                 moved = a.view(b, b) @ system.basis + (q @ tau.view(q.shape[1], len(extra))) @ extra
