@@ -309,11 +309,12 @@ class Chain:
         return x
 
 
-def trace_chain(model: nn.Module, shape: Shape) -> Chain:
+def trace_chain(model: nn.Module, shape: Shape, *, anchor: str | None = None) -> Chain:
     """Return the chain of ``model`` for inputs of ``shape``, back from its earliest linear layer with bias.
 
     That layer sees one vector per example, so its weight gradient is an outer product, and input and output gradient
-    follow from it exactly, whatever comes later in the model.
+    follow from it exactly, whatever comes later in the model. With ``anchor``, the name of a linear layer's weight, the
+    chain leads back from that layer instead, bias or not.
 
     Raises:
         NotApplicable: the model cannot be traced, or has no such layer.
@@ -327,7 +328,7 @@ def trace_chain(model: nn.Module, shape: Shape) -> Chain:
             "use matching, which needs no graph."
         ) from error
     reader = _Reader(model, graph, tuple(shape))
-    return reader.chain()
+    return reader.chain(anchor)
 
 
 def _first_line(error: Exception) -> str:
@@ -397,9 +398,9 @@ class _Reader:
             return getattr(first, str(node.target))(*rest, **get(node.kwargs))
         return None
 
-    def chain(self) -> Chain:
+    def chain(self, wanted: str | None = None) -> Chain:
         shape = next(self.shapes[n] for n in self.graph.nodes if n.op == "placeholder")
-        anchor_node, anchor = self._anchor()
+        anchor_node, anchor = self._anchor(wanted)
         steps: list[Step] = []
         node, stop = anchor_node, None
         while True:
@@ -414,7 +415,7 @@ class _Reader:
         head = all(u.op == "output" for u in anchor_node.users)
         return Chain(shape, tuple(reversed(steps)), anchor, stop, head)
 
-    def _anchor(self) -> tuple[fx.Node, Affine]:
+    def _anchor(self, wanted: str | None) -> tuple[fx.Node, Affine]:
         reasons: list[str] = []
         for node in self.graph.nodes:
             try:
@@ -423,7 +424,9 @@ class _Reader:
                 continue
             if not (isinstance(step, Affine) and step.linear):
                 continue
-            if step.bias_name is None:
+            if wanted is not None and step.weight_name != wanted:
+                continue
+            if step.bias_name is None and wanted is None:
                 reasons.append(f"{step.name!r} has no bias")
             elif len(step.in_shape) != 1:
                 reasons.append(f"{step.name!r} sees several vectors per example")

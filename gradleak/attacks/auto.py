@@ -23,7 +23,7 @@ from gradleak.attacks.feature_matching import feature_matching
 from gradleak.attacks.gauss_newton import by_layers, gauss_newton, is_smooth
 from gradleak.attacks.linear_inversion import linear_inversion
 from gradleak.attacks.matching import dlg, idlg, inverting_gradients
-from gradleak.attacks.recursion import check, plain_gradient
+from gradleak.attacks.recursion import check, invert_batch, plain_gradient
 from gradleak.attacks.sentences import read_sentences
 from gradleak.errors import InvalidInput, InvalidModel, NotApplicable, ResourceLimit
 from gradleak.inputs import ImageSpace
@@ -38,6 +38,7 @@ _RANK = {"unproved": 0, "matched": 1, "proved": 2}
 _POLISHED = 1024
 """Unknowns up to which a Gauss–Newton polish is a matter of seconds."""
 _BACKWARD = "solved backward, every layer's linear system has full rank"
+_BATCHED = "solved backward, every layer's gradient determines its inputs for all examples"
 _TOGETHER = "solved for all layers together, whose linear system there has full rank"
 _MOST_CLASSES = 256
 """Up to so many classes, the label of one example is found by trying all of them."""
@@ -316,6 +317,11 @@ class _Case:
 
     def _recursion(self) -> tuple[Reconstruction, Construction | None]:
         observation = self.observation
+        if observation.batch_size != 1:
+            found, peeled = invert_batch(observation, seed=self.seed)
+            size = float(peeled.values.square().mean().sqrt())
+            error = max(peeled.error, _rounding(observation) * size)
+            return found, Construction(peeled.values.numel(), error, _BATCHED)
         check(observation)
         shape = tuple(observation.space.shape)
         chain = self.chain

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradleak.analytic.disaggregate import EXACT, NOT_IDENTIFIABLE, Disaggregation
 from gradleak.analytic.disaggregate import disaggregate as separate
-from gradleak.analytic.head import Head, find_head
+from gradleak.analytic.head import find_head
 from gradleak.analytic.labels import neighbors, recover_labels
 from gradleak.attacks.base import Attack, Callback, Progress
 from gradleak.errors import NotApplicable
@@ -20,7 +20,7 @@ from gradleak.threat import Knowledge, Observation
 from gradleak.training import SGD, CrossEntropy, FedAvg
 from gradleak.types import Certificate, Reconstruction, UpdateKind
 
-__all__ = ["FeatureDisaggregation", "disaggregate"]
+__all__ = ["FeatureDisaggregation", "disaggregate", "one_gradient"]
 
 
 @final
@@ -72,7 +72,7 @@ class FeatureDisaggregation(Attack):
                 f"The head's gradient has rank at most {bound} (classes less one, or features), so "
                 f"{observation.batch_size} examples cannot be told apart from it; use matching."
             )
-        tensors = _gradient(observation, head)
+        tensors = one_gradient(observation, [n for n in (head.weight_name, head.bias_name) if n is not None])
         generator = torch.Generator().manual_seed(seed)
         estimate = recover_labels(
             observation.model,
@@ -140,9 +140,13 @@ class FeatureDisaggregation(Attack):
         )
 
 
-def _gradient(observation: Observation, head: Head) -> Mapping[str, Tensor]:
-    """Return the head's part of the update as a gradient; a weight delta of one plain step is scaled by its rate."""
-    names = [head.weight_name] + ([head.bias_name] if head.bias_name is not None else [])
+def one_gradient(observation: Observation, names: Sequence[str]) -> Mapping[str, Tensor]:
+    """Return these tensors of the update as a gradient; a weight delta of one plain step is scaled by its rate.
+
+    Raises:
+        NotApplicable: the update is no gradient and no delta of one plain step.
+
+    """
     tensors = {k: observation.update.tensors[k] for k in names}
     if observation.update.kind is UpdateKind.GRADIENT:
         return tensors

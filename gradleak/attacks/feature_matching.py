@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import dataclass, field, replace
 from typing import final
 
@@ -11,15 +12,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradleak.analytic.disaggregate import EXACT
-from gradleak.analytic.head import Head, find_head
+from gradleak.analytic.graph import Affine, Step
 from gradleak.attacks.base import Attack, Callback
 from gradleak.attacks.disaggregation import FeatureDisaggregation
 from gradleak.attacks.matching import LBFGS, GradientMatching
 from gradleak.attacks.matching.coordinates import NaturalImages
+from gradleak.attacks.peeling import Separated, separate_batch
+from gradleak.attacks.recursion import solved
 from gradleak.errors import NotApplicable
 from gradleak.threat import Knowledge, Observation
-from gradleak.training import CrossEntropy, LocalTraining, Loss, Tensors, soft_labels
+from gradleak.training import CrossEntropy, LocalTraining, Loss, Tensors
 from gradleak.types import Reconstruction, Update, UpdateKind
 
 __all__ = ["FeatureMatching", "feature_matching"]
@@ -34,16 +36,19 @@ class FeatureGradient(LocalTraining):
     """What remains of FedSGD once every example's features h_i and logit gradients d_i are known.
 
     The head drops out: the body's gradient is Σ_i (∂φ(x_i)/∂θ)ᵀ Wᵀ d_i with known cotangents Wᵀ d_i, and φ(x_i) = h_i.
-    Neither couples examples through a softmax, and example i can only be explained by x_i.
+    Neither couples examples through a softmax, and example i can only be explained by x_i. Layers before the head that
+    were peeled drop out in the same way; then φ ends before them.
 
     Attributes:
         cotangents: (N, d) gradients of the client's loss with respect to the features.
         weight: multiplies the features, which puts both kinds of equation on one scale.
+        steps: the layers of φ, None where it is the whole model that is given.
 
     """
 
     cotangents: Tensor
     weight: float
+    steps: tuple[Step, ...] | None = None
     loss: Loss = field(default_factory=CrossEntropy)
 
     @property
@@ -54,13 +59,23 @@ class FeatureGradient(LocalTraining):
     def run(
         self, model: nn.Module, params: Tensors, inputs: Tensor, labels: Tensor, buffers: Tensors | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the body's gradient and the weighted features; ``model`` ends where the head began."""
+        """Return the body's gradient and the weighted features; without steps, ``model`` ends where the head began."""
 
         def features(p: Tensors) -> Tensor:
-            with sdpa_kernel(SDPBackend.MATH):
-                return functional_call(model, {**p, **(buffers or {})}, (inputs,))
+            if self.steps is None:
+                with sdpa_kernel(SDPBackend.MATH):
+                    return functional_call(model, {**p, **(buffers or {})}, (inputs,))
+            x = inputs
+            for step in self.steps:
+                x = step.forward(x, {**frozen, **p}).to(inputs.dtype)
+            return x.flatten(1)
 
-        found, pull, *_ = vjp(features, dict(params))
+        wanted = dict(params)
+        if self.steps is not None:
+            used = {n for s in self.steps if isinstance(s, Affine) for n in (s.weight_name, s.bias_name)}
+            wanted = {k: v for k, v in params.items() if k in used}
+        frozen = {k: v.detach().to(inputs.dtype) for k, v in model.named_parameters() if k not in wanted}
+        found, pull, *_ = vjp(features, wanted)
         (gradient,) = pull(self.cotangents.to(found))
         return {**gradient, FEATURES: self.weight * found}, {}
 
@@ -71,39 +86,38 @@ class FeatureGradient(LocalTraining):
         return self.run(model, params, inputs, labels, buffers)[0]
 
 
-def decouple(observation: Observation, head: Head, features: Tensor, labels: Tensor, weight: float) -> Observation:
-    """Return the observation of the body alone, with known features (N, d) and labels (N,) of every example.
+def decouple(observation: Observation, separated: Separated, weight: float) -> Observation:
+    """Return the observation of what is left of the model, with one known target per example.
 
     Args:
         observation: of one gradient of softmax cross-entropy.
-        head: the classification head, whose input is the body's output.
-        features: (N, d), exact.
-        labels: (N,) class indices.
-        weight: of the feature equations relative to the gradient equations, both taken with unit norm.
+        separated: what head and peeled layers show.
+        weight: of the target equations relative to the gradient equations, both taken with unit norm.
 
     """
-    training = observation.training
-    assert training is not None and isinstance(training.loss, CrossEntropy)
-    loss = training.loss
-    logits = head.logits(features)
-    targets = soft_labels(labels, head.classes, features.dtype)
-    targets = targets * (1 - loss.label_smoothing) + loss.label_smoothing / head.classes
-    scale = 1 / len(labels) if loss.reduction == "mean" else 1.0
-    cotangents = scale * (logits.softmax(-1) - targets) @ head.weight.to(features)
-    body = {k: v for k, v in observation.update.tensors.items() if k not in (head.weight_name, head.bias_name)}
+    found, head, peeled = separated.found, separated.head, separated.peeled
+    assert found.features is not None and found.labels is not None
+    targets, cotangents, steps = found.features.double(), separated.cotangents, None
+    body = {k: v for k, v in separated.gradient.items() if k not in (head.weight_name, head.bias_name)}
+    model = observation.model
+    if separated.chain is not None and peeled is not None and peeled.index < len(separated.chain.steps):
+        targets, cotangents, steps = peeled.values, peeled.cotangents, separated.chain.steps[: peeled.index]
+        left = {n for s in steps if isinstance(s, Affine) for n in (s.weight_name, s.bias_name)}
+        body = {k: v for k, v in body.items() if k in left}
+    else:
+        model = copy.deepcopy(model)
+        parent, _, name = head.module.rpartition(".")
+        setattr(model.get_submodule(parent), name, nn.Identity())
     size = torch.stack([v.double().square().sum() for v in body.values()]).sum().sqrt()
-    spread = (features - features.mean(0)).norm() if len(labels) > 1 else features.norm()
+    spread = (targets - targets.mean(0)).norm() if len(targets) > 1 else targets.norm()
     factor = float(weight * size / spread)
-    model = copy.deepcopy(observation.model)
-    parent, _, name = head.module.rpartition(".")
-    setattr(model.get_submodule(parent), name, nn.Identity())
-    update = Update({**body, FEATURES: (factor * features).to(next(iter(body.values())).device)})
+    update = Update({**body, FEATURES: (factor * targets).to(next(iter(body.values())))})
     return replace(
         observation,
         model=model,
         update=update,
-        training=FeatureGradient(cotangents, factor),
-        labels=torch.zeros_like(labels),  # The body knows no classes, and its outputs may be fewer.
+        training=FeatureGradient(cotangents, factor, steps),
+        labels=torch.zeros_like(found.labels),  # The body knows no classes, and its outputs may be fewer.
     )
 
 
@@ -128,32 +142,28 @@ class FeatureMatching(Attack):
     def _reconstruct(
         self, observations: list[Observation], seed: int, callback: Callback | None
     ) -> list[Reconstruction]:
-        separated = [self.separate.reconstruct(o, seed=seed) for o in observations]
-        reduced = [self._reduce(o, found) for o, found in zip(observations, separated, strict=True)]
-        results = self.match.reconstruct_all(reduced, seed=seed, callback=callback)
-        return [
-            replace(
+        begin = time.perf_counter()
+        separated = [self._separate(o, seed) for o in observations]
+        results = [solved(o, s, begin) if s.complete else None for o, s in zip(observations, separated, strict=True)]
+        rest = [i for i, found in enumerate(results) if found is None]
+        reduced = [decouple(observations[i], separated[i], self.weight) for i in rest]
+        matched = self.match.reconstruct_all(reduced, seed=seed, callback=callback) if rest else []
+        for i, result in zip(rest, matched, strict=True):
+            s = separated[i]
+            results[i] = replace(
                 result,
-                features=found.features,
-                labels=found.labels,
+                features=s.found.features,
+                labels=s.found.labels,
                 label_probabilities=None,
-                notes=(*found.notes[:1], *result.notes),
+                notes=(*s.found.notes[:1], *map(str, () if s.peeled is None else s.peeled.layers), *result.notes),
             )
-            for result, found in zip(results, separated, strict=True)
-        ]
+        return [found for found in results if found is not None]
 
-    def _reduce(self, observation: Observation, found: Reconstruction) -> Observation:
-        verdicts = found.certificate.examples if found.certificate is not None else ()
-        if any(v != EXACT for v in verdicts) or found.features is None or found.labels is None:
-            raise NotApplicable(
-                f"Only {sum(v == EXACT for v in verdicts)} of {len(verdicts)} examples have proved features "
-                "(classes that repeat in a batch may not show theirs); use dlg()."
-            )
+    def _separate(self, observation: Observation, seed: int) -> Separated:
+        separated = separate_batch(observation, self.separate, seed=seed)
         if observation.update.kind is not UpdateKind.GRADIENT:
             raise NotApplicable("Feature matching needs one gradient, not a weight delta; use dlg(), which unrolls.")
-        head = find_head(observation.model, observation.params, tuple(observation.space.shape))
-        assert head is not None  # Or the disaggregation would not have applied.
-        return decouple(observation, head, found.features.double(), found.labels, self.weight)
+        return separated
 
 
 def feature_matching(
@@ -162,7 +172,9 @@ def feature_matching(
     """Separate the batch at the head first, then match one feature target per example beside the body's gradient.
 
     With exact features and logit gradients the head drops out of the problem: no softmax couples the examples, their
-    order is fixed, and every example has its own target. The rest is squared-error matching as in :func:`dlg`, in its
+    order is fixed, and every example has its own target. So do the layers before it whose inputs their own gradients
+    determine for all examples (:mod:`gradleak.analytic.peel`); the targets are then those inputs, and where that leads
+    to the first layer nothing is left to match. The rest is squared-error matching as in :func:`dlg`, in its
     coordinates and for smooth models; published relative: gradient inversion with embeddings (GIE, ICME 2024).
 
     Args:

@@ -1,7 +1,8 @@
-"""The exact attack on one example: solve the network backward, layer by layer."""
+"""The exact attack: solve the network backward, layer by layer, for one example or for a batch."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,20 +12,23 @@ import torch
 from torch import Tensor
 
 from gradleak.analytic.graph import trace_chain
+from gradleak.analytic.peel import Peeled
 from gradleak.analytic.recursion import invert_layers
 from gradleak.attacks.base import Attack, Callback, Progress
+from gradleak.attacks.disaggregation import disaggregate
+from gradleak.attacks.peeling import Separated, check_batch, separate_batch
 from gradleak.errors import NotApplicable
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import SGD, FedAvg
 from gradleak.types import Reconstruction
 
-__all__ = ["Recursion", "check", "plain_gradient", "recursion"]
+__all__ = ["Recursion", "check", "invert_batch", "plain_gradient", "recursion", "solved"]
 
 
 @final
 @dataclass(frozen=True)
 class Recursion(Attack):
-    """Inverts the update of one example layer by layer; made by :func:`recursion`.
+    """Inverts an update layer by layer; made by :func:`recursion`.
 
     Attributes:
         polish: whether to finish with Gauss–Newton steps on the whole map.
@@ -48,6 +52,8 @@ class Recursion(Attack):
         return results
 
     def _one(self, observation: Observation, seed: int) -> Reconstruction:
+        if observation.batch_size != 1:
+            return invert_batch(observation, seed=seed)[0]
         begin = time.perf_counter()
         check(observation)
         shape = tuple(observation.space.shape)
@@ -91,6 +97,62 @@ class Recursion(Attack):
         )
 
 
+def invert_batch(observation: Observation, *, seed: int = 0) -> tuple[Reconstruction, Peeled]:
+    """Return every example of a batch where the gradients of all layers determine them, and how.
+
+    Raises:
+        NotApplicable: they do not, as counted beforehand or as solved; the update is not one gradient of
+            cross-entropy, or how the client trained is not known.
+
+    """
+    begin = time.perf_counter()
+    if Knowledge.TRAINING not in observation.knows or observation.training is None:
+        raise NotApplicable(
+            "The recursion of a batch takes the client's loss (TRAINING); grant it in the threat model."
+        )
+    check_batch(observation)
+    separated = separate_batch(observation, disaggregate(), seed=seed)
+    peeled = separated.peeled
+    if peeled is None or not separated.complete:
+        reason = "the model's graph cannot be read" if peeled is None else peeled.stop
+        raise NotApplicable(
+            f"The recursion of {observation.batch_size} examples stops: {reason}; use feature_matching, which goes on "
+            "from there."
+        )
+    return solved(observation, separated, begin), peeled
+
+
+def solved(observation: Observation, separated: Separated, begin: float) -> Reconstruction:
+    """Return the batch whose layers were all peeled; ``begin`` is when the work began."""
+    peeled, found = separated.peeled, separated.found
+    assert peeled is not None and peeled.index == 0
+    x = peeled.values.reshape(-1, *observation.space.shape)
+    residual = _distance(observation, x, found)
+    first = next(iter(observation.update.tensors.values()))
+    notes = (*found.notes[:1], *map(str, peeled.layers), f"The re-simulated update agrees to {residual:.1e}.")
+    return Reconstruction(
+        observation.space.decode(x.to(torch.promote_types(first.dtype, torch.float32))),
+        found.labels,
+        residual**2,
+        status="exact" if residual <= _FLOOR * torch.finfo(first.dtype).eps else "stalled",
+        iterations=found.iterations,
+        seconds=time.perf_counter() - begin,
+        notes=notes,
+        features=found.features,
+    )
+
+
+def _distance(observation: Observation, x: Tensor, found: Reconstruction) -> float:
+    """Return the relative distance of the update re-simulated at ``x``, in float64, to the seen one."""
+    assert observation.training is not None and found.labels is not None
+    params = {k: p.double() for k, p in observation.params.items()}
+    buffers = {k: b.double() if b.is_floating_point() else b for k, b in observation.model.named_buffers()}
+    ours = observation.training.undefended.tensors(observation.model, params, x, found.labels, buffers=buffers)
+    seen = observation.update.tensors
+    rest = sum(float((ours[k].double() - t.double()).square().sum()) for k, t in seen.items())
+    return math.sqrt(rest / sum(float(t.double().square().sum()) for t in seen.values()))
+
+
 _FLOOR = 100.0
 """Rounding accumulates over the layers: measured, residuals are one to five times the rounding unit."""
 
@@ -132,6 +194,11 @@ def recursion(*, polish: bool = True, quick: bool = True) -> Recursion:
     Sources: Zhu & Blaschko, *R-GAP*, ICLR 2021, Section 3; *R-CONV*, arXiv 2406.04227. Deviations: see
     :mod:`gradleak.analytic.recursion`. Neither label nor loss nor step size is needed: the system does not change when
     the update is scaled, so a weight delta of one plain step will do.
+
+    A batch takes more: the loss must be known cross-entropy, ``disaggregate`` must prove every example's features, and
+    then each layer's gradient alone must determine its inputs for all examples (:mod:`gradleak.analytic.peel`): a
+    linear layer up to as many examples as it has outputs, a convolution where its outputs times its taps are as many as
+    the batch's values of one channel.
 
     Args:
         polish: finish with Gauss–Newton steps on the whole map, which brings float32 updates to their noise floor.

@@ -77,7 +77,7 @@ def test_a_first_linear_layer_is_divided_out() -> None:
     assert error(client, found) < 1e-12
 
 
-def test_a_batch_is_matched_and_polished() -> None:
+def test_a_batch_is_matched() -> None:
     clients = [victim(2), gl.Client(victim().model, gl.Batch(victim(4).batch.inputs[2:], torch.tensor([0, 1])))]
     results = auto().reconstruct_all([observe(c) for c in clients])
     for client, found in zip(clients, results, strict=True):
@@ -86,7 +86,16 @@ def test_a_batch_is_matched_and_polished() -> None:
         assert "feature_matching" in found.notes[0]
         assert any("one example" in n for n in found.notes)
         assert error(client, found) < 1e-11
-    assert "gauss_newton" in results[0].notes[0]
+
+
+def test_a_batch_with_granted_labels_is_matched_and_polished() -> None:
+    client = victim(2)
+    threat = gl.ThreatModel(gl.Knowledge.LABELS | gl.Knowledge.BATCH_SIZE | gl.Knowledge.TRAINING)
+    found = auto(iterations=300).reconstruct(observe(client, threat))
+    assert found.notes[0] == "Chosen by its certificate: idlg and gauss_newton."
+    assert found.certificate is not None
+    assert found.certificate.examples == ("proved", "proved")
+    assert error(client, found) < 1e-11
 
 
 def test_kinks_are_left_to_inverting_gradients() -> None:
@@ -154,3 +163,27 @@ def test_certificate_of_any_result() -> None:
     assert certificate(seen, gl.Reconstruction(1 - client.batch.inputs, None, 0.0)).verdict == "unproved"
     unknown = certificate(observe(victim(2)), gl.Reconstruction(victim(2).batch.inputs, None, 0.0))
     assert "labels" in unknown.reason
+
+
+@pytest.mark.parametrize("act", [torch.nn.Tanh, torch.nn.ReLU])
+def test_a_batch_that_its_layers_determine_is_proved_without_search(act: type[torch.nn.Module]) -> None:
+    torch.manual_seed(0)
+    layers = (
+        torch.nn.Flatten(),
+        torch.nn.Linear(192, 48),
+        act(),
+        torch.nn.Linear(48, 48),
+        act(),
+        torch.nn.Linear(48, 20),
+    )
+    images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    client = gl.Client(torch.nn.Sequential(*layers), gl.Batch(images, torch.arange(5)))
+    seen = gl.ThreatModel().observe(
+        client.model, client.send(), space=gl.ImageSpace((3, 8, 8)), training=client.training, batch_size=5
+    )
+    found = gl.attacks.auto().reconstruct(seen)
+    assert found.certificate is not None
+    assert found.certificate.examples == ("proved",) * 5
+    assert found.notes[0] == "Chosen by its certificate: recursion."
+    assert found.evaluations == 0
+    assert float((found.inputs - images).square().mean()) < 1e-9

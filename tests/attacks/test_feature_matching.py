@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import gradleak as gl
-from gradleak.analytic.head import find_head
 from gradleak.attacks.feature_matching import FEATURES, decouple
+from gradleak.attacks.peeling import separate_batch
 from gradleak.errors import NotApplicable
 
 SHAPE = (1, 8, 8)
@@ -22,16 +24,17 @@ def victim(n: int, labels: list[int], loss: gl.CrossEntropy | None = None) -> tu
     return client, seen
 
 
+@pytest.mark.parametrize("peeled", [False, True])
 @pytest.mark.parametrize("loss", [gl.CrossEntropy(), gl.CrossEntropy("sum", 0.1)])
-def test_the_decoupled_map_equals_the_body_of_the_gradient(loss: gl.CrossEntropy) -> None:
+def test_the_decoupled_map_equals_the_body_of_the_gradient(loss: gl.CrossEntropy, peeled: bool) -> None:
     client, seen = victim(3, [0, 4, 7], loss)
-    head = find_head(seen.model, seen.params, SHAPE)
-    assert head is not None
-    features = seen.model.body(client.batch.inputs).flatten(1).detach()
-    reduced = decouple(seen, head, features, client.batch.labels, 0.2)
+    whole = separate_batch(seen, gl.attacks.disaggregate())
+    separated = whole if peeled else replace(whole, chain=None, peeled=None)
+    reduced = decouple(seen, separated, 0.2)
     assert reduced.training is not None
     again = reduced.training.tensors(reduced.model, reduced.params, client.batch.inputs, client.batch.labels)
-    assert set(again) == {k for k in seen.update.tensors if not k.startswith("fc")} | {FEATURES}
+    dropped = ("fc", "body.4", "body.2") if peeled else ("fc",)
+    assert set(again) == {k for k in seen.update.tensors if not k.startswith(dropped)} | {FEATURES}
     for name, tensor in again.items():
         torch.testing.assert_close(tensor, reduced.update.tensors[name], rtol=1e-9, atol=1e-12)
 

@@ -49,7 +49,7 @@ def test_only_the_batch_size_is_needed() -> None:
 
 
 def test_what_it_cannot_do_is_an_answer() -> None:
-    with pytest.raises(NotApplicable, match="one example"):
+    with pytest.raises(NotApplicable, match="300 gradient equations of rank at most 300 do not determine 512 values"):
         simulate(Client(lenet(image_size=16, seed=2), batch(2)), recursion())
     with pytest.raises(NotApplicable, match="several steps"):
         simulate(Client(lenet(image_size=16, seed=2), batch(), FedAvg(lr=0.1, epochs=3)), recursion())
@@ -85,3 +85,41 @@ def test_what_does_not_fit_in_memory_is_said_and_auto_goes_on(monkeypatch: pytes
     found = simulate(client, auto(iterations=2, polish=False)).reconstruction
     assert any("recursion: not taken. Solving for" in note for note in found.notes)
     assert found.certificate is not None
+
+
+def perceptron(act: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Flatten(), nn.Linear(768, 64), act(), nn.Linear(64, 64), act(), nn.Linear(64, 30))
+
+
+@pytest.mark.parametrize("act", [nn.Tanh, nn.Sigmoid, nn.ReLU])
+@pytest.mark.parametrize("training", [FedSGD(), FedAvg(lr=0.1)], ids=["gradient", "one step"])
+def test_every_example_of_a_batch(act: type[nn.Module], training: LocalTraining) -> None:
+    exchange = simulate(Client(perceptron(act), batch(6), training), recursion())
+    found = exchange.reconstruction
+    assert found.labels is not None
+    assert found.labels.tolist() == list(range(5, 11))
+    assert found.status == "exact", found.notes
+    assert float((found.inputs - exchange.truth.inputs).square().mean(dim=(1, 2, 3)).max()) < 1e-8
+
+
+def test_a_batch_through_convolutions() -> None:
+    draw = torch.Generator().manual_seed(0)
+    small = Batch(torch.rand(3, 3, 8, 8, generator=draw).double(), torch.arange(5, 8))
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 5, padding=2), nn.Sigmoid(), nn.Conv2d(24, 24, 5, padding=2), nn.Sigmoid(), nn.Flatten(),
+        nn.Linear(24 * 64, 20),
+    ).double()  # fmt: skip
+    exchange = simulate(Client(model, small), recursion())
+    assert exchange.reconstruction.status == "exact"
+    assert float((exchange.reconstruction.inputs - small.inputs).square().mean()) < 1e-12
+
+
+def test_a_batch_needs_the_loss_and_proved_features() -> None:
+    client = Client(perceptron(nn.Tanh), batch(4))
+    with pytest.raises(NotApplicable, match="TRAINING"):
+        simulate(client, recursion(), threat=ThreatModel(Knowledge.BATCH_SIZE))
+    twins = batch(4)
+    twins = Batch(twins.inputs[[0, 0, 1, 2]], torch.tensor([5, 5, 6, 7]))
+    with pytest.raises(NotApplicable, match=r"proved features|determine"):
+        simulate(Client(perceptron(nn.Tanh), twins), recursion())

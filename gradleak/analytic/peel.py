@@ -1,0 +1,233 @@
+"""The recursion for batches: activations of every example, layer by layer, once those at the head are known.
+
+:func:`gradleak.analytic.disaggregate` shows every example's features, and with them the gradient of the client's loss
+with respect to each. From there the chain is walked backward for all N examples at once. At a layer, the output
+gradients δ_i of all examples are known, and the shared weight gradient is linear in the sought inputs a_i:
+
+    G = Σ_i M(δ_i) a_i,
+
+with one matrix [M(δ_1), …, M(δ_N)] for every input channel: for a convolution with O output channels and T taps, O·T
+equations for the N·p values of a channel (p positions). Where that is enough, the inputs of the layer follow by linear
+least squares, each example's for itself. The forward equations, which a saturated activation spoils, are not needed.
+
+The least squares' own residual tells the noise, and the normal matrix what it does to each example.
+
+Relative: R-CONV (arXiv 2406.04227), for one example. Deviations: a batch, no forward equations, errors that are stated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from gradleak.analytic.dense import cholesky
+from gradleak.analytic.graph import Affine, Chain, Elementwise, Fixed
+
+__all__ = ["Peeled", "PeeledLayer", "obstacle", "peel"]
+
+Tensors = Mapping[str, Tensor]
+
+_LARGEST = 4096
+"""Values of one channel, of all examples, up to which the normal matrix is factorized."""
+_TOLERANCE = 1e-3
+"""Predicted error (three standard errors), relative to the spread between examples, up to which a layer is peeled."""
+
+
+@final
+@dataclass(frozen=True)
+class PeeledLayer:
+    """How the inputs of one layer were determined, for all examples together.
+
+    Attributes:
+        name: the layer's path in the model.
+        unknowns: values of one input channel, of all examples.
+        equations: gradient equations that these values share.
+        rank_bound: the most that their rank can be, known before solving.
+        error: predicted root mean square error of the values (three standard errors), relative to the spread between
+            examples; of the worst example. Infinite where nothing was solved.
+        determined: whether the error is small enough to go on.
+
+    """
+
+    name: str
+    unknowns: int
+    equations: int
+    rank_bound: int
+    error: float
+    determined: bool
+
+    def __str__(self) -> str:
+        if math.isinf(self.error):
+            return (
+                f"{self.name}: {self.equations} gradient equations of rank at most {self.rank_bound} do not determine "
+                f"{self.unknowns} values of a channel"
+            )
+        state = "determined" if self.determined else "not determined well enough"
+        return (
+            f"{self.name}: {state}, {self.unknowns} values of a channel from {self.equations} equations, "
+            f"relative error at most {self.error:.1e}"
+        )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Peeled:
+    """What is known of every example, as far back as linear algebra leads.
+
+    Attributes:
+        index: ``chain.steps[:index]`` are the steps that remain; zero where the model's input itself was reached.
+        values: (N, n) outputs of the remaining steps.
+        cotangents: (N, n) gradients of the client's loss with respect to them.
+        error: predicted root mean square error of ``values`` (three standard errors); NaN where nothing was peeled.
+        layers: reports, from the last layer to the first that was tried.
+        stop: why the walk ended, None where the input was reached.
+
+    """
+
+    index: int
+    values: Tensor
+    cotangents: Tensor
+    error: float
+    layers: tuple[PeeledLayer, ...]
+    stop: str | None
+
+
+def obstacle(chain: Chain, params: Tensors, names: Collection[str], count: int) -> str | None:
+    """Return what keeps the walk from the model's input for ``count`` examples, as counting alone can tell."""
+    if chain.stop is not None:
+        return chain.stop
+    averaged = "the model's input"
+    for step in reversed(chain.steps):
+        if isinstance(step, Fixed) and not step.reorders:
+            averaged = f"what {step.name!r} averages"
+        elif isinstance(step, Elementwise) and averaged.startswith("what"):
+            return f"{averaged} passes an activation before, which takes single values"
+        elif isinstance(step, Affine):
+            averaged = "the model's input"
+            rows, rank, unknowns = _counts(step, params[step.weight_name], count)
+            shared = step.weight_name in names
+            if not shared or rank < unknowns:
+                return str(PeeledLayer(step.name, unknowns, rows * shared, rank * shared, math.inf, False))
+            if unknowns > _LARGEST:
+                return f"{step.name}: {unknowns} values of a channel are more than {_LARGEST}"
+    return None if averaged == "the model's input" else f"{averaged} is the input itself"
+
+
+def _counts(step: Affine, weight: Tensor, count: int) -> tuple[int, int, int]:
+    """Return the gradient equations that the values of one channel share, the most their rank can be, and the values.
+
+    With a stride, every tap sees one phase of the positions only, so each phase needs equations of its own.
+    """
+    outs = weight.shape[0] // step.groups
+    if step.linear:
+        return outs, min(outs, count), count
+    axes = []
+    for axis, before in ((0, step.padding[0]), (1, step.padding[2])):
+        stride, size = step.stride[axis], step.in_shape[1 + axis]
+        taps = [(t * step.dilation[axis] - before) % stride for t in range(weight.shape[2 + axis])]
+        axes.append([(taps.count(a), len(range(a, size, stride))) for a in range(stride)])
+    pairs = [(outs * t * u, count * p * q) for t, p in axes[0] for u, q in axes[1]]
+    return sum(r for r, _ in pairs), sum(min(pair) for pair in pairs), sum(v for _, v in pairs)
+
+
+def peel(chain: Chain, params: Tensors, seen: Tensors, features: Tensor, cotangents: Tensor) -> Peeled:
+    """Return the activations of every example as far back as gradient equations determine them.
+
+    Args:
+        chain: back from the head.
+        params: parameters by name.
+        seen: gradients of the batch's loss by name.
+        features: (N, d) inputs of the head.
+        cotangents: (N, d) gradients of the loss with respect to them.
+
+    """
+    params = {k: p.detach().double() for k, p in params.items()}
+    values: Tensor | None = features.detach().double()
+    pull = cotangents.detach().double()
+    assert values is not None
+    best = Peeled(len(chain.steps), values, pull, math.nan, (), None)
+    layers: list[PeeledLayer] = []
+    stop = chain.stop
+    rounding = max((torch.finfo(t.dtype).eps for t in seen.values()), default=0.0)
+    doubt = 16 * rounding * float(values.square().mean().sqrt())
+    for index in range(len(chain.steps) - 1, -1, -1):
+        step = chain.steps[index]
+        if isinstance(step, Elementwise):
+            if values is None:
+                stop = f"what {step.name!r} puts out is averaged before the next layer"
+                break
+            values, pull = _activation(step, values, pull, doubt)
+        elif isinstance(step, Fixed):
+            pull = step.adjoint(pull)
+            values = values if step.reorders else None
+        elif isinstance(step, Affine):
+            solved, report = _solve(step, params[step.weight_name], seen.get(step.weight_name), pull)
+            layers.append(report)
+            if solved is None:
+                stop = str(report)
+                break
+            values, error = solved
+            doubt = max(doubt, 3 * error)
+            pull = step.adjoint(pull, params[step.weight_name])
+            best = Peeled(index, values, pull, error, (), None)
+    else:
+        # What stands before the first layer is undone exactly, if it can be.
+        if stop is None and values is not None:
+            best = Peeled(0, values, pull, best.error, (), None)
+        elif stop is None:
+            stop = "the model averages its input"
+    return Peeled(best.index, best.values, best.cotangents, best.error, tuple(layers), stop)
+
+
+def _activation(step: Elementwise, values: Tensor, pull: Tensor, doubt: float) -> tuple[Tensor, Tensor]:
+    """Return what comes before an activation, and the gradients there; values below ``doubt`` may be zero."""
+    before = step.inverse(values.reshape(-1, *step.in_shape)).flatten(1)
+    if step.rectifies:
+        # A ReLU is never negative: the most negative recovered value measures the error of the others.
+        slope = (values > max(3 * float((-values).max()), doubt)).to(values)
+    else:
+        slope = torch.stack([step.derivatives(row)[0] for row in before])
+    return before, pull * slope
+
+
+def _solve(
+    step: Affine, weight: Tensor, gradient: Tensor | None, pull: Tensor
+) -> tuple[tuple[Tensor, float] | None, PeeledLayer]:
+    """Return the inputs (N, n) of a layer with their predicted error, None where they are not determined."""
+    count, groups, per = len(pull), step.groups, step.channels // step.groups
+    rows, rank, unknowns = _counts(step, weight, count)
+    if gradient is None:
+        rows = rank = 0
+    no = PeeledLayer(step.name, unknowns, rows, rank, math.inf, False)
+    if gradient is None or rank < unknowns or unknowns > _LARGEST:
+        return None, no
+    seen = gradient.detach().double()
+    right = seen.reshape(groups, -1, per, rows * groups // weight.shape[0]).transpose(1, 2).flatten(2)  # (g, c, r)
+    values = torch.empty(count, groups, per, step.positions, dtype=seen.dtype, device=seen.device)
+    variance = torch.empty(count, groups, dtype=seen.dtype, device=seen.device)
+    block = torch.cat([step.gradient_block(row, weight) for row in pull], 2)  # (g, r, N p)
+    for g in range(groups):
+        gram = block[g].T @ block[g]
+        scale = gram.diagonal().clamp_min(1e-300).rsqrt()
+        factor, failed = cholesky((gram * scale * scale[:, None])[None])
+        if bool(failed) or not bool(torch.isfinite(factor).all()):
+            return None, no
+        inverse = torch.cholesky_inverse(factor[0]) * scale * scale[:, None]
+        found = right[g] @ block[g] @ inverse
+        rest = right[g] - found @ block[g].T
+        noise = float(rest.square().sum()) / (max(rows - unknowns, 1) * per)
+        format_ = 0.25 * torch.finfo(gradient.dtype).eps
+        noise = max(noise, float((format_ * right[g]).square().mean()))
+        values[:, g] = found.view(per, count, -1).transpose(0, 1)
+        variance[:, g] = noise * inverse.diagonal().view(count, -1).mean(1)
+    flat = values.flatten(1)
+    spread = (flat - flat.mean(0)).square().mean().sqrt() if count > 1 else flat.square().mean().sqrt()
+    error = 3 * float(variance.mean(1).max().sqrt())
+    relative = error / max(float(spread), 1e-300)
+    report = PeeledLayer(step.name, unknowns, rows, rank, relative, relative <= _TOLERANCE)
+    return ((flat, error) if report.determined else None), report

@@ -1,0 +1,155 @@
+"""The recursion for batches: layer inputs of all examples from shared weight gradients."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradleak.analytic.graph import Chain, trace_chain
+from gradleak.analytic.peel import obstacle, peel
+
+Tensors = dict[str, Tensor]
+
+
+def mlp(act: type[nn.Module], *, widths: tuple[int, ...] = (12, 24, 20, 9), bias: bool = True) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Flatten()]
+    for a, b in itertools.pairwise(widths):
+        layers += [nn.Linear(a, b, bias=bias), act()]
+    return nn.Sequential(*layers[:-1])
+
+
+def convolutions(stride: int, groups: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2, 12, 3, padding=1, stride=stride),
+        nn.Tanh(),
+        nn.Conv2d(12, 12, 3, padding=1, groups=groups),
+        nn.Sigmoid(),
+        nn.Flatten(),
+        nn.Linear(12 * (6 // stride) ** 2, 8),
+    )
+
+
+def known(
+    model: nn.Module, x: Tensor, noise: float = 0.0, seed: int = 0
+) -> tuple[Chain, Tensors, Tensors, list[Tensor]]:
+    """Return chain, parameters, gradients, and true features and cotangents of a batch of distinct labels."""
+    last = list(model.modules())[-1]
+    assert isinstance(last, nn.Linear)
+    weight = next(n for n, p in model.named_parameters() if p is last.weight)
+    kept: list[Tensor] = []
+    hook = last.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    out = model(x)
+    hook.remove()
+    loss = nn.functional.cross_entropy(out, torch.arange(len(x)))
+    names = [n for n, _ in model.named_parameters()]
+    *grads, cotangents = torch.autograd.grad(loss, [*model.parameters(), kept[0]])
+    draw = torch.Generator().manual_seed(seed)
+    seen = {
+        n: g + noise * g.square().mean().sqrt() * torch.randn(g.shape, generator=draw, dtype=torch.float64)
+        for n, g in zip(names, grads, strict=True)
+    }
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    return trace_chain(model, tuple(x.shape[1:]), anchor=weight), params, seen, [kept[0].detach(), cotangents]
+
+
+def drawn(*shape: int, seed: int = 1) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("act", [nn.Tanh, nn.Sigmoid, nn.ReLU, nn.LeakyReLU])
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_example_of_a_batch_through_linear_layers(act: type[nn.Module], bias: bool) -> None:
+    torch.manual_seed(0)
+    x = drawn(5, 12)
+    chain, params, seen, (features, cotangents) = known(mlp(act, bias=bias).double(), x)
+    found = peel(chain, params, seen, features, cotangents)
+    assert found.index == 0, found.stop
+    assert found.stop is None
+    torch.testing.assert_close(found.values, x, rtol=0, atol=1e-9)
+    assert [r.determined for r in found.layers] == [True, True]
+
+
+@pytest.mark.parametrize(("stride", "groups", "count"), [(1, 1, 2), (2, 1, 3), (1, 3, 1), (2, 2, 4)])
+def test_convolutions_with_stride_and_groups(stride: int, groups: int, count: int) -> None:
+    torch.manual_seed(0)
+    x = drawn(count, 2, 6, 6)
+    chain, params, seen, (features, cotangents) = known(convolutions(stride, groups).double(), x)
+    found = peel(chain, params, seen, features, cotangents)
+    stops = obstacle(chain, params, seen, count)
+    if stops is None:
+        assert found.index == 0, found.stop
+        torch.testing.assert_close(found.values, x.flatten(1), rtol=0, atol=1e-7)
+    else:
+        assert stops == found.stop
+
+
+def test_it_stops_where_equations_are_too_few_and_keeps_what_it_has() -> None:
+    torch.manual_seed(0)
+    x = drawn(4, 2, 6, 6)
+    model = convolutions(1).double()
+    chain, params, seen, (features, cotangents) = known(model, x)
+    found = peel(chain, params, seen, features, cotangents)
+    # 12 · 9 gradient equations: too few for the 4 · 36 values of a channel.
+    assert found.index == len(chain.steps)
+    assert found.stop is not None
+    assert "108 gradient equations of rank at most 108 do not determine 144 values" in found.stop
+    assert math.isnan(found.error)
+    torch.testing.assert_close(found.values, features)
+    assert obstacle(chain, params, seen, 4) == found.stop
+    assert obstacle(chain, params, seen, 3) is None
+    deeper = convolutions(2).double()
+    chain, params, seen, (features, cotangents) = known(deeper, drawn(6, 2, 6, 6))
+    found = peel(chain, params, seen, features, cotangents)
+    assert found.index == 2, "the second convolution is peeled, the first is not"
+    torch.testing.assert_close(found.values, deeper[1](deeper[0](drawn(6, 2, 6, 6))).flatten(1), rtol=0, atol=1e-8)
+
+
+def test_a_layer_whose_gradient_is_not_shared_ends_it() -> None:
+    torch.manual_seed(0)
+    chain, params, seen, (features, cotangents) = known(mlp(nn.Tanh).double(), drawn(3, 12))
+    del seen["1.weight"]
+    found = peel(chain, params, seen, features, cotangents)
+    assert found.index > 0
+    assert obstacle(chain, params, seen, 3) == found.stop
+    assert "0 gradient equations" in str(found.stop)
+
+
+def test_what_is_averaged_cannot_pass_an_activation() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 12, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(12, 12, 3, padding=1), nn.Tanh(),
+        nn.Flatten(), nn.Linear(12 * 9, 8),
+    ).double()  # fmt: skip
+    chain, params, seen, (features, cotangents) = known(model, drawn(2, 2, 6, 6))
+    found = peel(chain, params, seen, features, cotangents)
+    assert found.index == 3
+    assert "averaged" in str(found.stop)
+    assert "averages" in str(obstacle(chain, params, seen, 2))
+
+
+def test_the_predicted_error_covers_the_true_one() -> None:
+    covered, tight = 0, 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x = drawn(4, 12, seed=seed)
+        noisy = known(mlp(nn.Tanh).double(), x, noise=1e-6, seed=seed)
+        found = peel(*noisy[:3], *noisy[3])
+        assert found.index == 0, found.stop
+        error = float((found.values - x).square().mean(1).sqrt().max())
+        covered += error <= found.error
+        tight += found.error <= 10 * error
+    # Three standard errors of the worst example, from residuals with 12 to 16 degrees of freedom per channel.
+    assert covered >= 18
+    assert tight >= 18
+
+
+def test_noise_beyond_the_tolerance_is_not_taken_for_an_answer() -> None:
+    torch.manual_seed(0)
+    noisy = known(mlp(nn.Tanh).double(), drawn(4, 12), noise=1e-2)
+    found = peel(*noisy[:3], *noisy[3])
+    assert found.index > 0
+    assert "not determined well enough" in str(found.stop)
