@@ -38,6 +38,12 @@ _TOLERANCE = 1e-3
 """Predicted error (three standard errors), relative to the spread between examples, up to which a layer is peeled."""
 
 
+_ODD = 6.0
+"""Misfit of an output's equations, in medians, from which on they do not fit the others."""
+_FLIPS = 6
+"""How often the signs that a solution implies are taken for another one."""
+
+
 @final
 @dataclass(frozen=True)
 class PeeledLayer:
@@ -155,18 +161,26 @@ def peel(chain: Chain, params: Tensors, seen: Tensors, features: Tensor, cotange
     stop = chain.stop
     rounding = max((torch.finfo(t.dtype).eps for t in seen.values()), default=0.0)
     doubt = 16 * rounding * float(values.square().mean().sqrt())
+    above: Tensor | None = None
     for index in range(len(chain.steps) - 1, -1, -1):
         step = chain.steps[index]
         if isinstance(step, Elementwise):
             if values is None:
                 stop = f"what {step.name!r} puts out is averaged before the next layer"
                 break
+            above = pull if step.rectifies else None
             values, pull = _activation(step, values, pull, doubt)
         elif isinstance(step, Fixed):
             pull = step.adjoint(pull)
-            values = values if step.reorders else None
+            if not step.reorders:
+                values = above = None
         elif isinstance(step, Affine):
-            solved, report = _solve(step, params[step.weight_name], seen.get(step.weight_name), pull)
+            gradient = seen.get(step.weight_name)
+            if above is None:
+                solved, report = _solve(step, params[step.weight_name], gradient, pull)
+            else:
+                solved, report, pull = _solve_behind_kinks(step, params, gradient, pull, above)
+            above = None
             layers.append(report)
             if solved is None:
                 stop = str(report)
@@ -195,10 +209,35 @@ def _activation(step: Elementwise, values: Tensor, pull: Tensor, doubt: float) -
     return before, pull * slope
 
 
+Solved = tuple[Tensor, float] | None
+"""Inputs (N, n) of a layer with their predicted error; None where they are not determined."""
+
+
+def _solve_behind_kinks(
+    step: Affine, params: Tensors, gradient: Tensor | None, pull: Tensor, above: Tensor
+) -> tuple[Solved, PeeledLayer, Tensor]:
+    """Solve a layer whose outputs pass a ReLU; return the corrected gradient at its output as well.
+
+    A few units near zero may be taken for active or dead wrongly. Their equations stand out and are left out at first;
+    then the solution itself tells every unit's sign.
+    """
+    weight = params[step.weight_name]
+    solved, report = _solve(step, weight, gradient, pull, robust=True)
+    for _ in range(_FLIPS):
+        if solved is None:
+            break
+        right = above * (step.forward(solved[0].reshape(-1, *step.in_shape), params).flatten(1) > 0)
+        if torch.equal(right, pull):
+            break
+        pull = right
+        solved, report = _solve(step, weight, gradient, pull)
+    return solved, report, pull
+
+
 def _solve(
-    step: Affine, weight: Tensor, gradient: Tensor | None, pull: Tensor
-) -> tuple[tuple[Tensor, float] | None, PeeledLayer]:
-    """Return the inputs (N, n) of a layer with their predicted error, None where they are not determined."""
+    step: Affine, weight: Tensor, gradient: Tensor | None, pull: Tensor, *, robust: bool = False
+) -> tuple[Solved, PeeledLayer]:
+    """Solve a layer for its inputs; ``robust`` leaves out outputs whose equations do not fit the others."""
     count, groups, per = len(pull), step.groups, step.channels // step.groups
     rows, rank, unknowns = _counts(step, weight, count)
     if gradient is None:
@@ -207,22 +246,33 @@ def _solve(
     if gradient is None or rank < unknowns or unknowns > _LARGEST:
         return None, no
     seen = gradient.detach().double()
-    right = seen.reshape(groups, -1, per, rows * groups // weight.shape[0]).transpose(1, 2).flatten(2)  # (g, c, r)
+    taps = rows * groups // weight.shape[0]
+    right = seen.reshape(groups, -1, per, taps).transpose(1, 2).flatten(2)  # (g, c, r)
     values = torch.empty(count, groups, per, step.positions, dtype=seen.dtype, device=seen.device)
     variance = torch.empty(count, groups, dtype=seen.dtype, device=seen.device)
     block = torch.cat([step.gradient_block(row, weight) for row in pull], 2)  # (g, r, N p)
+    rounding = torch.finfo(gradient.dtype).eps
     for g in range(groups):
-        gram = block[g].T @ block[g]
-        scale = gram.diagonal().clamp_min(1e-300).rsqrt()
-        factor, failed = cholesky((gram * scale * scale[:, None])[None])
-        if bool(failed) or not bool(torch.isfinite(factor).all()):
-            return None, no
-        inverse = torch.cholesky_inverse(factor[0]) * scale * scale[:, None]
-        found = right[g] @ block[g] @ inverse
-        rest = right[g] - found @ block[g].T
-        noise = float(rest.square().sum()) / (max(rows - unknowns, 1) * per)
-        format_ = 0.25 * torch.finfo(gradient.dtype).eps
-        noise = max(noise, float((format_ * right[g]).square().mean()))
+        kept = torch.ones(rows, dtype=torch.bool, device=seen.device)
+        while True:
+            some, target = block[g][kept], right[g][:, kept]
+            gram = some.T @ some
+            scale = gram.diagonal().clamp_min(1e-300).rsqrt()
+            factor, failed = cholesky((gram * scale * scale[:, None])[None])
+            if bool(failed) or not bool(torch.isfinite(factor).all()):
+                return None, no
+            inverse = torch.cholesky_inverse(factor[0]) * scale * scale[:, None]
+            found = target @ some @ inverse
+            rest = target - found @ some.T
+            misfit = rest.square().view(per, -1, taps).mean((0, 2)).sqrt()  # of every output
+            usual = max(float(misfit.median()), 4 * rounding * float(target.square().mean().sqrt()))
+            odd = (misfit > _ODD * usual).repeat_interleave(taps)
+            left = int(kept.sum()) - int(odd.sum())
+            if not robust or not bool(odd.any()) or left < max(1.25 * unknowns, 0.5 * rows):
+                break
+            kept[kept.nonzero().flatten()[odd]] = False
+        noise = float(rest.square().sum()) / (max(len(some) - unknowns, 1) * per)
+        noise = max(noise, float((0.25 * rounding * right[g]).square().mean()))
         values[:, g] = found.view(per, count, -1).transpose(0, 1)
         variance[:, g] = noise * inverse.diagonal().view(count, -1).mean(1)
     flat = values.flatten(1)
