@@ -1,10 +1,11 @@
 """Whole batches by linear algebra: ``recursion()`` on perceptrons with two hidden layers, errors and time.
 
-Random CIFAR-100 test images with their own labels (classes may repeat), a fresh random model per batch (3,072-256-256-100,
-PyTorch's initialization), float32 gradients. A batch counts as solved where the attack returns it; errors are mean
-squared errors of the worst example, in images of [0, 1]. There is no target: the table says how far it leads.
+Random CIFAR-100 test images with their own labels (classes may repeat), a fresh random model per batch
+(3,072-256-256-100, PyTorch's initialization), float32 gradients. A batch counts as solved where the attack returns it;
+errors are mean squared errors of the worst example, in images of [0, 1]. There is no target: the table says how far it
+leads.
 
-Run: ``python benchmarks/recursion_batches.py [--data DIR] [--threads N] [--batches 20]``.
+Run: ``python benchmarks/recursion_batches.py [--data DIR] [--threads N] [--batches 20] [--largest 48]``.
 """
 
 from __future__ import annotations
@@ -15,22 +16,20 @@ from typing import Any
 
 import torch
 from _common import arguments, cifar100, observe, write_result
-from torch import Tensor, nn
+from torch import Tensor
 
 import gradleak as gl
 from gradleak.errors import NotApplicable
 from gradleak.metrics import assign
+from gradleak.models.building import Activation
 
-ACTIVATIONS: tuple[type[nn.Module], ...] = (nn.Tanh, nn.Sigmoid, nn.ReLU)
+ACTIVATIONS: tuple[Activation, ...] = ("relu", "tanh", "sigmoid")
 SIZES = (2, 8, 16, 32, 48)
 
 
-def measure(act: type[nn.Module], size: int, seed: int, images: Tensor, labels: Tensor) -> dict[str, Any]:
+def measure(act: Activation, size: int, seed: int, images: Tensor, labels: Tensor) -> dict[str, Any]:
     """Return error and time of one batch."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(
-        nn.Flatten(), nn.Linear(3072, 256), act(), nn.Linear(256, 256), act(), nn.Linear(256, 100)
-    )
+    model = gl.models.perceptron(activation=act, seed=seed)
     pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(1000 * size + seed))[:size]
     truth = images[pick]
     _, seen = observe(gl.Client(model, gl.Batch(truth.float(), labels[pick])))
@@ -46,17 +45,17 @@ def measure(act: type[nn.Module], size: int, seed: int, images: Tensor, labels: 
 
 def main() -> None:
     """Measure and store the table."""
-    options = arguments(__doc__ or "", batches=20)
+    options = arguments(__doc__ or "", batches=20, largest=SIZES[-1])
     images, labels = cifar100(options.data)
     rows = []
     for act in ACTIVATIONS:
-        for size in SIZES:
+        for size in (s for s in SIZES if s <= options.largest):
             found = [measure(act, size, seed, images, labels) for seed in range(options.batches)]
             errors = [f["error"] for f in found if "error" in f]
             repeated = [i for i, f in enumerate(found) if "proved features" in f.get("stopped", "")]
             rows.append(
                 {
-                    "activation": act.__name__,
+                    "activation": act,
                     "examples": size,
                     "batches": len(found),
                     "solved": len(errors),
@@ -67,7 +66,7 @@ def main() -> None:
                 }
             )
             print(rows[-1])
-    solved = {act.__name__: [r for r in rows if r["activation"] == act.__name__] for act in ACTIVATIONS}
+    solved = {act: [r for r in rows if r["activation"] == act] for act in ACTIVATIONS}
     summary = [
         {
             "what": f"whole batches by linear algebra, perceptron with two hidden layers, {name}: batches solved",

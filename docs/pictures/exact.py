@@ -1,4 +1,4 @@
-"""Draws layers.png, batch.png and rank.png and measures every figure of docs/exact.md, all on the shipped photograph.
+"""Draws the pictures of docs/exact.md and measures every figure of it, all on the photograph that is shipped.
 
 Run it from the root of a checkout: ``python docs/pictures/exact.py`` (under a minute on one core). It prints the
 figures, writes them into the table at the end of the page, and writes the pictures beside itself.
@@ -156,6 +156,41 @@ def separate(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """A batch whose every layer was solved: the first layer's gradient rows, images found, images sent."""
+
+    rows: Tensor
+    found: Tensor
+    truth: Tensor
+    status: str
+    verdict: str
+    reports: tuple[str, ...]
+    seconds: float
+
+    @property
+    def error(self) -> float:
+        """Mean squared error of the worst image."""
+        return float((self.found.double() - self.truth.double()).square().mean((1, 2, 3)).max())
+
+
+def perceptron() -> Whole:
+    """Recover the eight tiles from one gradient of a perceptron with two hidden ReLU layers."""
+    model = gl.models.perceptron(seed=0)
+    images = tiles()
+    sender = gl.Client(model, gl.Batch(images, torch.tensor(LABELS)))
+    seen = gl.ThreatModel().observe(
+        model, sender.send(), space=gl.ImageSpace(SHAPE), training=sender.training, batch_size=len(images)
+    )
+    found = gl.attacks.auto().reconstruct(seen)
+    assert found.certificate is not None
+    first = seen.update.tensors["body.1.weight"].double()
+    rows = first[first.norm(dim=1).argsort(descending=True)[:8]].view(8, *SHAPE)
+    order = gl.metrics.assign(found.inputs, images)
+    reports = tuple(n for n in found.notes if "values of a channel" in n)
+    return Whole(rows, found.inputs[order], images, found.status, found.certificate.verdict, reports, found.seconds)
+
+
 def bounds() -> dict[tuple[int, int], tuple[int, int]]:
     """Return rank bound and unknowns by (width, examples)."""
     found = {}
@@ -227,9 +262,7 @@ def draw_batch(batch: Separated) -> None:
     figure, axes = plt.subplots(
         1, 5, figsize=(10.4, 2.3), dpi=100, facecolor="white", gridspec_kw={"width_ratios": [1, 1.35, 1, 1, 1]}
     )
-    images = batch.images.permute(0, 2, 3, 1).double().numpy()
-    images = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1)
-    axes[0].imshow(np.vstack([np.hstack(list(images[:4])), np.hstack(list(images[4:]))]), interpolation="nearest")
+    axes[0].imshow(sheet(batch.images), interpolation="nearest")
     bare(axes[0], "Eight images", "private")
     axes[1].semilogy(range(1, 25), (batch.singular / batch.singular[0])[:24].numpy(), "o", markersize=3, color="black")
     axes[1].axvline(8.5, color="0.7", linewidth=0.8)
@@ -247,6 +280,30 @@ def draw_batch(batch: Separated) -> None:
     right = axes[1].get_position()
     axes[1].set_position([right.x0 + 0.035, right.y0, right.width - 0.035, right.height])
     finish(figure, "batch.png")
+
+
+def sheet(images: Tensor) -> np.ndarray:
+    """Return eight images (8, 3, H, W) as two rows of four."""
+    shown = np.pad(images.permute(0, 2, 3, 1).double().numpy(), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1)
+    return np.vstack([np.hstack(list(shown[:4])), np.hstack(list(shown[4:]))])
+
+
+def draw_perceptron(one: Whole) -> None:
+    """Draw what the first layer's gradient shows, what the layers together show, and what was sent."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(10.4, 2.2), dpi=100, facecolor="white")
+    low, high = one.rows.amin((1, 2, 3), keepdim=True), one.rows.amax((1, 2, 3), keepdim=True)
+    panels = (
+        ((one.rows - low) / (high - low), "What is shared", "eight rows of the first layer's gradient"),
+        (one.found.clamp(0, 1), "Solved backward", f"worst mean squared error {one.error:.0e}, {one.seconds:.1f} s"),
+        (one.truth, "The batch", "never left the client"),
+    )
+    for axis, (value, title, below) in zip(axes, panels, strict=True):
+        axis.imshow(sheet(value), interpolation="nearest")
+        bare(axis, title, below)
+    figure.subplots_adjust(left=0.005, right=0.995, top=0.88, bottom=0.1, wspace=0.04)
+    finish(figure, "perceptron.png")
 
 
 def draw_ranks(found: dict[tuple[int, int], tuple[int, int]]) -> None:
@@ -329,6 +386,14 @@ def main() -> None:
     finer = separate((4, 4, 4, 1, 9, 3, 2, 0), 10, torch.float64)
     figures["the same, float64 update"] = verdicts(finer)
     figures["B = 8, C = 8"] = refusal((0, 1, 2, 3, 4, 5, 6, 7), 8)
+    whole = perceptron()
+    figures["B = 8, perceptron 3,072-256-256-100 with ReLU, float32 update: worst mean squared error, certificate"] = (
+        f"{whole.error:.1e}, {whole.verdict}"
+    )
+    for report in whole.reports:
+        name, _, rest = report.partition(": ")
+        figures[f"its layer `{name}`"] = rest
+    draw_perceptron(whole)
 
     found = bounds()
     for width, count in ((12, 1), (12, 2), (12, 4), (24, 4), (32, 8)):
