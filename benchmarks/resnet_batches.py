@@ -24,6 +24,7 @@ from 1000 on, which the table does not contain.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from typing import Any
@@ -178,8 +179,17 @@ def main() -> None:
         for row in rows:
             print(row)
         return
+    rows = sorted([*others(options.size), *rows], key=lambda row: row["N"])
     write_result("resnet_batches", rows, weight=top, summary=summary(rows))
     journal.finish()
+
+
+def others(size: int) -> list[dict[str, Any]]:
+    """Return the stored rows of the sizes that this run does not measure."""
+    path = RESULTS / "resnet_batches.json"
+    if size == 0 or not path.exists():
+        return []
+    return [row for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if row["N"] != size]
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

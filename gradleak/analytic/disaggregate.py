@@ -324,7 +324,7 @@ class System:
     def starts(self, means: Tensor, estimate: LabelEstimate, count: int, generator: torch.Generator) -> Tensor:
         """Return (count, B, B) mixings: class means, split at random where a class occurs more than once.
 
-        Splits keep their class's mean. A class that the model predicts for the others too hardly shows its own
+        Every other split keeps its class's mean. A class that the model predicts for the others too hardly shows its own
         examples: what is unknown of the repeated ones covers them, so its mean is drawn towards that of all.
         """
         counts = estimate.counts[estimate.counts > 0]
@@ -337,10 +337,11 @@ class System:
         mine = estimate.labels[:, None] == estimate.labels
         own = 1 - p[0].gather(1, estimate.labels[:, None])[:, 0]
         others = (p[0][:, estimate.labels].square() * repeated * ~mine).sum(0)
-        trust = (own.square() / (own.square() + others).clamp_min(1e-300))[:, None]
+        trust = torch.where(others > own.square(), own.square() / (own.square() + others).clamp_min(1e-300), 1.0)
+        trust = trust[:, None]
         mixing = trust * mixing + (1 - trust) * (trust * mixing).sum(0) / trust.sum().clamp_min(1e-300)
         noise = torch.randn((count, self.size, self.size), generator=generator, dtype=torch.float64).to(mixing)
-        noise = noise - (mine.to(noise) / mine.sum(1)) @ noise
+        noise[::2] -= (mine.to(noise) / mine.sum(1)) @ noise[::2]
         return mixing + 0.3 * spread / math.sqrt(self.size) * noise * repeated
 
     def augment(self, mixing: Tensor) -> Tensor:
