@@ -324,8 +324,8 @@ class System:
     def starts(self, means: Tensor, estimate: LabelEstimate, count: int, generator: torch.Generator) -> Tensor:
         """Return (count, B, B) mixings: class means, split at random where a class occurs more than once.
 
-        Every other split keeps its class's mean. A class that the model predicts for the others too hardly shows its own
-        examples: what is unknown of the repeated ones covers them, so its mean is drawn towards that of all.
+        Every other split keeps its class's mean. A class that the model predicts for the others too hardly shows its
+        own examples: what is unknown of the repeated ones covers them, so its mean is drawn towards that of all.
         """
         counts = estimate.counts[estimate.counts > 0]
         repeated = (counts > 1).repeat_interleave(counts)[:, None]
