@@ -48,7 +48,7 @@ SCENARIOS = (
     "unknown training",
 )
 CLEAN = ("clean", "near duplicates", "exact duplicates", "saturated", "dead units", "unknown training")
-CANDIDATES = ("truth", "near", "fitted", "fitted", "random start", "auto")
+CANDIDATES = ("truth", "near", "fitted", "fitted", "random start", "auto", "auto, a batch")
 
 
 @dataclass(frozen=True)
@@ -173,12 +173,12 @@ def _fit(observation: Observation, start: Tensor, labels: Tensor, seed: int) -> 
 
 
 def _auto(observation: Observation, seed: int) -> tuple[Evidence, Tensor]:
-    """Return what ``auto`` finds for one example by exact attacks, and the bound that its certificate states."""
+    """Return what ``auto`` finds by exact attacks, and the bound that its certificate states."""
     result = auto(iterations=1, polish=False).reconstruct(observation, seed=seed)
     assert result.certificate is not None
     stated = re.search(r"error at most ([-+.e\d]+)", result.certificate.reason)
     bound = float(stated.group(1)) if stated else math.nan
-    return Evidence(result.certificate, (bound,)), result.inputs.double()
+    return Evidence(result.certificate, (bound,) * len(result)), result.inputs.double()
 
 
 def _errors(found: Tensor, truth: Tensor) -> list[float]:
@@ -198,8 +198,8 @@ def trial(seed: int) -> Trial:
     if scenario in ("near duplicates", "exact duplicates"):
         count = max(count, 2)
         candidate = "fitted" if candidate == "auto" else candidate
-    if candidate == "auto":
-        count = 1
+    if candidate.startswith("auto"):
+        count = 1 if candidate == "auto" else max(count, 2)
     name, model, shape, classes = _model(draw, scenario)
     dtype = draw.one((torch.float32, torch.float32, torch.float64))
     model, x = model.to(dtype), _inputs(draw, scenario, count, shape).to(dtype)
@@ -226,7 +226,7 @@ def trial(seed: int) -> Trial:
     found = _fit(observation, start, labels, seed) if candidate in ("fitted", "random start") else start
     known = None if scenario == "unknown training" else belief
     evidence = None
-    if candidate == "auto":
+    if candidate.startswith("auto"):
         evidence, found = _auto(observation, seed)
     if evidence is None:
         evidence = examine(model, update.tensors, found, labels, training=known, seed=seed)

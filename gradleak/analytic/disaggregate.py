@@ -123,6 +123,8 @@ def disaggregate(
             f"disaggregate at most {_LARGEST} examples."
         )
     system = System.build(gw, gb, head, estimate, means, loss)
+    if system.size < size:  # Fewer features are alive than there are examples.
+        return _unidentifiable(gw, head, estimate, means, loss, system.size)
     # One start where no class occurs twice; else as many together as keep the normal matrices small, and as many
     # iterations in all as the cubic cost of one allows (about 100 for 64 examples).
     repeated = int(estimate.counts.max()) > 1

@@ -126,19 +126,23 @@ def solved(observation: Observation, separated: Separated, begin: float) -> Reco
     """Return the batch whose layers were all peeled; ``begin`` is when the work began."""
     peeled, found = separated.peeled, separated.found
     assert peeled is not None and peeled.index == 0
+    assert found.labels is not None and found.features is not None
     x = peeled.values.reshape(-1, *observation.space.shape)
-    residual = _distance(observation, x, found)
+    residual, order = _distance(observation, x, found), torch.arange(len(x))
+    granted = observation.labels
+    if granted is not None and not granted.is_floating_point() and torch.equal(granted.sort().values, found.labels):
+        order = granted.argsort(stable=True).argsort()  # Recovered examples are sorted by label.
     first = next(iter(observation.update.tensors.values()))
     notes = (*found.notes[:1], *map(str, peeled.layers), f"The re-simulated update agrees to {residual:.1e}.")
     return Reconstruction(
-        observation.space.decode(x.to(torch.promote_types(first.dtype, torch.float32))),
-        found.labels,
+        observation.space.decode(x[order].to(torch.promote_types(first.dtype, torch.float32))),
+        found.labels[order],
         residual**2,
         status="exact" if residual <= _FLOOR * torch.finfo(first.dtype).eps else "stalled",
         iterations=found.iterations,
         seconds=time.perf_counter() - begin,
         notes=notes,
-        features=found.features,
+        features=found.features[order],
     )
 
 

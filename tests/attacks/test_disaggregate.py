@@ -156,3 +156,17 @@ def test_float32_residual_network_with_photographs(data_dir: Path, mode: bool) -
     assert found.certificate is not None
     for k, verdict in enumerate(found.certificate.examples):
         assert verdict != "exact" or float(error[k]) < 1e-2
+
+
+def test_fewer_live_features_than_examples_is_no_crash() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10))
+    with torch.no_grad():
+        model[1].bias[2:] = -100.0
+    client = gl.Client(model, gl.Batch(torch.rand(4, 3, 2, 2), torch.tensor([1, 4, 4, 7])))
+    seen = gl.ThreatModel().observe(
+        model, client.send(), space=gl.ImageSpace((3, 2, 2)), training=client.training, batch_size=4
+    )
+    found = gl.attacks.disaggregate().reconstruct(seen)
+    assert found.certificate is not None
+    assert "exact" not in found.certificate.examples

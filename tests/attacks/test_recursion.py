@@ -132,6 +132,19 @@ def test_a_batch_through_convolutions() -> None:
     assert float((exchange.reconstruction.inputs - small.inputs).square().mean()) < 1e-12
 
 
+def test_granted_labels_keep_their_order() -> None:
+    images = batch(4).inputs
+    exchange = simulate(
+        Client(perceptron(nn.Tanh), Batch(images, torch.tensor([9, 3, 20, 3]))),
+        recursion(),
+        threat=ThreatModel(Knowledge.LABELS | Knowledge.BATCH_SIZE | Knowledge.TRAINING),
+    )
+    found = exchange.reconstruction
+    assert found.labels is not None
+    assert found.labels.tolist() == [9, 3, 20, 3]
+    torch.testing.assert_close(found.inputs[[0, 2]], images[[0, 2]], rtol=0, atol=1e-4)
+
+
 def test_a_batch_needs_the_loss_and_proved_features() -> None:
     client = Client(perceptron(nn.Tanh), batch(4))
     with pytest.raises(NotApplicable, match="TRAINING"):
