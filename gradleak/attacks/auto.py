@@ -511,11 +511,12 @@ def auto(
     """Take the exact way where there is one, matching where there is none, and prove what came out.
 
     Sentences are read (``read_sentences``). For other inputs the order is: ``linear_inversion`` (a first linear layer),
-    ``recursion`` (one example, or a batch, determined layer by layer), ``gauss_newton`` (one example, determined by all layers of a
-    smooth chain together); then matching: ``feature_matching`` for a batch whose features separate, ``idlg`` or ``dlg``
-    on smooth models otherwise, ``inverting_gradients`` where there are kinks; then Gauss–Newton steps on smooth models
-    where they fit. An attack ends the search when the update proves or matches its result; among results the
-    certificate decides, then the residual of the re-simulated update. The notes say why each step was taken or not.
+    ``recursion`` (one example, or a batch, determined layer by layer), ``gauss_newton`` (one example, determined by all
+    layers of a smooth chain together); then matching: ``feature_matching`` for a batch whose features separate,
+    ``idlg`` or ``dlg`` on smooth models otherwise, ``inverting_gradients`` where there are kinks; then Gauss–Newton
+    steps on smooth models where they fit. An attack ends the search when the update proves or matches its result; among
+    results the certificate decides, then the residual of the re-simulated update. The notes say why each step was taken
+    or not.
 
     Args:
         budget: seconds for all observations together; the best so far is returned. Exact attacks are not cut short.
