@@ -34,7 +34,7 @@ _STATUS = {
     "budget": "ended because its iterations or time were used up",
     "stalled": "ended because it made no more progress",
     "interrupted": "was interrupted; this is the best it had found by then",
-    "exact": "solved the equations directly, without iterations",
+    "exact": "solved the equations directly",
 }
 
 
