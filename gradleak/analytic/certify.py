@@ -61,12 +61,14 @@ class Construction:
         unknowns: number of values determined.
         error: estimated root mean square error, model-input units.
         statement: one clause for the reader ("every layer's linear system has full rank").
+        local: whether a step on the way was unique nearby only, as the solution of nonlinear equations is.
 
     """
 
     unknowns: int
     error: float
     statement: str
+    local: bool = False
 
 
 @final
@@ -225,8 +227,8 @@ def _constructed(
         bound = max([bound, *(e for e in own if math.isfinite(e))])
     verdict = "proved" if bound <= tolerance * size else "matched"
     tail = (
-        f"{proof.statement}, so no other input explains it; error at most {bound:.1e} (root mean square, model-input "
-        "units)."
+        f"{proof.statement}, so no other input {'nearby ' if proof.local else ''}explains it; error at most "
+        f"{bound:.1e} (root mean square, model-input units)."
         if verdict == "proved"
         else f"{proof.statement}, but the noise leaves an error of up to {bound:.1e}, too much for a proof."
     )

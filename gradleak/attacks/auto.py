@@ -38,7 +38,7 @@ _RANK = {"unproved": 0, "matched": 1, "proved": 2}
 _POLISHED = 1024
 """Unknowns up to which a Gauss–Newton polish is a matter of seconds."""
 _BACKWARD = "solved backward, every layer's linear system has full rank"
-_BATCHED = "solved backward, every layer's gradient determines its inputs for all examples"
+_BATCHED = "solved backward from separated features, every layer's gradient determines its inputs for all examples"
 _TOGETHER = "solved for all layers together, whose linear system there has full rank"
 _MOST_CLASSES = 256
 """Up to so many classes, the label of one example is found by trying all of them."""
@@ -321,7 +321,7 @@ class _Case:
             found, peeled = invert_batch(observation, seed=self.seed)
             size = float(peeled.values.square().mean().sqrt())
             error = max(peeled.error, _rounding(observation) * size)
-            return found, Construction(peeled.values.numel(), error, _BATCHED)
+            return found, Construction(peeled.values.numel(), error, _BATCHED, local=True)
         check(observation)
         shape = tuple(observation.space.shape)
         chain = self.chain
@@ -359,7 +359,7 @@ class _Case:
         assert value is not None
         head = result.label is not None
         found = self._from_layers(result, value, head, time.perf_counter() - begin)
-        return found, _determined(result, _rounding(observation), _TOGETHER)
+        return found, _determined(result, _rounding(observation), _TOGETHER, local=True)
 
     def _from_layers(self, result: RecursionResult, value: Tensor, head: bool, seconds: float) -> Reconstruction:
         space = self.observation.space
@@ -487,13 +487,13 @@ def _match(name: str, attack: Attack, cases: list[_Case], seed: int, clock: _Clo
         case.seconds += share
 
 
-def _determined(result: RecursionResult, rounding: float, why: str) -> Construction | None:
+def _determined(result: RecursionResult, rounding: float, why: str, *, local: bool = False) -> Construction | None:
     if result.input is None or math.isnan(result.spread):
         return None
     # A residual of zero is luck: nothing is known better than to the rounding of the numbers it came from.
     size = float(result.input.square().mean().sqrt())
     error = max(result.spread**0.5, rounding * size)
-    return Construction(result.input.numel(), error, why)
+    return Construction(result.input.numel(), error, why, local)
 
 
 def _rounding(observation: Observation) -> float:

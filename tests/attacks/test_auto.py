@@ -184,6 +184,7 @@ def test_a_batch_that_its_layers_determine_is_proved_without_search(act: type[to
     found = gl.attacks.auto().reconstruct(seen)
     assert found.certificate is not None
     assert found.certificate.examples == ("proved",) * 5
+    assert "no other input nearby" in found.certificate.reason
     assert found.notes[0] == "Chosen by its certificate: recursion."
     assert found.evaluations == 0
     assert float((found.inputs - images).square().mean()) < 1e-9
