@@ -31,7 +31,7 @@ class Separated:
         head: the classification head.
         gradient: of all parameters that were shared, in the scale of a gradient.
         cotangents: (N, d) gradients of the client's loss with respect to the features.
-        chain: the layers before the head, None where the model's graph cannot be read.
+        chain: the layers from the input to the head, None where the model is not such a chain.
         peeled: what these show, None without a chain.
 
     """
@@ -46,7 +46,7 @@ class Separated:
     @property
     def complete(self) -> bool:
         """Whether every layer was peeled, so that the inputs themselves are known."""
-        return self.peeled is not None and self.peeled.index == 0
+        return self.peeled is not None and self.peeled.index == 0 and self.peeled.stop is None
 
 
 def separate_batch(observation: Observation, separate: FeatureDisaggregation, *, seed: int = 0) -> Separated:
@@ -75,6 +75,8 @@ def separate_batch(observation: Observation, separate: FeatureDisaggregation, *,
     scale = 1 / len(features) if loss.reduction == "mean" else 1.0
     cotangents = scale * (head.logits(features).softmax(-1) - targets) @ head.weight.to(features)
     chain = _chain(observation, head)
+    if chain is not None and chain.stop is not None:
+        chain = None  # What leads from the input to the chain's beginning is not known as steps.
     peeled = None if chain is None else peel(chain, _params(observation), gradient, features, cotangents)
     return Separated(found, head, gradient, cotangents, chain, peeled)
 

@@ -114,7 +114,7 @@ def invert_batch(observation: Observation, *, seed: int = 0) -> tuple[Reconstruc
     separated = separate_batch(observation, disaggregate(), seed=seed)
     peeled = separated.peeled
     if peeled is None or not separated.complete:
-        reason = "the model's graph cannot be read" if peeled is None else peeled.stop
+        reason = "the model is no chain of layers" if peeled is None else peeled.stop
         raise NotApplicable(
             f"The recursion of {observation.batch_size} examples stops: {reason}; use feature_matching, which goes on "
             "from there."

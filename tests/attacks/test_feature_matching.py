@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import gradleak as gl
 from gradleak.attacks.feature_matching import FEATURES, decouple
@@ -48,6 +49,39 @@ def test_a_batch_comes_back_with_its_labels_and_the_model_is_left_alone() -> Non
     assert sorted(found.labels.tolist()) == [0, 4, 7]
     order = [found.labels.tolist().index(k) for k in (7, 0, 4)]
     assert float((found.inputs[order] - client.batch.inputs).square().mean()) <= 1e-4
+
+
+class Branching(nn.Module):
+    """Two paths that join, then a convolution that a batch's gradient would determine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.second = nn.Conv2d(1, 4, 1)
+        self.third = nn.Conv2d(4, 24, 3, stride=2, padding=1)
+        self.head = nn.Linear(24 * 4, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        joined = torch.tanh(self.first(x)) + self.second(x)
+        logits: torch.Tensor = self.head(torch.sigmoid(self.third(joined)).flatten(1))
+        return logits
+
+
+def test_a_chain_that_does_not_begin_at_the_input_is_left_whole() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Branching().double()
+    images = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    client = gl.Client(model, gl.Batch(images, torch.tensor([2, 5])))
+    seen = gl.ThreatModel().observe(
+        model, client.send(), space=gl.ImageSpace((1, 4, 4)), training=client.training, batch_size=2
+    )
+    separated = separate_batch(seen, gl.attacks.disaggregate())
+    assert not separated.complete
+    found = gl.attacks.feature_matching(iterations=1500).reconstruct(seen)
+    assert float((found.inputs - images).square().mean()) <= 1e-4
+    with pytest.raises(NotApplicable, match="joins"):
+        gl.attacks.recursion().reconstruct(seen)
 
 
 def test_weight_deltas_are_refused_with_the_alternative() -> None:
