@@ -76,6 +76,7 @@ def main() -> None:
                 + (f", MSE ≤ {r['worst MSE']:.0e}, {r['processor s']:.2f} s" if r["solved"] else "")
                 for r in group
             ),
+            "short": name == "relu",
             "met": None,
         }
         for name, group in solved.items()
