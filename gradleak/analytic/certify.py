@@ -222,9 +222,9 @@ def _constructed(
     size = problem.scale(scale)
     count = len(problem.inputs)
     if problem.inputs.numel() <= _CHECKED:
-        # The noise of this very update, where measuring it is cheap; a fold has no finite bound, nor says it here.
-        own = _judge(problem, fit, floor, told, scale, tolerance).errors
-        bound = max([bound, *(e for e in own if math.isfinite(e))])
+        # The noise of this very update, where measuring it is cheap. Folds say nothing here, free directions do.
+        own = _judge(problem, fit, floor, told, scale, tolerance, folds=False).errors
+        bound = max([bound, *(math.inf if math.isnan(e) else e for e in own)])
     verdict = "proved" if bound <= tolerance * size else "matched"
     tail = (
         f"{proof.statement}, so no other input {'nearby ' if proof.local else ''}explains it; error at most "
@@ -430,7 +430,17 @@ def jacobian(function: Callable[[Tensor], Tensor], z: Tensor, dtype: torch.dtype
     return torch.cat(parts)
 
 
-def _judge(problem: _Problem, fit: _Fit, floor: float, told: str, scale: float | None, tolerance: float) -> Evidence:
+def _judge(
+    problem: _Problem,
+    fit: _Fit,
+    floor: float,
+    told: str,
+    scale: float | None,
+    tolerance: float,
+    *,
+    folds: bool = True,
+) -> Evidence:
+    """Return what the Jacobian at the solution tells; without ``folds``, as if the map were its linearization."""
     J, whitened, rows, live = problem.linear(fit)
     count, unknowns = len(problem.inputs), problem.inputs.numel()
     size = problem.scale(scale)
@@ -456,7 +466,7 @@ def _judge(problem: _Problem, fit: _Fit, floor: float, told: str, scale: float |
     # What the linearization leaves out along weak directions reaches the other examples too.
     for pair in remainders:
         bound = bound + (V @ (kept[:, None] * pull(pair))).view(count, -1, len(pair)).norm(dim=1).amax(1)
-    open_ = free | bent
+    open_ = free | bent if folds else free
     reach = size * math.sqrt(unknowns)
     touched = (share.norm(dim=1) * reach * open_ > 0.1 * tolerance * size * math.sqrt(unknowns / count)).any(1)
     bounds = bound / math.sqrt(unknowns / count)

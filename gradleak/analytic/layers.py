@@ -312,7 +312,8 @@ def solve_layer(
         dtype = precision(layer.inputs)
         forward = composite.sandwich(information.dense.to(dtype), information.slope)
         diagonal = diagonal + forward.diagonal()
-    scale = diagonal.clamp(min=float(diagonal.max()) * 1e-14 + 1e-300).rsqrt()
+    least = float(diagonal.max()) * 1e-14 + 1e-300
+    unseen, scale = bool((diagonal < least).any()), diagonal.clamp(min=least).rsqrt()
     tolerance = min(max(0.1 * noise, 1e-14), 1e-7)
     probed = (probe / scale)[None]
     if forward is None:
@@ -338,6 +339,8 @@ def solve_layer(
         response = exact[0]
         condition = quotient(product, response, scale)
     spread = float((response / scale * probe).sum() / len(probe)) * float(scale.square().mean())
+    if unseen:  # No equation touches some value, which the factor's unit diagonal would hide.
+        condition = 0.0
     return Solution(value, forward, product, condition, spread, iterations, _rank(gram, block.shape[1]))
 
 

@@ -338,6 +338,8 @@ class _System:
         quadratic = float((samples * wide(samples)).sum())
         own = self.gram.diagonal(dim1=1, dim2=2).flatten().repeat(step.channels)
         whole = self.diagonal() + own
+        if bool((whole <= 1e-14 * whole.max()).any()):
+            return None  # No equation touches some value.
         condition = quadratic / max(float((samples.square() * whole).sum()), 1e-300)
         spread = float(samples.square().mean())
         layer = LightLayer(index, step, self.join(x)[0], self.rank, condition, spread, steps + total)

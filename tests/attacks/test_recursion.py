@@ -153,3 +153,16 @@ def test_a_batch_needs_the_loss_and_proved_features() -> None:
     twins = Batch(twins.inputs[[0, 0, 1, 2]], torch.tensor([5, 5, 6, 7]))
     with pytest.raises(NotApplicable, match=r"proved features|determine"):
         simulate(Client(perceptron(nn.Tanh), twins), recursion())
+
+
+def test_values_that_no_equation_touches_are_not_called_determined() -> None:
+    # A stride beyond the kernel skips three pixels of four; the counts alone would allow the rest to pay for them.
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 16, 1, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(16 * 16, 10))
+    small = Batch(torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double(), torch.tensor([3]))
+    for quick in (True, False):
+        with pytest.raises(NotApplicable, match="stops"):
+            simulate(Client(nn.Sequential(*layers).double(), small), recursion(quick=quick))
+        float32 = Client(nn.Sequential(*layers).float(), Batch(small.inputs.float(), small.labels))
+        with pytest.raises(NotApplicable, match="stops"):
+            simulate(float32, recursion(quick=quick))
