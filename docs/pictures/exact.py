@@ -163,7 +163,6 @@ class Whole:
     rows: Tensor
     found: Tensor
     truth: Tensor
-    status: str
     verdict: str
     reports: tuple[str, ...]
     seconds: float
@@ -188,7 +187,7 @@ def perceptron() -> Whole:
     rows = first[first.norm(dim=1).argsort(descending=True)[:8]].view(8, *SHAPE)
     order = gl.metrics.assign(found.inputs, images)
     reports = tuple(n for n in found.notes if "values of a channel" in n)
-    return Whole(rows, found.inputs[order], images, found.status, found.certificate.verdict, reports, found.seconds)
+    return Whole(rows, found.inputs[order], images, found.certificate.verdict, reports, found.seconds)
 
 
 def bounds() -> dict[tuple[int, int], tuple[int, int]]:

@@ -440,7 +440,7 @@ def _judge(
     *,
     folds: bool = True,
 ) -> Evidence:
-    """Return what the Jacobian at the solution tells; without ``folds``, as if the map were its linearization."""
+    """Return what the Jacobian at the solution tells; without ``folds``, directions where the map folds stay closed."""
     J, whitened, rows, live = problem.linear(fit)
     count, unknowns = len(problem.inputs), problem.inputs.numel()
     size = problem.scale(scale)

@@ -163,14 +163,12 @@ class Affine(Step):
         (sh, sw), (channels, height, width) = self.stride, self.in_shape
         high, wide = phases.shape[2:]
         phases = phases.view(-1, channels, sh, sw, high, wide)
-        if (sh * high, sw * wide) == (height, width):
-            whole = out.view(-1, channels, high, sh, wide, sw)
-        else:
-            whole = out.new_empty(len(out), channels, high, sh, wide, sw)
+        fits = (sh * high, sw * wide) == (height, width)
+        whole = (out if fits else out.new_empty(len(out), phases[0].numel())).view(-1, channels, high, sh, wide, sw)
         # One phase after another: a single permuted copy takes twice as long.
         for a, b in itertools.product(range(sh), range(sw)):
             whole[:, :, :, a, :, b] = phases[:, :, a, b]
-        if whole.data_ptr() != out.data_ptr():
+        if not fits:
             whole = whole.view(-1, channels, sh * high, sw * wide)
             out.view(-1, channels, height, width).copy_(whole[:, :, :height, :width])
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -36,8 +36,6 @@ _LARGEST = 4096
 """Values of one channel, of all examples, up to which the normal matrix is factorized."""
 _TOLERANCE = 1e-3
 """Predicted error (three standard errors), relative to the spread between examples, up to which a layer is peeled."""
-
-
 _ODD = 6.0
 """Misfit of an output's equations, in medians, from which on they do not fit the others."""
 _FLIPS = 6
@@ -86,7 +84,7 @@ class Peeled:
     """What is known of every example, as far back as linear algebra leads.
 
     Attributes:
-        index: ``chain.steps[:index]`` are the steps that remain; zero where the model's input itself was reached.
+        index: ``chain.steps[:index]`` are the steps that remain.
         values: (N, n) outputs of the remaining steps.
         cotangents: (N, n) gradients of the client's loss with respect to them.
         error: predicted root mean square error of ``values`` (three standard errors); NaN where nothing was peeled.
@@ -195,7 +193,7 @@ def peel(chain: Chain, params: Tensors, seen: Tensors, features: Tensor, cotange
             best = Peeled(0, values, pull, best.error, (), None)
         elif stop is None:
             stop = "the model averages its input"
-    return Peeled(best.index, best.values, best.cotangents, best.error, tuple(layers), stop)
+    return replace(best, layers=tuple(layers), stop=stop)
 
 
 def _activation(step: Elementwise, values: Tensor, pull: Tensor, doubt: float) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
 from gradleak.analytic.disaggregate import EXACT
@@ -15,10 +16,9 @@ from gradleak.analytic.peel import Peeled, obstacle, peel
 from gradleak.attacks.disaggregation import FeatureDisaggregation, one_gradient
 from gradleak.errors import NotApplicable
 from gradleak.threat import Observation
-from gradleak.training import CrossEntropy, soft_labels
 from gradleak.types import Reconstruction
 
-__all__ = ["Separated", "check_batch", "separate_batch"]
+__all__ = ["Separated", "separate_batch"]
 
 
 @final
@@ -46,16 +46,27 @@ class Separated:
     @property
     def complete(self) -> bool:
         """Whether every layer was peeled, so that the inputs themselves are known."""
-        return self.peeled is not None and self.peeled.index == 0 and self.peeled.stop is None
+        return self.peeled is not None and self.peeled.stop is None
 
 
-def separate_batch(observation: Observation, separate: FeatureDisaggregation, *, seed: int = 0) -> Separated:
+def separate_batch(
+    observation: Observation, separate: FeatureDisaggregation, *, seed: int = 0, whole: bool = False
+) -> Separated:
     """Separate the examples at the head, and peel the layers before it that their gradients determine.
+
+    Args:
+        observation: of a batch.
+        separate: finds features and labels.
+        seed: of its starts.
+        whole: refuse, before anything is solved, where counting excludes that all layers are peeled.
 
     Raises:
         NotApplicable: some example's features are not proved, or the update is not one gradient of cross-entropy.
 
     """
+    head = find_head(observation.model, observation.params, tuple(observation.space.shape))
+    params = {k: p.detach() for k, p in observation.model.named_parameters()}
+    chain = _chain(observation, head, params, whole=whole)
     found = separate.reconstruct(observation, seed=seed)
     verdicts = found.certificate.examples if found.certificate is not None else ()
     if any(v != EXACT for v in verdicts) or found.features is None or found.labels is None:
@@ -63,47 +74,34 @@ def separate_batch(observation: Observation, separate: FeatureDisaggregation, *,
             f"Only {sum(v == EXACT for v in verdicts)} of {len(verdicts)} examples have proved features "
             "(classes that repeat in a batch may not show theirs); use dlg()."
         )
-    training = observation.training
-    assert training is not None and isinstance(training.loss, CrossEntropy)
-    loss, shape = training.loss, tuple(observation.space.shape)
-    head = find_head(observation.model, observation.params, shape)
-    assert head is not None  # Or the disaggregation would not have applied.
+    assert head is not None and observation.training is not None  # Or the disaggregation would not have applied.
     gradient = one_gradient(observation, list(observation.update.tensors))
     features = found.features.double()
-    targets = soft_labels(found.labels, head.classes, features.dtype).to(features)
-    targets = targets * (1 - loss.label_smoothing) + loss.label_smoothing / head.classes
-    scale = 1 / len(features) if loss.reduction == "mean" else 1.0
-    cotangents = scale * (head.logits(features).softmax(-1) - targets) @ head.weight.to(features)
-    chain = _chain(observation, head)
-    if chain is not None and chain.stop is not None:
-        chain = None  # What leads from the input to the chain's beginning is not known as steps.
-    peeled = None if chain is None else peel(chain, _params(observation), gradient, features, cotangents)
+    with torch.enable_grad():
+        leaf = features.clone().requires_grad_()
+        (cotangents,) = torch.autograd.grad(observation.training.loss(head.logits(leaf), found.labels), leaf)
+    peeled = None if chain is None else peel(chain, params, gradient, features, cotangents)
     return Separated(found, head, gradient, cotangents, chain, peeled)
 
 
-def check_batch(observation: Observation) -> None:
-    """Check that counting does not exclude that all layers of a batch can be solved backward.
-
-    Raises:
-        NotApplicable: it does, or the model has no such layers.
-
-    """
-    shape = tuple(observation.space.shape)
-    head = find_head(observation.model, observation.params, shape)
-    if head is None or observation.batch_size is None:
-        raise NotApplicable("The recursion of a batch starts at a linear layer as the model's output; use matching.")
-    chain = trace_chain(observation.model, shape, anchor=head.weight_name)
-    reason = obstacle(chain, _params(observation), observation.update.tensors, observation.batch_size)
-    if reason is not None:
-        raise NotApplicable(f"The recursion of {observation.batch_size} examples stops: {reason}; use matching.")
-
-
-def _chain(observation: Observation, head: Head) -> Chain | None:
-    try:
-        return trace_chain(observation.model, tuple(observation.space.shape), anchor=head.weight_name)
-    except NotApplicable:
+def _chain(observation: Observation, head: Head | None, params: Mapping[str, Tensor], *, whole: bool) -> Chain | None:
+    """Return the layers from the input to the head, None where the model is not such a chain."""
+    if head is None:
+        if whole:
+            raise NotApplicable(
+                "The recursion of a batch starts at a linear layer as the model's output; use matching."
+            )
         return None
-
-
-def _params(observation: Observation) -> dict[str, Tensor]:
-    return {k: p.detach() for k, p in observation.model.named_parameters()}
+    try:
+        chain = trace_chain(observation.model, tuple(observation.space.shape), anchor=head.weight_name)
+    except NotApplicable:
+        if whole:
+            raise
+        return None
+    if whole:
+        assert observation.batch_size is not None
+        reason = obstacle(chain, params, observation.update.tensors, observation.batch_size)
+        if reason is not None:
+            raise NotApplicable(f"The recursion of {observation.batch_size} examples stops: {reason}; use matching.")
+    # What leads from the input to the beginning of a chain that stops earlier is not known as steps.
+    return chain if chain.stop is None else None

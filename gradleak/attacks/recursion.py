@@ -16,7 +16,7 @@ from gradleak.analytic.peel import Peeled
 from gradleak.analytic.recursion import invert_layers
 from gradleak.attacks.base import Attack, Callback, Progress
 from gradleak.attacks.disaggregation import disaggregate
-from gradleak.attacks.peeling import Separated, check_batch, separate_batch
+from gradleak.attacks.peeling import Separated, separate_batch
 from gradleak.errors import NotApplicable
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import SGD, FedAvg
@@ -110,14 +110,13 @@ def invert_batch(observation: Observation, *, seed: int = 0) -> tuple[Reconstruc
         raise NotApplicable(
             "The recursion of a batch takes the client's loss (TRAINING); grant it in the threat model."
         )
-    check_batch(observation)
-    separated = separate_batch(observation, disaggregate(), seed=seed)
+    separated = separate_batch(observation, disaggregate(), seed=seed, whole=True)
     peeled = separated.peeled
-    if peeled is None or not separated.complete:
-        reason = "the model is no chain of layers" if peeled is None else peeled.stop
+    assert peeled is not None  # Or counting would have refused.
+    if peeled.stop is not None:
         raise NotApplicable(
-            f"The recursion of {observation.batch_size} examples stops: {reason}; use feature_matching, which goes on "
-            "from there."
+            f"The recursion of {observation.batch_size} examples stops: {peeled.stop}; use feature_matching, which "
+            "goes on from there."
         )
     return solved(observation, separated, begin), peeled
 
@@ -125,7 +124,7 @@ def invert_batch(observation: Observation, *, seed: int = 0) -> tuple[Reconstruc
 def solved(observation: Observation, separated: Separated, begin: float) -> Reconstruction:
     """Return the batch whose layers were all peeled; ``begin`` is when the work began."""
     peeled, found = separated.peeled, separated.found
-    assert peeled is not None and peeled.index == 0
+    assert peeled is not None and peeled.stop is None
     assert found.labels is not None and found.features is not None
     x = peeled.values.reshape(-1, *observation.space.shape)
     residual, order = _distance(observation, x, found), torch.arange(len(x))
