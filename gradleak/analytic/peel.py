@@ -159,7 +159,7 @@ def peel(chain: Chain, params: Tensors, seen: Tensors, features: Tensor, cotange
     stop = chain.stop
     rounding = max((torch.finfo(t.dtype).eps for t in seen.values()), default=0.0)
     doubt = 16 * rounding * float(values.square().mean().sqrt())
-    above: Tensor | None = None
+    above, error = None, math.nan
     for index in range(len(chain.steps) - 1, -1, -1):
         step = chain.steps[index]
         if isinstance(step, Elementwise):
@@ -167,7 +167,8 @@ def peel(chain: Chain, params: Tensors, seen: Tensors, features: Tensor, cotange
                 stop = f"what {step.name!r} puts out is averaged before the next layer"
                 break
             above = pull if step.rectifies else None
-            values, pull = _activation(step, values, pull, doubt)
+            values, slope = _activation(step, values, doubt)
+            pull, error = pull * slope, float(error / slope.abs().min())
         elif isinstance(step, Fixed):
             pull = step.adjoint(pull)
             if not step.reorders:
@@ -190,21 +191,21 @@ def peel(chain: Chain, params: Tensors, seen: Tensors, features: Tensor, cotange
     else:
         # What stands before the first layer is undone exactly, if it can be.
         if stop is None and values is not None:
-            best = Peeled(0, values, pull, best.error, (), None)
+            best = Peeled(0, values, pull, error, (), None)
         elif stop is None:
             stop = "the model averages its input"
     return replace(best, layers=tuple(layers), stop=stop)
 
 
-def _activation(step: Elementwise, values: Tensor, pull: Tensor, doubt: float) -> tuple[Tensor, Tensor]:
-    """Return what comes before an activation, and the gradients there; values below ``doubt`` may be zero."""
+def _activation(step: Elementwise, values: Tensor, doubt: float) -> tuple[Tensor, Tensor]:
+    """Return what comes before an activation, and its derivative there; values below ``doubt`` may be zero."""
     before = step.inverse(values.reshape(-1, *step.in_shape)).flatten(1)
     if step.rectifies:
         # A ReLU is never negative: the most negative recovered value measures the error of the others.
         slope = (values > max(3 * float((-values).max()), doubt)).to(values)
     else:
         slope = torch.stack([step.derivatives(row)[0] for row in before])
-    return before, pull * slope
+    return before, slope
 
 
 Solved = tuple[Tensor, float] | None

@@ -153,3 +153,19 @@ def test_noise_beyond_the_tolerance_is_not_taken_for_an_answer() -> None:
     found = peel(*noisy[:3], *noisy[3])
     assert found.index > 0
     assert "not determined well enough" in str(found.stop)
+
+
+def test_the_error_is_told_in_units_of_the_input_where_the_model_scales_it() -> None:
+    torch.manual_seed(0)
+    layers = mlp(nn.Tanh)
+    scaled = nn.Sequential(nn.BatchNorm2d(3), *layers).double().eval()
+    norm = scaled[0]
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_var is not None
+    norm.running_var.fill_(1e6)
+    small = known(layers.double(), drawn(4, 3, 2, 2), noise=1e-7)
+    large = known(scaled, 1e3 * drawn(4, 3, 2, 2), noise=1e-7)
+    one, thousand = peel(*small[:3], *small[3]), peel(*large[:3], *large[3])
+    assert one.index == thousand.index == 0
+    assert thousand.error == pytest.approx(1e3 * one.error, rel=0.5)
+    assert float((thousand.values - 1e3 * drawn(4, 12)).square().mean(1).sqrt().max()) <= thousand.error
