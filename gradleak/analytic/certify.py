@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 import torch
@@ -36,6 +37,8 @@ _FORMATS = {torch.bfloat16: (7, -133), torch.float16: (10, -24), torch.float32: 
 
 _SAMPLES = 6
 """Realizations of the client's rounding; all of one update's errors may share one factor, so one is not enough."""
+_TOGETHER = 1 << 20
+"""Parameters up to which these are simulated together."""
 _MATCHED = 4.0
 """Whitened root mean square residual up to which an update counts as explained."""
 _TENSOR = 6.0
@@ -240,11 +243,32 @@ def _constructed(
 @final
 @dataclass(frozen=True, eq=False)
 class _Noise:
-    """One over the deviation of every coordinate, whitened samples, and the whole relative to the update."""
+    """What the noise of an update is like, coordinate by coordinate.
+
+    Attributes:
+        weight: one over the deviation (m,), zero where it has none.
+        deviations: measured rounding (k, m).
+        extra: deviation of what comes beside rounding (m,).
+        relative: norm of the deviations relative to the update.
+        seed: of the samples.
+
+    """
 
     weight: Tensor
-    samples: Tensor
+    deviations: Tensor
+    extra: Tensor
     relative: float
+    seed: int
+
+    @cached_property
+    def samples(self) -> Tensor:
+        """Whitened samples of the noise, (k, m)."""
+        draw = torch.Generator().manual_seed(self.seed)
+        draws = torch.randn(self.deviations.shape, generator=draw, dtype=torch.float64).to(self.weight)
+        return (
+            self.deviations * self.weight
+            + draws * torch.where(torch.isfinite(self.extra), self.extra, 0.0) * self.weight
+        )
 
 
 @final
@@ -302,6 +326,19 @@ class _Problem:
         found = self.map.tensors(self.model, params, x.to(dtype), y, buffers=buffers)
         return {k: found[k].to(torch.float64) for k in self.names}
 
+    def _simulate_all(self, near: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the flat updates of inputs (k, N, *shape), together where that is quicker, (k, m)."""
+
+        def one(x: Tensor) -> Tensor:
+            return self.flat(self.simulate(x.to(dtype), self.labels, dtype))
+
+        if sum(self.sizes) <= _TOGETHER:
+            try:
+                return vmap(one)(near)
+            except RuntimeError:  # an operation that knows no batches of its own
+                pass
+        return torch.stack([one(x) for x in near])
+
     def flat(self, tensors: Tensors) -> Tensor:
         return torch.cat([tensors[k].flatten() for k in self.names])
 
@@ -314,13 +351,9 @@ class _Problem:
         draw = torch.Generator().manual_seed(self.seed)
         x = self.inputs.double()
         size = float(x.square().mean().sqrt())
-        found = []
-        for _ in range(_SAMPLES):
-            jitter = torch.randn(x.shape, generator=draw, dtype=torch.float64).to(x)
-            near = (x + 1e-6 * size * jitter).float()
-            exact = self.flat(self.simulate(near.double(), self.labels))
-            found.append(self.flat(self.simulate(near, self.labels, torch.float32)) - exact)
-        deviations = torch.stack(found)
+        jitter = torch.randn((_SAMPLES, *x.shape), generator=draw, dtype=torch.float64).to(x)
+        near = (x + 1e-6 * size * jitter).float()
+        deviations = self._simulate_all(near, torch.float32) - self._simulate_all(near, torch.float64)
         if self.arithmetic is torch.float64:
             deviations = deviations * 2.0**-29
         return deviations if bool(torch.isfinite(deviations).all()) else None
@@ -343,10 +376,7 @@ class _Problem:
         tau = torch.hypot(tau, extra)
         weight = torch.where(torch.isfinite(tau), 1 / tau, 0.0)
         finite = torch.where(torch.isfinite(tau), tau, 0.0)
-        draw = torch.Generator().manual_seed(self.seed + 1)
-        draws = torch.randn((_SAMPLES, len(tau)), generator=draw, dtype=torch.float64).to(tau)
-        samples = deviations * weight + draws * torch.where(torch.isfinite(extra), extra, 0.0) * weight
-        return _Noise(weight, samples, float(finite.norm()) / norm)
+        return _Noise(weight, deviations, extra, float(finite.norm()) / norm, self.seed + 1)
 
     def fit(self) -> _Fit | None:
         """Compare, with the scale the training tells, and with a free one where that fails or is unknown."""

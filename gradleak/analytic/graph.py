@@ -129,6 +129,23 @@ class Affine(Step):
             self._scatter(u[start : start + _CHUNK], kernel, pads, out[start : start + _CHUNK])
         return out
 
+    def transposed(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return u ↦ Kᵀ u for few rows (k, m) and many calls: what depends on the weight alone is made once."""
+        if self.linear:
+            return lambda u: u @ weight
+        kernel, pads = self._phases(weight)
+        kernel = kernel.contiguous()
+
+        def adjoint(u: Tensor) -> Tensor:
+            u = u.reshape(-1, *self.out_shape)
+            if self.stride == (1, 1):
+                return self._phased(u, kernel, pads).flatten(1)
+            out = u.new_empty(len(u), self.inputs)
+            self._scatter(u, kernel, pads, out)
+            return out
+
+        return adjoint
+
     def _phases(self, weight: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
         """Return the adjoint's kernels, one per position modulo the stride, and how to pad for them.
 
@@ -154,12 +171,14 @@ class Affine(Step):
         kernel = kernel.reshape(self.groups, outs, ins, sh, dh, sw, dw).permute(0, 2, 3, 5, 1, 4, 6)
         return kernel.reshape(self.groups * ins * sh * sw, outs, dh, dw), (pads[0], pads[1], pads[2], pads[3])
 
-    def _scatter(self, u: Tensor, kernel: Tensor, pads: tuple[int, int, int, int], out: Tensor) -> None:
+    def _phased(self, u: Tensor, kernel: Tensor, pads: tuple[int, int, int, int]) -> Tensor:
         left, right, top, bottom = pads
         if (left, top) == (right, bottom) and min(pads) >= 0:
-            phases = F.conv2d(u, kernel, padding=(top, left), groups=self.groups)
-        else:
-            phases = F.conv2d(F.pad(u, pads), kernel, groups=self.groups)
+            return F.conv2d(u, kernel, padding=(top, left), groups=self.groups)
+        return F.conv2d(F.pad(u, pads), kernel, groups=self.groups)
+
+    def _scatter(self, u: Tensor, kernel: Tensor, pads: tuple[int, int, int, int], out: Tensor) -> None:
+        phases = self._phased(u, kernel, pads)
         (sh, sw), (channels, height, width) = self.stride, self.in_shape
         high, wide = phases.shape[2:]
         phases = phases.view(-1, channels, sh, sw, high, wide)

@@ -215,6 +215,8 @@ def conjugate_gradients(
 
     Returns the solutions, the number of iterations, and whether each energy fell by ``tolerance``².
     """
+    if len(right) == 1:
+        return _single(product, right, precondition, tolerance**2, limit, ready)
     x = torch.zeros_like(right)
     residual = right.clone()
     z = precondition(residual) if ready is None else ready
@@ -237,6 +239,30 @@ def conjugate_gradients(
         steps += 1
         done = done | ~good | (energy <= tolerance**2 * first)
     return x, steps, bool((energy <= tolerance**2 * first).all())
+
+
+def _single(
+    product: Rows, right: Tensor, precondition: Rows, share: float, limit: int, ready: Tensor | None
+) -> tuple[Tensor, int, bool]:
+    """Solve one system: numbers instead of masks save a fifth of an iteration where systems are small."""
+    x, residual = torch.zeros_like(right), right.clone()
+    z = precondition(residual) if ready is None else ready
+    direction = z.clone()
+    energy = first = float(residual.flatten() @ z.flatten())
+    steps = 0
+    while steps < limit and energy > share * first and energy > 0:
+        image = product(direction)
+        curvature = float(direction.flatten() @ image.flatten())
+        steps += 1
+        if not curvature > 0:
+            break
+        x.add_(direction, alpha=energy / curvature)
+        residual.sub_(image, alpha=energy / curvature)
+        z = precondition(residual)
+        new = float(residual.flatten() @ z.flatten())
+        direction.mul_(new / energy).add_(z)
+        energy = new
+    return x, steps, energy <= share * first
 
 
 @final

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradleak.analytic.dense import cholesky, cholesky_solve
 from gradleak.analytic.graph import Affine, Chain, Elementwise, Fixed
 from gradleak.analytic.layers import Rows, conjugate_gradients
 
@@ -195,13 +196,13 @@ class _System:
         self.rank = sum(min(int((p != 0).any(1).sum()), p.shape[1]) for p in parts)
 
     def split(self, v: Tensor) -> Tensor:
-        """Return rows (k, n) in the order in which this class computes: (k, c, phases, q) instead of (k, c, h, w)."""
+        """Return rows (k, n) in the order in which this class computes: (k, phases, c, q) instead of (k, c, h, w)."""
         high, wide = self.phases
         if high * wide == 1:
             return v
         _, height, width = self.step.in_shape
         parts = v.reshape(len(v), -1, height // high, high, width // wide, wide)
-        return parts.permute(0, 1, 3, 5, 2, 4).reshape(len(v), -1)
+        return parts.permute(0, 3, 5, 1, 2, 4).reshape(len(v), -1)
 
     def join(self, v: Tensor) -> Tensor:
         """Undo :meth:`split`."""
@@ -209,16 +210,16 @@ class _System:
         if high * wide == 1:
             return v
         _, height, width = self.step.in_shape
-        parts = v.reshape(len(v), -1, high, wide, height // high, width // wide)
-        return parts.permute(0, 1, 4, 2, 5, 3).reshape(len(v), -1)
+        parts = v.reshape(len(v), high, wide, -1, height // high, width // wide)
+        return parts.permute(0, 3, 4, 1, 5, 2).reshape(len(v), -1)
 
     def blocks(self, v: Tensor, blocks: Tensor) -> Tensor:
-        """Apply one symmetric block per phase (f, q, q), or per channel and phase (c, f, q, q), to rows (k, n)."""
-        if blocks.ndim == 3:
-            parts = v.reshape(-1, *blocks.shape[:2]).transpose(0, 1)
-            return (parts @ blocks).transpose(0, 1).reshape(v.shape)
-        parts = v.reshape(len(v), -1, blocks.shape[-1]).transpose(0, 1)
-        return (parts @ blocks.flatten(0, 1)).transpose(0, 1).reshape(v.shape)
+        """Apply one symmetric block per phase (f, q, q) to rows (k, n)."""
+        count, size = blocks.shape[:2]
+        if len(v) == 1:
+            return (v.view(count, -1, size) @ blocks).view(1, -1)
+        parts = v.reshape(len(v), count, -1, size).transpose(0, 1).flatten(1, 2)
+        return (parts @ blocks).unflatten(1, (len(v), -1)).transpose(0, 1).reshape(v.shape)
 
     def _convolutions(self, dtype: torch.dtype) -> tuple[Rows, Rows]:
         """Return K and Kᵀ on split rows: with a stride, each phase is a channel of its own and the stride is one."""
@@ -227,6 +228,7 @@ class _System:
             return (lambda v: v @ weight.T), (lambda u: u @ weight)
         kernel, (left, right, top, bottom) = step._phases(weight)
         high, wide = self.phases
+        kernel = kernel.unflatten(0, (-1, high * wide)).transpose(0, 1).flatten(0, 1)
         (_, height, width), (_, tall, broad) = step.in_shape, step.out_shape
         tall_in, broad_in = height // high, width // wide
         forward = kernel.transpose(0, 1).flip(2, 3).contiguous()
@@ -276,19 +278,20 @@ class _System:
             narrow = self.blocks(adjoint(torch.eye(self.step.outputs).to(inverse)), inverse)
             inner = apply(narrow)
             inner.diagonal().add_((1 / self.inverse_variance).float())
-            factor, failed = torch.linalg.cholesky_ex(inner)
-            if int(failed):
+            factor, failed = cholesky(inner[None])
+            if bool(failed):
                 return None
 
             def eliminated(v: Tensor) -> Tensor:
                 first = self.blocks(v, inverse)
-                inside = torch.cholesky_solve(apply(first).T, factor).T
+                inside = cholesky_solve(apply(first)[None], factor)[0]
                 return first - self.blocks(adjoint(inside.contiguous()), inverse)
 
             return eliminated
-        own = forward.reshape(self.step.channels, self.count, size)
+        # Blocks that all channels share stay in the cache, and serve as well as blocks of their own.
+        own = forward.reshape(self.count, self.step.channels, size).mean(1)
         matrix = (self.gram + torch.diag_embed(own)).float()
-        matrix += 1e-6 * matrix.diagonal(dim1=2, dim2=3).mean(-1)[..., None, None] * eye.float()
+        matrix += 1e-6 * matrix.diagonal(dim1=1, dim2=2).mean(-1)[..., None, None] * eye.float()
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if bool(failed.any()):
             return None
@@ -317,14 +320,15 @@ class _System:
             residual = right - wide(x)
             level = max(float(residual.abs().max()), 1e-300)
             rest = float((residual * precondition((residual / level).float()).double()).sum()) * level
-            if rest <= _LEFT * noise**2 * step.inputs or not done:
+            goal = _LEFT * noise**2 * step.inputs
+            if rest <= goal or not done:
                 break
             if not rest < 0.25 * energy:
                 if rest > _STALL * first:
                     return None
                 break
             energy, first = rest, max(first, rest)
-            more, taken, done = _solve(narrow, residual, precondition, _INNER)
+            more, taken, done = _solve(narrow, residual, precondition, max(_INNER, 0.5 * math.sqrt(goal / rest)))
             x, total = x + more, total + taken
         else:
             return None
@@ -336,8 +340,8 @@ class _System:
         if not (done and well) or not bool(torch.isfinite(x).all() & torch.isfinite(samples).all()):
             return None
         quadratic = float((samples * wide(samples)).sum())
-        own = self.gram.diagonal(dim1=1, dim2=2).flatten().repeat(step.channels)
-        whole = self.diagonal() + own
+        own = self.gram.diagonal(dim1=1, dim2=2)[:, None].expand(-1, step.channels, -1)
+        whole = self.diagonal() + own.flatten()
         if bool((whole <= 1e-14 * whole.max()).any()):
             return None  # No equation touches some value.
         condition = quadratic / max(float((samples.square() * whole).sum()), 1e-300)

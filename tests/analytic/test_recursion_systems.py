@@ -72,16 +72,29 @@ def test_normal_matrix_is_that_of_the_exact_jacobian(channels: int, stride: int)
     walk.run()
     assert torch.allclose(walk.value.reshape(x.shape), x, atol=1e-10)
     whole = WholeMap(chain, chain.steps, params, seen, outer)
-    jacobian = torch.autograd.functional.jacobian(lambda z: whole.outputs(z, graph=True), x[0]).reshape(-1, 128)
+
+    def equations(z: Tensor) -> Tensor:
+        leaves = {n: params[n].clone().requires_grad_() for n in whole.names}
+        features = chain.forward(z[None], {**params, **leaves}).flatten()
+        own = torch.autograd.grad(features @ whole.pull, list(leaves.values()), create_graph=True)
+        parts = [(g * whole.scales[n]).flatten() for n, g in zip(leaves, own, strict=True)]
+        return torch.cat([features * whole.feature_scale, *parts])
+
+    jacobian = torch.autograd.functional.jacobian(equations, x[0]).reshape(-1, 128)
     # The assembled matrix leaves the few bias equations out.
     sizes = [(seen[n].numel(), "weight" in n) for n in whole.names]
     keep = [torch.ones(192, dtype=torch.bool)] + [torch.full((size,), weight) for size, weight in sizes]
     rows = jacobian[torch.cat(keep)]
     wanted = (rows.T @ rows).tril()
     assert torch.allclose(walk.normal().tril(), wanted, rtol=1e-8, atol=1e-9 * float(wanted.abs().max()))
-    product = whole.linearize(x.flatten()).product
-    v = torch.ones(2, 128, dtype=torch.float64)
-    assert torch.allclose(product(v), v @ jacobian.T @ jacobian)
+    off = x.flatten() + 1e-3
+    local = whole.linearize(off)
+    jacobian = torch.autograd.functional.jacobian(equations, off.view(x.shape)[0]).reshape(-1, 128)
+    v = torch.rand(2, 128, dtype=torch.float64)
+    assert torch.allclose(local.product(v), v @ jacobian.T @ jacobian)
+    assert torch.allclose(local.product(v.float()), (v @ jacobian.T @ jacobian).float(), atol=1e-4)
+    assert torch.allclose(local.residual, whole.target - equations(off.view(x.shape)[0]).detach())
+    assert torch.allclose(local.descent, local.residual @ jacobian)
 
 
 def test_conjugate_gradients_solve_several_systems() -> None:
