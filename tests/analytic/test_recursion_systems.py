@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradleak.analytic import layers
-from gradleak.analytic.graph import Affine, trace_chain
+from gradleak.analytic import whole as whole_module
+from gradleak.analytic.graph import Affine, Chain, trace_chain
 from gradleak.analytic.outer import read_outer_product
 from gradleak.analytic.recursion import _Walk
 from gradleak.analytic.whole import WholeMap
@@ -54,6 +57,19 @@ def test_convolution_parts(conv: nn.Conv2d) -> None:
     assert torch.allclose(by_delta.reshape(dw.shape), dw)
 
 
+def left_sides(whole: WholeMap, chain: Chain, params: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return the whole map as automatic differentiation sees it."""
+
+    def equations(z: Tensor) -> Tensor:
+        leaves = {n: params[n].clone().requires_grad_() for n in whole.names}
+        features = chain.forward(z[None], {**params, **leaves}).flatten()
+        own = torch.autograd.grad(features @ whole.pull, list(leaves.values()), create_graph=True)
+        parts = [(g * whole.scales[n]).flatten() for n, g in zip(leaves, own, strict=True)]
+        return torch.cat([features * whole.feature_scale, *parts])
+
+    return equations
+
+
 @pytest.mark.parametrize(("channels", "stride"), [(6, 1), (12, 2)], ids=["fewer weights", "fewer outputs"])
 def test_normal_matrix_is_that_of_the_exact_jacobian(channels: int, stride: int) -> None:
     with torch.random.fork_rng():
@@ -73,13 +89,7 @@ def test_normal_matrix_is_that_of_the_exact_jacobian(channels: int, stride: int)
     assert torch.allclose(walk.value.reshape(x.shape), x, atol=1e-10)
     whole = WholeMap(chain, chain.steps, params, seen, outer)
 
-    def equations(z: Tensor) -> Tensor:
-        leaves = {n: params[n].clone().requires_grad_() for n in whole.names}
-        features = chain.forward(z[None], {**params, **leaves}).flatten()
-        own = torch.autograd.grad(features @ whole.pull, list(leaves.values()), create_graph=True)
-        parts = [(g * whole.scales[n]).flatten() for n, g in zip(leaves, own, strict=True)]
-        return torch.cat([features * whole.feature_scale, *parts])
-
+    equations = left_sides(whole, chain, params)
     jacobian = torch.autograd.functional.jacobian(equations, x[0]).reshape(-1, 128)
     # The assembled matrix leaves the few bias equations out.
     sizes = [(seen[n].numel(), "weight" in n) for n in whole.names]
@@ -94,6 +104,54 @@ def test_normal_matrix_is_that_of_the_exact_jacobian(channels: int, stride: int)
     assert torch.allclose(local.product(v), v @ jacobian.T @ jacobian)
     assert torch.allclose(local.product(v.float()), (v @ jacobian.T @ jacobian).float(), atol=1e-4)
     assert torch.allclose(local.residual, whole.target - equations(off.view(x.shape)[0]).detach())
+    assert torch.allclose(local.descent, local.residual @ jacobian)
+
+
+CHAINS = {
+    "groups, dilation, pooling": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 8, 3, padding=2, dilation=2), nn.Tanh(), nn.AvgPool2d(2), nn.Conv2d(8, 8, 3, groups=4),
+            nn.Sigmoid(), nn.Flatten(), nn.Linear(32, 5),
+        ),
+        (2, 8, 8),
+    ),
+    "activation before any layer, no bias": (
+        lambda: nn.Sequential(
+            nn.Sigmoid(), nn.Conv2d(2, 6, (3, 2), (2, 1), (1, 0), bias=False), nn.ELU(), nn.Flatten(), nn.Linear(168, 5)
+        ),
+        (2, 8, 8),
+    ),
+    "linear layers": (
+        lambda: nn.Sequential(nn.Linear(9, 8), nn.Softplus(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 5)),
+        (9,),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["matrices", "convolutions"])
+@pytest.mark.parametrize("case", CHAINS)
+def test_written_out_derivatives_are_those_of_autograd(case: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if large:
+        monkeypatch.setattr(whole_module, "_BLOCK", 0)
+    make, shape = CHAINS[case]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = make().double()
+        x, v = torch.rand(shape, dtype=torch.float64), torch.rand(3, *shape, dtype=torch.float64).flatten(1)
+    params = {k: p.detach() for k, p in model.named_parameters()}
+    chain = trace_chain(model, shape, anchor=[n for n in params if n.endswith("weight")][-1])
+    grads = torch.autograd.grad(F.cross_entropy(model(x[None]), torch.tensor([3])), list(model.parameters()))
+    seen = dict(zip(params, grads, strict=True))
+    outer = read_outer_product(seen[chain.anchor.weight_name], seen[str(chain.anchor.bias_name)])
+    whole = WholeMap(chain, chain.steps, params, seen, outer)
+
+    equations = left_sides(whole, chain, params)
+    near = x + 0.01
+    jacobian = torch.autograd.functional.jacobian(equations, near).reshape(-1, x.numel())
+    local = whole.linearize(near.flatten())
+    assert len(whole.names) == sum(1 for n in params if not n.startswith(chain.anchor.weight_name.split(".")[0]))
+    assert torch.allclose(whole.outputs(near), equations(near))
+    assert torch.allclose(local.product(v), v @ jacobian.T @ jacobian)
     assert torch.allclose(local.descent, local.residual @ jacobian)
 
 
