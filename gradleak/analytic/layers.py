@@ -49,6 +49,9 @@ MEMORY = 4 * 2**30
 _DOUBLE = 512
 """Up to this many unknowns that matrix is float64; beyond, float32 preconditions the float64 solve as well."""
 
+_TILE = 256
+"""Rows and columns of a block that is transposed in the cache."""
+
 _CHUNK = 128
 """Rows that pass a layer together: few enough to stay in the cache."""
 
@@ -150,6 +153,14 @@ class Information:
         """Return independent information ``values`` (n,)."""
         dense = torch.diag(values.to(precision(len(values)))) if len(values) <= LARGEST else None
         return Information(lambda v: v * values.to(v), dense)
+
+    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return D X D as a matrix of its own."""
+        assert self.dense is not None
+        whole = self.dense.to(dtype or self.dense.dtype, copy=True)
+        if self.slope is not None:
+            whole.mul_(self.slope.to(whole)).mul_(self.slope.to(whole)[:, None])
+        return whole
 
     def scaled(self, slope: Tensor) -> Information:
         """Return the information about what comes before an activation with derivative ``slope`` (n,)."""
@@ -394,7 +405,7 @@ def _add_blocks(matrix: Tensor, gram: Tensor, layer: Affine) -> None:
 
 
 def add_gradient_equations(
-    forward: Tensor,
+    forward: Tensor | None,
     layer: Affine,
     weight: Tensor,
     value: Tensor,
@@ -403,6 +414,7 @@ def add_gradient_equations(
     gradient: Tensor | None,
     *,
     lower_only: bool,
+    inner: Tensor | None = None,
 ) -> Tensor:
     """Return ``forward`` + (M + N H K)ᵀ (M + N H K), the normal matrix of everything from this layer on; in place.
 
@@ -410,7 +422,7 @@ def add_gradient_equations(
     the output gradient changes with the output.
 
     Args:
-        forward: (n, n), overwritten.
+        forward: (n, n), overwritten; None where ``inner`` says it, for more gradients than outputs.
         layer: the layer.
         weight: its weight.
         value: its input (n,).
@@ -418,20 +430,23 @@ def add_gradient_equations(
         hessian: rows u (k, m) → H u.
         gradient: its weight gradient, None where it is not shared.
         lower_only: whether the lower triangle of the result is enough.
+        inner: X (m, m), for ``forward`` = Kᵀ X K, which then passes the layer together with the rest.
 
     """
     if gradient is None:
+        assert forward is not None
         return forward
+    dtype = (inner if forward is None else forward).dtype  # type: ignore[union-attr]
     root = _trust(gradient) ** 0.5
-    block = (layer.gradient_block(delta, weight) * root).to(forward)  # (g, o·t, p)
-    patches = layer.patches(value, weight).to(forward) * root  # (g, c·t, L)
-    kernel = weight.to(forward)
+    block = (layer.gradient_block(delta, weight) * root).to(dtype)  # (g, o·t, p)
+    patches = layer.patches(value, weight).to(dtype) * root  # (g, c·t, L)
+    kernel = weight.to(dtype)
     groups, per = layer.groups, layer.channels // layer.groups
     outs, length, size = layer.out_shape[0] // groups, patches.shape[-1], layer.positions
     taps, m, n = patches.shape[1] // per, layer.outputs, layer.inputs
     own = (groups * outs * taps, size)
-    if gradient.numel() <= m:
-        afford(layer.name, own, (gradient.numel(), m), (gradient.numel(), n), (n, n), dtype=forward.dtype)
+    if forward is not None and gradient.numel() <= m:
+        afford(layer.name, own, (gradient.numel(), m), (gradient.numel(), n), (n, n), dtype=dtype)
         spread = torch.zeros(groups, outs, per * taps, groups, outs, length).to(forward)
         spread.diagonal(dim1=0, dim2=3).diagonal(dim1=0, dim2=2).copy_(patches.permute(1, 2, 0)[..., None])
         whole = layer.adjoint(hessian(spread.reshape(-1, m)), kernel)
@@ -441,22 +456,42 @@ def add_gradient_equations(
             for c in range(per):
                 whole[g, :, c, :, g, c] += blocks[g]
         return _add_square(forward, whole.reshape(-1, layer.inputs), lower_only=lower_only)
-    afford(layer.name, own, (m, m), (gradient.numel(), m), (m, m), (n, m), (n, m), (n, n), dtype=forward.dtype)
-    dense = hessian(torch.eye(m).to(forward))
+    afford(layer.name, own, (m, m), (gradient.numel(), m), (m, m), (n, m), (n, m), (n, n), (n, n), dtype=dtype)
+    dense = hessian(torch.eye(m).to(patches))
     q = torch.einsum("gkl,golm->gokm", patches, dense.reshape(groups, outs, length, m))
     flat = q.reshape(-1, m)
     cross = torch.einsum(
         "gotp,goctm->gcpm", block.reshape(groups, outs, taps, size), q.reshape(groups, outs, per, taps, m)
     )
-    square = _add_square(torch.zeros(m, m).to(forward), flat, lower_only=True).tril_()
+    square = _add_square(torch.zeros(m, m).to(patches), flat, lower_only=True).tril_()
     square.diagonal().mul_(0.5)  # X + Xᵀ is the square
-    left = layer.adjoint(square.T.contiguous(), kernel).T + cross.reshape(-1, m)
-    for start in range(0, layer.inputs, _CHUNK):
-        product = layer.adjoint(left[start : start + _CHUNK].contiguous(), kernel)
-        forward[start : start + _CHUNK] += product
-        forward[:, start : start + _CHUNK] += product.T
-    _add_blocks(forward, block.mT @ block, layer)
-    return forward
+    if forward is None and inner is not None:
+        square.add_(inner, alpha=0.5)
+    left = cross.reshape(-1, m)
+    left = left if left.is_contiguous() else left.contiguous()
+    _add_transposed(left, layer.adjoint(square.T.contiguous(), kernel))
+    half = layer.adjoint(left, kernel)
+    _symmetrize(half)
+    _add_blocks(half, block.mT @ block, layer)
+    return half if forward is None else forward.add_(half)
+
+
+def _add_transposed(matrix: Tensor, other: Tensor) -> None:
+    """Add ``other`` (m, n) to ``matrix`` (n, m), block by block: transposing the whole takes several times as long."""
+    for i in range(0, len(matrix), _TILE):
+        for j in range(0, len(other), _TILE):
+            matrix[i : i + _TILE, j : j + _TILE] += other[j : j + _TILE, i : i + _TILE].T
+
+
+def _symmetrize(matrix: Tensor) -> None:
+    """Replace X (n, n) by X + Xᵀ, block by block."""
+    starts = range(0, len(matrix), _TILE)
+    for i in starts:
+        for j in range(0, i + 1, _TILE):
+            low, high = matrix[i : i + _TILE, j : j + _TILE], matrix[j : j + _TILE, i : i + _TILE]
+            both = low + high.T
+            low.copy_(both)
+            high.copy_(both.T)
 
 
 def _add_square(matrix: Tensor, rows: Tensor, *, lower_only: bool) -> Tensor:

@@ -27,6 +27,7 @@ from gradleak.analytic.layers import (
     Factor,
     Information,
     Rows,
+    Solution,
     add_gradient_equations,
     conjugate_gradients,
     factorize,
@@ -167,7 +168,7 @@ def invert_layers(
     else:
         # Whatever comes before the first layer (scaling, reshaping) is inverted exactly at the end.
         whole = WholeMap(chain, chain.steps, params, seen, outer)
-        if walk.information.dense is None:
+        if walk.rebuild is None and walk.information.dense is None:
             residual = whole.relative(value.reshape(chain.shape))
         else:
             factor = factorize(walk.normal)
@@ -489,9 +490,9 @@ class _Walk:
 
     def normal(self) -> Tensor:
         """Return the lower triangle of the whole map's normal matrix at the recovered input, to be overwritten."""
-        dense, slope = self.information.dense, self.information.slope
-        assert dense is not None
-        dense = dense.clone() if self.rebuild is None else self.rebuild()
+        if self.rebuild is None:
+            return self.information.matrix()
+        dense, slope = self.rebuild(), self.information.slope
         if slope is not None:
             dense.mul_(slope.to(dense)).mul_(slope.to(dense)[:, None])
         return dense
@@ -547,10 +548,9 @@ class _Walk:
         dense = self.information.dense
         if self.stop is None and dense is not None and index in self.solved and step.inputs <= LARGEST:
             value, report = self.solved[index]
-            forward = composite.sandwich(dense.to(precision(step.inputs)), self.information.slope)
             if report is not None:
                 self.reports.append(report)
-            self._linearize(step, composite, value, forward, None, gradient, index)
+            self._linearize(step, composite, value, None, gradient, index)
             self.value, self.usable, self.pending = value, step.inputs, []
             return
         known = min(self.usable, self.value.numel())
@@ -571,7 +571,7 @@ class _Walk:
             self.reports.append(report)
         if not determined:
             self._halt(f"the input of {report}")
-        self._linearize(step, composite, solution.value, solution.forward, solution.product, gradient, index)
+        self._linearize(step, composite, solution.value, solution, gradient, index)
         self.value, self.usable, self.pending = solution.value, unknowns, []
 
     def _linearize(
@@ -579,41 +579,56 @@ class _Walk:
         step: Affine,
         composite: Composite,
         value: Tensor,
-        dense: Tensor | None,
-        product: Rows | None,
+        solution: Solution | None,
         gradient: Tensor | None,
         index: int,
     ) -> None:
         """Replace what is known about the layer's input by the exact linearization of everything from there on."""
         weight = self.params[step.weight_name]
+        product = None if solution is None else solution.product
         if self.stop is None or product is None:
             self.suffix = WholeMap(self.chain, self.chain.steps[index:], self.params, self.seen, self.outer)
-            product = self.suffix.linearize(value).product
-        if dense is not None:
-            known, delta, hessian = self.information, self.delta, self.hessian
-            more = any(
-                isinstance(s, Affine | Fixed) and not getattr(s, "reorders", False) for s in self.chain.steps[:index]
-            )
+            product = _when_needed(self.suffix, value)
+        dense, known, delta, hessian = None, self.information, self.delta, self.hessian
+        before, first = known.dense, [] if solution is None else [solution.forward]
+        if before is not None and first != [None]:
+            inside, dtype = before, precision(step.inputs)
+            later = self.chain.steps[:index]
+            more = any(isinstance(s, Affine | Fixed) and not getattr(s, "reorders", False) for s in later)
+            many = gradient is not None and gradient.numel() > step.outputs and composite.steps == (step,)
 
-            def equations(forward: Tensor) -> Tensor:
+            def equations() -> Tensor:
+                forward, inner = first.pop() if first else None, None
+                if forward is None and many:
+                    inner = known.matrix(dtype)
+                elif forward is None:
+                    forward = composite.sandwich(inside.to(dtype), known.slope)
                 return add_gradient_equations(
-                    forward, step, weight, value, delta, hessian, gradient, lower_only=not more
+                    forward, step, weight, value, delta, hessian, gradient, lower_only=not more, inner=inner
                 )
 
-            before, dtype, first = known.dense, dense.dtype, [dense]
-            if more or before is None:
-                dense = equations(dense)
+            if more:
+                dense = equations()
             else:
                 # Only the polish needs the last one, and a factorization that fails needs it twice.
-                self.rebuild = lambda: equations(
-                    first.pop() if first else composite.sandwich(before.to(dtype), known.slope)
-                )
+                self.rebuild = equations
         self.hessian = _between(Composite((step,), self.params), self.hessian)
         if step.inputs <= _MATERIAL and index > 0:
             matrix = self.hessian(torch.eye(step.inputs).to(self.value.device, precision(step.inputs)))
             self.hessian = lambda rows: rows @ matrix.to(rows)
         self.information = Information(product, dense)
         self.delta = step.adjoint(self.delta[None], weight)[0]
+
+
+def _when_needed(whole: WholeMap, value: Tensor) -> Rows:
+    made: list[Rows] = []
+
+    def product(v: Tensor) -> Tensor:
+        if not made:
+            made.append(whole.linearize(value).product)
+        return made[0](v)
+
+    return product
 
 
 def _bent(hessian: Rows, slope: Tensor, bend: Tensor) -> Rows:
