@@ -37,7 +37,7 @@ _LOOSE = 0.1
 """Relative accuracy of the error samples, in energy."""
 _INNER = 1e-4
 """Relative accuracy of one float32 solve, before the float64 residual is taken anew."""
-_LEFT = 0.01
+_LEFT = 0.003
 """Share of the noise's energy that solving may leave."""
 _ROUNDS = 10
 _LIMIT = 250
@@ -328,7 +328,7 @@ class _System:
                     return None
                 break
             energy, first = rest, max(first, rest)
-            more, taken, done = _solve(narrow, residual, precondition, max(_INNER, 0.5 * math.sqrt(goal / rest)))
+            more, taken, done = _solve(narrow, residual, precondition, max(_INNER, 0.2 * math.sqrt(goal / rest)))
             x, total = x + more, total + taken
         else:
             return None
