@@ -92,6 +92,7 @@ class RecursionResult:
         layers: one report per parameterized layer, from the last to the first.
         start: an approximate input (*shape) for matching where ``input`` is None and the chain reaches the input.
         features: exact input of the linear layer where the recursion began.
+        head: whether that layer is the model's last.
         label: class of the example where the recursion began at the head and one entry of its bias gradient alone has
             its sign (cross-entropy: p − y is negative at the label only); otherwise None.
         noise: relative noise of the update, measured on its own outer product.
@@ -106,6 +107,7 @@ class RecursionResult:
     layers: tuple[LayerReport, ...]
     start: Tensor | None
     features: Tensor
+    head: bool
     label: int | None
     noise: float
     residual: float
@@ -155,7 +157,7 @@ def invert_layers(
             return quickly
     walk = _Walk(chain, params, seen, outer, seed, known)
     walk.run()
-    common = (outer.features, label, outer.noise)
+    common = (outer.features, chain.head, label, outer.noise)
     if walk.stop is not None:
         start, residual = None, math.nan
         if walk.reached:
@@ -263,7 +265,7 @@ def fit_layers(
         steps,
     )
     found, label = value.reshape(shape), _label(outer.delta) if chain.head else None
-    common = (outer.features, label, outer.noise, residual)
+    common = (outer.features, chain.head, label, outer.noise, residual)
     if determined and explained:
         return RecursionResult(found, None, (report,), None, *common, spread, steps)
     reason = str(report)
@@ -378,7 +380,9 @@ def _quickly(
     if not (residual <= _CLOSE * outer.noise and spread <= _GOOD * size):
         return None
     reports = tuple(report for _, report in known.values())
-    return RecursionResult(value, None, reports, None, outer.features, label, outer.noise, residual, spread, 0)
+    return RecursionResult(
+        value, None, reports, None, outer.features, chain.head, label, outer.noise, residual, spread, 0
+    )
 
 
 _ACCUMULATED = 16.0

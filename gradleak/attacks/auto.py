@@ -23,7 +23,7 @@ from gradleak.attacks.feature_matching import feature_matching
 from gradleak.attacks.gauss_newton import by_layers, gauss_newton, is_smooth
 from gradleak.attacks.linear_inversion import linear_inversion
 from gradleak.attacks.matching import dlg, idlg, inverting_gradients
-from gradleak.attacks.recursion import check, invert_batch, plain_gradient
+from gradleak.attacks.recursion import check, from_layers, invert_batch, plain_gradient
 from gradleak.attacks.sentences import read_sentences
 from gradleak.errors import InvalidInput, InvalidModel, NotApplicable, ResourceLimit
 from gradleak.inputs import ImageSpace
@@ -324,19 +324,17 @@ class _Case:
             return found, Construction(peeled.values.numel(), error, _BATCHED, local=True)
         check(observation)
         shape = tuple(observation.space.shape)
-        chain = self.chain
         params = {k: p.detach() for k, p in observation.model.named_parameters()}
         begin = time.perf_counter()
         result = invert_layers(
-            observation.model, params, plain_gradient(observation), shape, chain=chain, seed=self.seed
+            observation.model, params, plain_gradient(observation), shape, chain=self.chain, seed=self.seed
         )
-        seconds = time.perf_counter() - begin
         for value, note in ((result.input, ""), (result.start, f"it stops: {result.stopped_at}")):
             if value is not None:
                 if note:
                     self.notes.append(f"recursion: {note}; what lies behind is its best guess.")
                 proof = _determined(result, _rounding(observation), _BACKWARD)
-                return self._from_layers(result, value, chain.head, seconds), proof
+                return from_layers(observation, result, value, begin), proof
         raise NotApplicable(f"The recursion stops: {result.stopped_at}.")
 
     def _together(self, clock: _Clock) -> tuple[Reconstruction, Construction | None]:
@@ -357,23 +355,8 @@ class _Case:
         result = by_layers(observation, chain=self.chain, seed=self.seed, going=going)
         value = result.start if result.input is None else result.input
         assert value is not None
-        head = result.label is not None
-        found = self._from_layers(result, value, head, time.perf_counter() - begin)
-        return found, _determined(result, _rounding(observation), _TOGETHER, local=True)
-
-    def _from_layers(self, result: RecursionResult, value: Tensor, head: bool, seconds: float) -> Reconstruction:
-        space = self.observation.space
-        wide = torch.promote_types(next(iter(self.observation.update.tensors.values())).dtype, torch.float32)
-        label = None if result.label is None else torch.tensor([result.label])
-        return Reconstruction(
-            space.decode(value[None].to(wide)),
-            label,
-            result.residual**2,
-            status="exact" if result.input is not None else "stalled",
-            iterations=result.steps,
-            seconds=seconds,
-            notes=tuple(str(r) for r in result.layers),
-            features=result.features[None] if head else None,
+        return from_layers(observation, result, value, begin), _determined(
+            result, _rounding(observation), _TOGETHER, local=True
         )
 
     @cached_property

@@ -18,7 +18,7 @@ from gradleak.analytic.graph import Chain
 from gradleak.analytic.labels import recover_labels
 from gradleak.analytic.recursion import RecursionResult, fit_layers
 from gradleak.attacks.base import Attack, Callback, Progress, as_gradient
-from gradleak.attacks.recursion import check, plain_gradient
+from gradleak.attacks.recursion import check, from_layers, plain_gradient
 from gradleak.errors import InvalidInput, NotApplicable, ResourceLimit
 from gradleak.inputs import ImageSpace
 from gradleak.threat import Knowledge, Observation
@@ -244,15 +244,11 @@ class GaussNewton(Attack):
             status = "converged"
         if result.stopped_at is not None and status == "converged":
             status, notes = "stalled", (*notes, f"It ended without a unique solution: {result.stopped_at}.")
-        dtype = torch.promote_types(next(iter(observation.update.tensors.values())).dtype, torch.float32)
-        return Reconstruction(
-            observation.space.decode(value[None].to(dtype)),
-            label,
-            result.residual**2,
+        return replace(
+            from_layers(observation, result, value, begin),
+            labels=label,
             label_probabilities=None if found is None else found.label_probabilities,
             status=status,
-            iterations=result.steps,
-            seconds=time.perf_counter() - begin,
             notes=notes if found is None else (*found.notes, *notes),
             features=None if found is None else found.features,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradleak.analytic.graph import trace_chain
 from gradleak.analytic.peel import Peeled
-from gradleak.analytic.recursion import invert_layers
+from gradleak.analytic.recursion import RecursionResult, invert_layers
 from gradleak.attacks.base import Attack, Callback, Progress
 from gradleak.attacks.disaggregation import disaggregate
 from gradleak.attacks.peeling import Separated, separate_batch
@@ -73,28 +73,31 @@ class Recursion(Attack):
         if result.input is None:
             start = "" if result.start is None else ", which can start from there"
             raise NotApplicable(f"The recursion stops: {result.stopped_at}; use matching{start}.")
-        dtype = torch.promote_types(next(iter(tensors.values())).dtype, torch.float32)
-        notes = [str(report) for report in result.layers]
-        notes.append(
+        found = from_layers(observation, result, result.input, begin)
+        more = [
             f"The re-simulated gradient agrees to {result.residual:.1e}; "
             f"the update itself deviates from an outer product by {result.noise:.1e}."
-        )
+        ]
         rounding = torch.finfo(next(iter(tensors.values())).dtype).eps
         exact = result.noise <= 16 * rounding and result.residual <= _FLOOR * rounding
         if not exact:
-            notes.append(
-                "That is above rounding, so the update is not the plain gradient of one example on this model."
-            )
-        return Reconstruction(
-            observation.space.decode(result.input[None].to(dtype)),
-            None if result.label is None else torch.tensor([result.label]),
-            result.residual**2,
-            status="exact" if exact else "stalled",
-            iterations=result.steps,
-            seconds=time.perf_counter() - begin,
-            notes=tuple(notes),
-            features=result.features[None] if chain.head else None,
-        )
+            more.append("That is above rounding, so the update is not the plain gradient of one example on this model.")
+        return replace(found, status="exact" if exact else "stalled", notes=(*found.notes, *more))
+
+
+def from_layers(observation: Observation, result: RecursionResult, value: Tensor, begin: float) -> Reconstruction:
+    """Return ``value`` (*shape), which solving layers led to, as a reconstruction; ``begin`` is when the work began."""
+    wide = torch.promote_types(next(iter(observation.update.tensors.values())).dtype, torch.float32)
+    return Reconstruction(
+        observation.space.decode(value[None].to(wide)),
+        None if result.label is None else torch.tensor([result.label]),
+        result.residual**2,
+        status="exact" if result.input is not None else "stalled",
+        iterations=result.steps,
+        seconds=time.perf_counter() - begin,
+        notes=tuple(map(str, result.layers)),
+        features=result.features[None] if result.head else None,
+    )
 
 
 def invert_batch(observation: Observation, *, seed: int = 0) -> tuple[Reconstruction, Peeled]:

@@ -43,7 +43,7 @@ def error(client: gl.Client, found: gl.Reconstruction) -> float:
 
 def test_no_bound_is_below_the_rounding_of_the_update() -> None:
     x = torch.ones(4, dtype=torch.float64)
-    lucky = RecursionResult(x, None, (), None, x, None, 1e-16, 0.0, 0.0, 0)
+    lucky = RecursionResult(x, None, (), None, x, True, None, 1e-16, 0.0, 0.0, 0)
     proof = _determined(lucky, 2e-16, "why")
     assert proof is not None
     assert proof.error == pytest.approx(2e-16)
