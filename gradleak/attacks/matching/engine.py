@@ -236,6 +236,7 @@ class _Group:
         axes = (0, self.params_axis, self.buffers_axis, self.observed_axis, 0, None if self.joint else 0)
         self._batched: Callable[..., tuple[Tensor, Tensor]] = vmap(self._gradient, in_dims=axes)
         self.axes = axes
+        self.workspace: list[Tensor] = []
 
     @property
     def pixels(self) -> int:
@@ -265,19 +266,29 @@ class _Group:
         x, y = self.unpack(z, labels)
         return self.undefended.tensors(self.first.model, params, x, y, buffers=buffers)
 
-    def compare(self, simulated: Tensors, observed: Tensors, scale: Tensor) -> Tensor:
+    def compare(
+        self, simulated: Tensors, observed: Tensors, scale: Tensor, workspace: list[Tensor] | None = None
+    ) -> Tensor:
         """Return the objective; under a known defense, of what that defense leaves to be explained."""
         if self.training is self.undefended:
-            return self.attack.objective(simulated, observed, scale)
+            more = () if workspace is None or not self.attack.objective.reuses else (workspace,)
+            return self.attack.objective(simulated, observed, scale, *more)
         residual = self.training.residual(simulated, observed)
         target = {k: (simulated[k] - residual[k]).detach() for k in observed}
         return self.attack.objective({k: target[k] + residual[k] for k in observed}, target, scale)
 
     def distance(
-        self, z: Tensor, params: Tensors, buffers: Tensors, observed: Tensors, scale: Tensor, labels: Tensor | None
+        self,
+        z: Tensor,
+        params: Tensors,
+        buffers: Tensors,
+        observed: Tensors,
+        scale: Tensor,
+        labels: Tensor | None,
+        workspace: list[Tensor] | None = None,
     ) -> Tensor:
         x, _ = self.unpack(z, labels)
-        value = self.compare(self.simulate(z, params, buffers, labels), observed, scale)
+        value = self.compare(self.simulate(z, params, buffers, labels), observed, scale, workspace)
         for prior in self.attack.priors:
             value = value + prior(x)
         return value
@@ -308,7 +319,7 @@ class _Group:
         for j, i in enumerate(index.tolist()):
             # Plain autograd outside the forward map: the functional transform costs more on one candidate.
             leaf = z[j].detach().requires_grad_()
-            value = self.distance(leaf, *self.arguments(i))
+            value = self.distance(leaf, *self.arguments(i), self.workspace)
             (gradients[j],) = torch.autograd.grad(value, leaf)
             values[j] = value.detach()
         return values, gradients

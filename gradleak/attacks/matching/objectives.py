@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,15 @@ def _distances(simulated: Tensors, observed: Tensors) -> Tensor:
 
 
 class Objective(ABC):
-    """A distance between updates."""
+    """A distance between updates.
+
+    Attributes:
+        reuses: whether calling takes a fourth argument, a list that is empty at first: numbers as large as the update
+            that the next call may overwrite. Asking the system for fresh memory costs more than writing to it.
+
+    """
+
+    reuses: ClassVar[bool] = False
 
     @abstractmethod
     def scale(self, observed: Tensors) -> Tensor:
@@ -91,15 +99,20 @@ class BalancedError(Objective):
 class Cosine(Objective):
     """1 − ⟨∇W′, ∇W⟩ / (‖∇W′‖ ‖∇W‖) over all parameters together (Geiping et al. 2020, Equation 4)."""
 
+    reuses: ClassVar[bool] = True
+
     def scale(self, observed: Tensors) -> Tensor:
         """Return 1 / ‖∇W‖."""
         return _dot(observed, observed).clamp_min(_TINY).rsqrt()
 
-    def __call__(self, simulated: Tensors, observed: Tensors, scale: Tensor) -> Tensor:
+    def __call__(
+        self, simulated: Tensors, observed: Tensors, scale: Tensor, workspace: list[Tensor] | None = None
+    ) -> Tensor:
         """Return one minus the cosine similarity, in [0, 2]."""
         names = list(observed)
         ours, theirs = [simulated[k] for k in names], [observed[k] for k in names]
-        cosine: Tensor = _Similarity.apply(scale, len(names), *ours, *theirs)[0]  # type: ignore[no-untyped-call]
+        compare: Any = _Similarity.apply
+        cosine: Tensor = compare(scale, len(names), workspace, *ours, *theirs)[0]
         return 1 - cosine
 
 
@@ -113,21 +126,29 @@ class _Similarity(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(scale: Tensor, count: int, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        scale: Tensor, count: int, workspace: list[Tensor] | None, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ours, theirs = ({str(i): t for i, t in enumerate(part)} for part in (tensors[:count], tensors[count:]))
         product, square = _dot(ours, theirs), _dot(ours, ours).clamp_min(_TINY)
         return product * square.rsqrt() * scale, product, square
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.count = inputs[1]
-        ctx.save_for_backward(inputs[0], *output[1:], *inputs[2:])
+        ctx.count, ctx.workspace = inputs[1:3]
+        ctx.save_for_backward(inputs[0], *output[1:], *inputs[3:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scale, product, square, *tensors = ctx.saved_tensors
         slope = grads[0] * scale * square.rsqrt()
         along, against = slope + grads[1], 2 * grads[2] - slope * product / square
-        pairs = zip(tensors[: ctx.count], tensors[ctx.count :], strict=True)
-        found = [torch.addcmul(b * along, a, against.expand_as(a)) for a, b in pairs]
-        return (None, None, *found, *(None for _ in found))
+        ours, theirs = tensors[: ctx.count], tensors[ctx.count :]
+        if ctx.workspace is None or torch.is_grad_enabled():  # the latter for a third derivative
+            found = [torch.addcmul(b * along, a, against.expand_as(a)) for a, b in zip(ours, theirs, strict=True)]
+        else:
+            found = ctx.workspace
+            found.extend(torch.empty_like(a) for a in ours[len(found) :])
+            for out, a, b in zip(found, ours, theirs, strict=True):
+                torch.mul(b, along, out=out).addcmul_(a, against.expand_as(a))
+        return (None, None, None, *found, *(None for _ in found))

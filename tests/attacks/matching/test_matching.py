@@ -192,6 +192,19 @@ def test_cosine_has_the_derivatives_of_its_formula() -> None:
         torch.testing.assert_close(found, expected)
 
 
+def test_cosine_into_old_memory_gives_the_same_derivative_twice() -> None:
+    draw = torch.Generator().manual_seed(0)
+    seen = {k: torch.randn(n, generator=draw) for k, n in (("a", 3), ("b", 4))}
+    scale, workspace = Cosine().scale(seen), list[torch.Tensor]()
+    for _ in range(2):
+        inner = {k: torch.randn(t.shape, generator=draw).requires_grad_() for k, t in seen.items()}
+        outer = {k: t.square() for k, t in inner.items()}
+        wanted = torch.autograd.grad(Cosine()(outer, seen, scale), list(inner.values()), retain_graph=True)
+        found = torch.autograd.grad(Cosine()(outer, seen, scale, workspace), list(inner.values()))
+        torch.testing.assert_close(found, wanted)
+    assert [t.shape for t in workspace] == [(3,), (4,)]
+
+
 def test_total_variation_is_the_mean_of_neighbor_differences() -> None:
     image = torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]]])
     assert float(TotalVariation(2.0)(image)) == pytest.approx(2.0)
