@@ -23,7 +23,7 @@ from gradleak.metrics import assign, psnr
 from gradleak.training import parameters
 
 FEATURE_CASES = ((24, 4), (32, 8), (64, 8), (64, 16))
-CASES = ((24, 2), (24, 4), (32, 8), (12, 1), (12, 2), (12, 4), (12, 8))
+CASES = ((24, 2), (24, 4), (32, 8), (64, 8), (64, 16), (12, 1), (12, 2), (12, 4), (12, 8))
 
 
 def main(features: bool = False) -> None:
