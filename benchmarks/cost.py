@@ -15,6 +15,7 @@ thread, times are processor time. The picture is docs/pictures/cost.png.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -105,8 +106,8 @@ def evaluation(n: int, side: int, width: int, repeats: int, threads: int) -> dic
     return {"seconds": best, "mib": memory, "operations": operations, "product": rate}
 
 
-def recursion(side: int, repeats: int, threads: int) -> dict[str, Any]:
-    """Measure one recursion in this process, the factors of the model made anew."""
+def recursion(side: int, quick: bool, repeats: int, threads: int) -> dict[str, Any]:
+    """Measure one recursion in this process, without matrices where ``quick`` serves, or with them."""
     import gradleak as gl
     from gradleak.errors import NotApplicable
 
@@ -116,17 +117,21 @@ def recursion(side: int, repeats: int, threads: int) -> dict[str, Any]:
     space = gl.ImageSpace((3, side, side))
     seen = gl.ThreatModel().observe(model, client.send(), space=space, training=client.training, batch_size=1)
     before, began = peak_mib(), clock(threads)
+    attack = gl.attacks.recursion(quick=quick)
     try:
-        found = gl.attacks.recursion().reconstruct(seen)
+        found = attack.reconstruct(seen)
     except NotApplicable as reason:
         return {"stopped": str(reason)}
     seconds = clock(threads) - began
     mib, unknowns = peak_mib() - before, 3 * side**2
+    for _ in range(1, repeats):
+        seconds = min(seconds, _timed(lambda: attack.reconstruct(seen), threads))
     rate = product(threads)
     return {
         "seconds": seconds,
         "mib": mib,
         "unknowns": unknowns,
+        "matrices": found.iterations > 0,
         "mse": float((found.inputs - x).square().mean()),
         "factorization": unknowns**3 / 3 * 2 / rate,
         "matrix mib": unknowns**2 * 4 / 2**20,
@@ -173,15 +178,18 @@ def main() -> None:
                     "limit": limit(found["seconds"], share, rows),
                 }
             )
-    for side in (s for s in SIDES if s <= options.largest):
-        found = journal.row(f"recursion {side} {tail}", lambda side=side: child("recursion", side, *tail))
+    for quick, side in itertools.product((True, False), (s for s in SIDES if s <= options.largest)):
+        against = "recursion, quick" if quick else "recursion"
+        key, what = f"{against} {side} {tail}", (side, quick, *tail)
+        found = journal.row(key, lambda what=what: child("recursion", *what))
         if "stopped" in found:
-            rows.append({"against": "recursion", "N": 1, "side": side, "width": 12, "limit": "not determined"} | found)
+            rows.append({"against": against, "N": 1, "side": side, "width": 12, "limit": "not determined"} | found)
             continue
         share = found["factorization"] / found["seconds"]
+        with_matrices = "building and factorizing matrices" if share >= BOUND else "building matrices"
         rows.append(
             {
-                "against": "recursion",
+                "against": against,
                 "N": 1,
                 "side": side,
                 "width": 12,
@@ -191,7 +199,7 @@ def main() -> None:
                 "matrix MiB": found["matrix mib"],
                 "one factorization, share of time": share,
                 "MSE": found["mse"],
-                "limit": "building and factorizing matrices" if share >= BOUND else "building matrices",
+                "limit": with_matrices if found["matrices"] else "starting operations (conjugate gradients)",
             }
         )
     draw(rows)
@@ -226,7 +234,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
         place.set_ylim(0)
         other.set_ylim(0)
         place.set_xticks(at, [str(a) for a in at])
-        place.set_xlabel({"recursion": "recursion: image side"}.get(axis, f"matching: {axis}"))
+        place.set_xlabel({"recursion": "recursion with matrices: side"}.get(axis, f"matching: {axis}"))
         place.tick_params(axis="y", labelcolor="#1f5fa8")
         other.tick_params(axis="y", labelcolor="#b4552d")
     places[0].set_ylabel("ms", color="#1f5fa8")
@@ -242,7 +250,8 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         mine = [r for r in every if "seconds" in r]
         first, last = mine[0], mine[-1]
         key = {"batch": "N", "width": "width"}.get(axis, "side")
-        what = "one `recursion()`" if axis == "recursion" else "one evaluation of matching"
+        calls = {"recursion": "one `recursion(quick=False)`", "recursion, quick": "one `recursion()`"}
+        what = calls.get(axis, "one evaluation of matching")
         times = f"{1000 * first['seconds']:.0f} ms to {1000 * last['seconds']:.0f} ms"
         memory = f"{max(first['MiB'], 0):.0f} to {last['MiB']:.0f} MiB"
         limits = " → ".join(dict.fromkeys(r["limit"] for r in every))
