@@ -330,7 +330,7 @@ class _Problem:
         """Return the flat updates of inputs (k, N, *shape), together where that is quicker, (k, m)."""
 
         def one(x: Tensor) -> Tensor:
-            return self.flat(self.simulate(x.to(dtype), self.labels, dtype))
+            return self.flat(self.simulate(x, self.labels, dtype))
 
         if sum(self.sizes) <= _TOGETHER:
             try:

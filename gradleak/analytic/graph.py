@@ -23,7 +23,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from gradleak.errors import NotApplicable
 
-__all__ = ["Affine", "Chain", "Elementwise", "Fixed", "Step", "trace_chain"]
+__all__ = ["Affine", "Chain", "Elementwise", "Fixed", "Step", "convolve", "trace_chain"]
 
 Tensors = Mapping[str, Tensor]
 Shape = tuple[int, ...]
@@ -139,7 +139,7 @@ class Affine(Step):
         def adjoint(u: Tensor) -> Tensor:
             u = u.reshape(-1, *self.out_shape)
             if self.stride == (1, 1):
-                return self._phased(u, kernel, pads).flatten(1)
+                return convolve(u, kernel, pads, self.groups).flatten(1)
             out = u.new_empty(len(u), self.inputs)
             self._scatter(u, kernel, pads, out)
             return out
@@ -171,14 +171,8 @@ class Affine(Step):
         kernel = kernel.reshape(self.groups, outs, ins, sh, dh, sw, dw).permute(0, 2, 3, 5, 1, 4, 6)
         return kernel.reshape(self.groups * ins * sh * sw, outs, dh, dw), (pads[0], pads[1], pads[2], pads[3])
 
-    def _phased(self, u: Tensor, kernel: Tensor, pads: tuple[int, int, int, int]) -> Tensor:
-        left, right, top, bottom = pads
-        if (left, top) == (right, bottom) and min(pads) >= 0:
-            return F.conv2d(u, kernel, padding=(top, left), groups=self.groups)
-        return F.conv2d(F.pad(u, pads), kernel, groups=self.groups)
-
     def _scatter(self, u: Tensor, kernel: Tensor, pads: tuple[int, int, int, int], out: Tensor) -> None:
-        phases = self._phased(u, kernel, pads)
+        phases = convolve(u, kernel, pads, self.groups)
         (sh, sw), (channels, height, width) = self.stride, self.in_shape
         high, wide = phases.shape[2:]
         phases = phases.view(-1, channels, sh, sw, high, wide)
@@ -232,6 +226,14 @@ class Affine(Step):
         columns = F.unfold(padded, tuple(weight.shape[2:]), self.dilation, 0, self.stride)[0]
         wanted = self.out_shape[1] * self.out_shape[2]
         return columns[:, :wanted].reshape(self.groups, -1, wanted)
+
+
+def convolve(x: Tensor, kernel: Tensor, pads: tuple[int, int, int, int], groups: int = 1) -> Tensor:
+    """Return the convolution with zeros added (or, if negative, lines cut) at (left, right, top, bottom)."""
+    left, right, top, bottom = pads
+    if (left, top) == (right, bottom) and min(pads) >= 0:
+        return F.conv2d(x, kernel, padding=(top, left), groups=groups)
+    return F.conv2d(F.pad(x, pads), kernel, groups=groups)
 
 
 @final

@@ -157,10 +157,14 @@ class Information:
     def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return D X D as a matrix of its own."""
         assert self.dense is not None
-        whole = self.dense.to(dtype or self.dense.dtype, copy=True)
+        return self.weigh(self.dense.to(dtype or self.dense.dtype, copy=True))
+
+    def weigh(self, matrix: Tensor) -> Tensor:
+        """Return D X D for X = ``matrix`` (n, n), which is overwritten."""
         if self.slope is not None:
-            whole.mul_(self.slope.to(whole)).mul_(self.slope.to(whole)[:, None])
-        return whole
+            narrow = self.slope.to(matrix)
+            matrix.mul_(narrow).mul_(narrow[:, None])
+        return matrix
 
     def scaled(self, slope: Tensor) -> Information:
         """Return the information about what comes before an activation with derivative ``slope`` (n,)."""
@@ -422,7 +426,7 @@ def add_gradient_equations(
     the output gradient changes with the output.
 
     Args:
-        forward: (n, n), overwritten; None where ``inner`` says it, for more gradients than outputs.
+        forward: (n, n), overwritten; None where ``inner`` says it, which takes more gradients than outputs.
         layer: the layer.
         weight: its weight.
         value: its input (n,).
@@ -436,7 +440,9 @@ def add_gradient_equations(
     if gradient is None:
         assert forward is not None
         return forward
-    dtype = (inner if forward is None else forward).dtype  # type: ignore[union-attr]
+    given = inner if forward is None else forward
+    assert given is not None
+    dtype = given.dtype
     root = _trust(gradient) ** 0.5
     block = (layer.gradient_block(delta, weight) * root).to(dtype)  # (g, o·t, p)
     patches = layer.patches(value, weight).to(dtype) * root  # (g, c·t, L)
@@ -465,10 +471,9 @@ def add_gradient_equations(
     )
     square = _add_square(torch.zeros(m, m).to(patches), flat, lower_only=True).tril_()
     square.diagonal().mul_(0.5)  # X + Xᵀ is the square
-    if forward is None and inner is not None:
+    if inner is not None:
         square.add_(inner, alpha=0.5)
-    left = cross.reshape(-1, m)
-    left = left if left.is_contiguous() else left.contiguous()
+    left = cross.reshape(-1, m).contiguous()
     _add_transposed(left, layer.adjoint(square.T.contiguous(), kernel))
     half = layer.adjoint(left, kernel)
     _symmetrize(half)

@@ -20,11 +20,10 @@ from dataclasses import dataclass, replace
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gradleak.analytic.dense import cholesky, cholesky_solve
-from gradleak.analytic.graph import Affine, Chain, Elementwise, Fixed
+from gradleak.analytic.graph import Affine, Chain, Elementwise, Fixed, convolve
 from gradleak.analytic.layers import Rows, conjugate_gradients
 
 __all__ = ["LightLayer", "LightResult", "solve_light"]
@@ -237,10 +236,12 @@ class _System:
         before, behind = kernel.shape[3] - 1 - left, broad - broad_in + left
 
         def apply(v: Tensor) -> Tensor:
-            return _convolve(v.reshape(len(v), -1, tall_in, broad_in), forward, (before, behind, above, below))
+            return convolve(v.reshape(len(v), -1, tall_in, broad_in), forward, (before, behind, above, below)).flatten(
+                1
+            )
 
         def adjoint(u: Tensor) -> Tensor:
-            return _convolve(u.reshape(len(u), -1, tall, broad), kernel, (left, right, top, bottom))
+            return convolve(u.reshape(len(u), -1, tall, broad), kernel, (left, right, top, bottom)).flatten(1)
 
         return apply, adjoint
 
@@ -351,13 +352,6 @@ class _System:
 
     def _bias(self) -> Tensors:
         return {} if self.bias is None or self.step.bias_name is None else {self.step.bias_name: self.bias}
-
-
-def _convolve(x: Tensor, kernel: Tensor, pads: tuple[int, int, int, int]) -> Tensor:
-    left, right, top, bottom = pads
-    if (left, top) == (right, bottom) and min(pads) >= 0:
-        return F.conv2d(x, kernel, padding=(top, left)).flatten(1)
-    return F.conv2d(F.pad(x, pads), kernel).flatten(1)
 
 
 def _solve(product: Rows, right: Tensor, precondition: Rows, tolerance: float) -> tuple[Tensor, int, bool]:

@@ -496,10 +496,7 @@ class _Walk:
         """Return the lower triangle of the whole map's normal matrix at the recovered input, to be overwritten."""
         if self.rebuild is None:
             return self.information.matrix()
-        dense, slope = self.rebuild(), self.information.slope
-        if slope is not None:
-            dense.mul_(slope.to(dense)).mul_(slope.to(dense)[:, None])
-        return dense
+        return self.information.weigh(self.rebuild())
 
     def _halt(self, reason: str) -> None:
         self.stop = self.stop or reason
@@ -594,11 +591,11 @@ class _Walk:
             self.suffix = WholeMap(self.chain, self.chain.steps[index:], self.params, self.seen, self.outer)
             product = _when_needed(self.suffix, value)
         dense, known, delta, hessian = None, self.information, self.delta, self.hessian
-        before, first = known.dense, [] if solution is None else [solution.forward]
-        if before is not None and first != [None]:
-            inside, dtype = before, precision(step.inputs)
-            later = self.chain.steps[:index]
-            more = any(isinstance(s, Affine | Fixed) and not getattr(s, "reorders", False) for s in later)
+        inside = known.dense
+        if inside is not None and (solution is None or solution.forward is not None):
+            first = [] if solution is None else [solution.forward]
+            dtype, earlier = precision(step.inputs), self.chain.steps[:index]
+            more = any(isinstance(s, Affine | Fixed) and not getattr(s, "reorders", False) for s in earlier)
             many = gradient is not None and gradient.numel() > step.outputs and composite.steps == (step,)
 
             def equations() -> Tensor:

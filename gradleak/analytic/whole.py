@@ -45,7 +45,7 @@ class WholeMap:
     ) -> None:
         self.steps, self.params, self.features = steps, params, outer.features
         wanted = [n for s in steps if isinstance(s, Affine) for n in (s.weight_name, s.bias_name) if n is not None]
-        self.names = [n for n in dict.fromkeys(wanted) if n in seen and float(seen[n].square().sum()) > 0]
+        self.names = [n for n in wanted if n in seen and float(seen[n].square().sum()) > 0]
         self.pull = outer.delta @ params[chain.anchor.weight_name]
         self.feature_scale = feature_scale(self.features)
         self.scales = {n: float(seen[n].square().mean().rsqrt()) for n in self.names}
@@ -92,7 +92,10 @@ class WholeMap:
             elif isinstance(step, Affine):
                 weight = self.params[step.weight_name]
                 patches[index] = step.patches(inputs[index], weight)
-                _add(gradients, step, delta, patches[index], weight)
+                maps = delta.reshape(step.groups, -1, patches[index].shape[-1])
+                gradients[step.weight_name] = maps @ patches[index].mT
+                if step.bias_name is not None:
+                    gradients[step.bias_name] = maps.sum(-1)
                 delta = step.adjoint(delta, weight)
             elif isinstance(step, Fixed):
                 delta = step.adjoint(delta)
@@ -116,14 +119,6 @@ class WholeMap:
             bias = named.get(step.bias_name or "", u.new_zeros(outs)).view(groups, outs // groups, 1)
             kernels.append(torch.cat([weight, bias], 2).mT)
         return parts[0], kernels
-
-
-def _add(found: dict[str, Tensor], step: Affine, delta: Tensor, columns: Tensor, weight: Tensor) -> None:
-    """Store the layer's gradients for output gradient ``delta`` (1, m) and input ``columns`` by name."""
-    maps = delta.reshape(step.groups, -1, columns.shape[-1])
-    found[step.weight_name] = (maps @ columns.mT).reshape(weight.shape)
-    if step.bias_name is not None:
-        found[step.bias_name] = maps.sum(-1).flatten()
 
 
 @final
@@ -154,7 +149,7 @@ class _Tangents:
     """
 
     def __init__(self, whole: WholeMap, point: _Point, dtype: torch.dtype) -> None:
-        self.steps, self.feature_scale = whole.steps, whole.feature_scale.to(dtype)
+        self.feature_scale = whole.feature_scale.to(dtype)
         self.forward: list[Rows] = []
         self.backward: list[Rows] = []
         self.bends: list[Tensor | None] = []
@@ -191,8 +186,8 @@ class _Tangents:
             changes.append(t)
             t = forward(t)
         d: Tensor | None = None
-        kernels: list[Tensor | None] = [None] * len(self.steps)
-        for index in range(len(self.steps) - 1, -1, -1):
+        kernels: list[Tensor | None] = [None] * len(self.layers)
+        for index in range(len(self.layers) - 1, -1, -1):
             bend, layer = self.bends[index], self.layers[index]
             if layer is not None:
                 kernels[index] = layer.push(changes[index], d)
@@ -217,7 +212,7 @@ class _Tangents:
             else:
                 own.append(None if bend is None or before is None else bend * before)
         q = (features * self.feature_scale)[None]
-        for index in range(len(self.steps) - 1, -1, -1):
+        for index in range(len(self.layers) - 1, -1, -1):
             q, here = self.backward[index](q), own[index]
             q = q if here is None else q + here
         return q[0]
@@ -229,20 +224,20 @@ class _Layer:
     def __init__(
         self, step: Affine, weight: Tensor, delta: Tensor, patches: Tensor, scales: tuple[float, float]
     ) -> None:
-        self.step, self.delta, self.scale, self.shape = step, delta, scales[0], weight.shape
+        self.step, self.weight, self.delta, self.scale = step, weight, delta, scales[0]
         ones = torch.full_like(patches[:, :1], scales[1])
         self.patches = torch.cat([patches * self.scale, ones], 1).to(delta)
-        self.groups, self.taps, self.block = step.groups, weight[0, 0].numel(), None
+        self.groups, self.block = step.groups, None
         if not step.linear and weight[:, 0].numel() * step.positions <= _BLOCK:
             # Many small products beat one convolution whose kernel is as large as its image.
-            block = step.gradient_block(delta[0], weight).unflatten(1, (-1, self.taps))  # (g, o, t, p)
+            block = step.gradient_block(delta[0], weight).unflatten(1, (-1, weight[0, 0].numel()))  # (g, o, t, p)
             self.block = block.transpose(1, 2).flatten(1, 2) * self.scale
 
     def push(self, t: Tensor, d: Tensor | None) -> Tensor:
         """Return the change for changes t (1, n) of the input and d (1, m) of the output gradient."""
         rows, length = self.patches.shape[1:]
         if self.block is None:
-            columns = self.step.patches(t, torch.empty(self.shape, device="meta"))
+            columns = self.step.patches(t, self.weight)
             own = columns @ self.delta.view(self.groups, -1, length).mT * self.scale
         else:
             own = (t.view(self.groups, -1, self.step.positions) @ self.block.mT).view(self.groups, rows - 1, -1)
@@ -257,10 +252,9 @@ class _Layer:
         onward = (kernel.mT @ self.patches).reshape(1, -1)
         weight = kernel[:, :-1]
         if self.block is None:
-            back = self.step.adjoint(self.delta, (weight.mT * self.scale).reshape(self.shape))
+            back = self.step.adjoint(self.delta, (weight.mT * self.scale).reshape(self.weight.shape))
         else:
-            channels = self.shape[1]
-            back = (weight.reshape(self.groups, channels, -1) @ self.block).view(1, -1)
+            back = (weight.reshape(self.groups, self.weight.shape[1], -1) @ self.block).view(1, -1)
         return back, onward
 
 
