@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from gradleak.analytic.labels import recover_labels
 from gradleak.attacks.base import Attack, Callback, Progress, as_gradient
 from gradleak.attacks.matching import backends
+from gradleak.attacks.matching.convolutions import LeanConvolutions
 from gradleak.attacks.matching.coordinates import Coordinates
 from gradleak.attacks.matching.memory import available, candidate_bytes, fitting
 from gradleak.attacks.matching.objectives import Objective, SquaredError
@@ -231,7 +233,8 @@ class _Group:
         self.scales = torch.stack(scales)
         self.labels = None if self.joint else torch.stack([q.labels for q in problems if q.labels is not None])
         weight = sum(v.numel() for v in p.params.values()) * self.n
-        wanted = self.like.is_cuda or weight <= _VMAP_LIMIT
+        self.small = weight <= _VMAP_LIMIT  # Bound by starting operations, not by arithmetic.
+        wanted = self.like.is_cuda or self.small
         self.vectorize = wanted if attack.vectorize is None else attack.vectorize
         axes = (0, self.params_axis, self.buffers_axis, self.observed_axis, 0, None if self.joint else 0)
         self._batched: Callable[..., tuple[Tensor, Tensor]] = vmap(self._gradient, in_dims=axes)
@@ -319,7 +322,8 @@ class _Group:
         for j, i in enumerate(index.tolist()):
             # Plain autograd outside the forward map: the functional transform costs more on one candidate.
             leaf = z[j].detach().requires_grad_()
-            value = self.distance(leaf, *self.arguments(i), self.workspace)
+            with nullcontext() if self.small else LeanConvolutions():
+                value = self.distance(leaf, *self.arguments(i), self.workspace)
             (gradients[j],) = torch.autograd.grad(value, leaf)
             values[j] = value.detach()
         return values, gradients
