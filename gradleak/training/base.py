@@ -133,8 +133,20 @@ def gradient(
             outputs = functional_call(model, {**p, **after}, (inputs,))
         return loss(outputs, labels), after
 
-    gradients, after = grad(objective, has_aux=True)(dict(params))
-    return dict(gradients), dict(after)
+    if torch._C._are_functorch_transforms_active() or torch.is_inference_mode_enabled():
+        gradients, after = grad(objective, has_aux=True)(dict(params))
+        return dict(gradients), dict(after)
+    # Outside torch.func, plain autograd gives the same numbers with less overhead.
+    others = (p for k, p in model.named_parameters() if k not in params)
+    sources = (inputs, labels, *params.values(), *before.values(), *others)
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
+    with torch.enable_grad():
+        leaves = {k: p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}
+        value, after = objective(leaves)
+        found = torch.autograd.grad(
+            value, list(leaves.values()), create_graph=differentiable, allow_unused=True, materialize_grads=True
+        )
+    return dict(zip(params, found, strict=True)), dict(after)
 
 
 class LocalTraining(ABC):
