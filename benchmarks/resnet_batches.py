@@ -37,6 +37,7 @@ from torch import Tensor, nn
 import gradleak as gl
 from gradleak.analytic import features_and_logits, find_head
 from gradleak.attacks.matching import Cosine, TotalVariation
+from gradleak.attacks.matching.convolutions import LeanConvolutions
 from gradleak.metrics import assign, psnr
 from gradleak.training import parameters
 
@@ -103,7 +104,8 @@ def search(
 
     for step in range(state["step"], steps):
         leaf = x.detach().requires_grad_()
-        features, logits = features_and_logits(model, params, leaf, head)
+        with LeanConvolutions():
+            features, logits = features_and_logits(model, params, leaf, head)
         gradient = torch.autograd.grad(loss(logits, classes), list(params.values()), create_graph=True)
         distance = objective(dict(zip(params, gradient, strict=True)), observed, scale)
         share = weight(schedule, step / steps, top)
