@@ -25,6 +25,7 @@ __all__ = [
     "MEMORY",
     "Composite",
     "Factor",
+    "Image",
     "Information",
     "Rows",
     "Solution",
@@ -39,6 +40,7 @@ __all__ = [
 
 Tensors = Mapping[str, Tensor]
 Rows = Callable[[Tensor], Tensor]
+Image = Callable[[Tensor, Tensor], Tensor]
 
 LARGEST = 12_000
 """Up to this many unknowns, a dense matrix is made to precondition with; beyond, the diagonal has to do."""
@@ -223,15 +225,17 @@ def conjugate_gradients(
     tolerance: float,
     limit: int,
     ready: Tensor | None = None,
+    image: Image | None = None,
 ) -> tuple[Tensor, int, bool]:
     """Solve k symmetric systems ``product(x) = right`` at once, rows (k, n); stop by the energy of the error.
 
-    ``ready`` is ``precondition(right)`` where the caller has it already.
+    ``ready`` is ``precondition(right)`` where the caller has it already. ``image`` is (r, ``precondition(r)``) → the
+    product of the latter, where knowing r makes that cheaper; products with directions then come from a recurrence.
 
     Returns the solutions, the number of iterations, and whether each energy fell by ``tolerance``².
     """
     if len(right) == 1:
-        return _single(product, right, precondition, tolerance**2, limit, ready)
+        return _single(product, right, precondition, tolerance**2, limit, ready, image)
     x = torch.zeros_like(right)
     residual = right.clone()
     z = precondition(residual) if ready is None else ready
@@ -239,17 +243,18 @@ def conjugate_gradients(
     energy = (residual * z).sum(1)
     first = energy.clone()
     done = first <= 0
-    steps = 0
+    steps, share, moved = 0, torch.zeros_like(energy), torch.zeros_like(right)
     while steps < limit and not bool(done.all()):
-        image = product(direction)
-        curvature = (direction * image).sum(1)
+        moved = product(direction) if image is None else image(residual, z).addcmul_(share[:, None], moved)
+        curvature = (direction * moved).sum(1)
         good = (curvature > 0) & ~done
         step = torch.where(good, energy / curvature.where(good, torch.ones_like(curvature)), torch.zeros_like(energy))
         x = x + step[:, None] * direction
-        residual = residual - step[:, None] * image
+        residual = residual - step[:, None] * moved
         z = precondition(residual)
         new = (residual * z).sum(1)
-        direction = z + (new / energy.where(energy > 0, torch.ones_like(energy)))[:, None] * direction
+        share = new / energy.where(energy > 0, torch.ones_like(energy))
+        direction = z + share[:, None] * direction
         energy = new
         steps += 1
         done = done | ~good | (energy <= tolerance**2 * first)
@@ -257,27 +262,34 @@ def conjugate_gradients(
 
 
 def _single(
-    product: Rows, right: Tensor, precondition: Rows, share: float, limit: int, ready: Tensor | None
+    product: Rows,
+    right: Tensor,
+    precondition: Rows,
+    left: float,
+    limit: int,
+    ready: Tensor | None,
+    image: Image | None,
 ) -> tuple[Tensor, int, bool]:
     """Solve one system: numbers instead of masks save a fifth of an iteration where systems are small."""
     x, residual = torch.zeros_like(right), right.clone()
     z = precondition(residual) if ready is None else ready
     direction = z.clone()
     energy = first = float(residual.flatten() @ z.flatten())
-    steps = 0
-    while steps < limit and energy > share * first and energy > 0:
-        image = product(direction)
-        curvature = float(direction.flatten() @ image.flatten())
+    steps, share, moved = 0, 0.0, torch.zeros_like(right)
+    while steps < limit and energy > left * first and energy > 0:
+        moved = product(direction) if image is None else image(residual, z).add_(moved, alpha=share)
+        curvature = float(direction.flatten() @ moved.flatten())
         steps += 1
         if not curvature > 0:
             break
         x.add_(direction, alpha=energy / curvature)
-        residual.sub_(image, alpha=energy / curvature)
+        residual.sub_(moved, alpha=energy / curvature)
         z = precondition(residual)
         new = float(residual.flatten() @ z.flatten())
-        direction.mul_(new / energy).add_(z)
+        share = new / energy
+        direction.mul_(share).add_(z)
         energy = new
-    return x, steps, energy <= share * first
+    return x, steps, energy <= left * first
 
 
 @final

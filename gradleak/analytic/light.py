@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gradleak.analytic.dense import cholesky, cholesky_solve
 from gradleak.analytic.graph import Affine, Chain, Elementwise, Fixed, convolve
-from gradleak.analytic.layers import Rows, conjugate_gradients
+from gradleak.analytic.layers import Image, Rows, conjugate_gradients
 
 __all__ = ["LightLayer", "LightResult", "solve_light"]
 
@@ -163,8 +163,8 @@ def solve_light(
     return LightResult(value, tuple(layers))
 
 
-def _outside(system: _System, precondition: Rows) -> Rows:
-    return lambda v: system.join(precondition(system.split(v.float()))).to(v)
+def _outside(system: _System, precondition: _Preconditioner) -> Rows:
+    return lambda v: system.join(precondition.inverse(system.split(v.float()))).to(v)
 
 
 def _suits(step: object, seen: Tensors) -> bool:
@@ -176,6 +176,22 @@ def _suits(step: object, seen: Tensors) -> bool:
     if isinstance(step, Elementwise):
         return not step.rectifies
     return isinstance(step, Fixed) and step.reorders
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Preconditioner:
+    """An approximate inverse P of a matrix A in float32, for rows.
+
+    Attributes:
+        inverse: r → P r.
+        image: (r, P r) → A P r, None where the product with A is as cheap. With A = B + N and P = B⁻¹ it is
+            r + N P r: the part of A that P inverts need not be multiplied with at all.
+
+    """
+
+    inverse: Rows
+    image: Image | None = None
 
 
 class _System:
@@ -262,8 +278,8 @@ class _System:
         """Return the diagonal of Kᵀ D K, (n,)."""
         return self.split(self.step.adjoint(self.inverse_variance[None], self.weight.square()))[0]
 
-    def preconditioner(self) -> Rows | None:
-        """Return an approximate inverse in float32, None where its blocks would be too large or are singular."""
+    def preconditioner(self) -> _Preconditioner | None:
+        """Return an approximate inverse, None where its blocks would be too large or are singular."""
         size, forward = self.gram.shape[-1], self.diagonal()
         if size > _BLOCK:
             return None
@@ -288,16 +304,22 @@ class _System:
                 inside = cholesky_solve(apply(first)[None], factor)[0]
                 return first - self.blocks(adjoint(inside.contiguous()), inverse)
 
-            return eliminated
+            return _Preconditioner(eliminated)
         # Blocks that all channels share stay in the cache, and serve as well as blocks of their own.
         own = forward.reshape(self.count, self.step.channels, size).mean(1)
-        matrix = (self.gram + torch.diag_embed(own)).float()
-        matrix += 1e-6 * matrix.diagonal(dim1=1, dim2=2).mean(-1)[..., None, None] * eye.float()
-        factor, failed = torch.linalg.cholesky_ex(matrix)
+        own += 1e-6 * (self.gram.diagonal(dim1=1, dim2=2) + own).mean(1, keepdim=True)
+        factor, failed = torch.linalg.cholesky_ex((self.gram + torch.diag_embed(own)).float())
         if bool(failed.any()):
             return None
         whole = torch.cholesky_inverse(factor)
-        return lambda v: self.blocks(v, whole)
+        added = own.float()[:, None].expand(-1, self.step.channels, -1).reshape(1, -1)
+        inner = self.inverse_variance.float()
+        apply, adjoint = self._convolutions(torch.float32)
+
+        def image(r: Tensor, z: Tensor) -> Tensor:
+            return adjoint(apply(z) * inner).addcmul_(added, z, value=-1).add_(r)
+
+        return _Preconditioner(lambda v: self.blocks(v, whole), image)
 
     def solve(
         self,
@@ -305,7 +327,7 @@ class _System:
         value: Tensor,
         errors: Tensor,
         slips: Tensor,
-        precondition: Rows,
+        precondition: _Preconditioner,
         normal: Callable[..., Tensor],
         noise: float,
     ) -> tuple[LightLayer, Tensor] | None:
@@ -320,7 +342,7 @@ class _System:
         for _ in range(_ROUNDS):
             residual = right - wide(x)
             level = max(float(residual.abs().max()), 1e-300)
-            rest = float((residual * precondition((residual / level).float()).double()).sum()) * level
+            rest = float((residual * precondition.inverse((residual / level).float()).double()).sum()) * level
             goal = _LEFT * noise**2 * step.inputs
             if rest <= goal or not done:
                 break
@@ -354,10 +376,15 @@ class _System:
         return {} if self.bias is None or self.step.bias_name is None else {self.step.bias_name: self.bias}
 
 
-def _solve(product: Rows, right: Tensor, precondition: Rows, tolerance: float) -> tuple[Tensor, int, bool]:
+def _solve(product: Rows, right: Tensor, precondition: _Preconditioner, tolerance: float) -> tuple[Tensor, int, bool]:
     """Solve in float32 and return in float64; energies fall by ``tolerance``²."""
     level = right.abs().amax(1, keepdim=True).clamp(min=1e-300)
     x, steps, done = conjugate_gradients(
-        product, (right / level).float(), precondition, tolerance=tolerance, limit=_LIMIT
+        product,
+        (right / level).float(),
+        precondition.inverse,
+        tolerance=tolerance,
+        limit=_LIMIT,
+        image=precondition.image,
     )
     return x.double() * level, steps, done

@@ -61,9 +61,12 @@ def test_split_system_is_the_normal_matrix(conv: nn.Conv2d) -> None:
     # The approximate inverse is symmetric and positive definite, as conjugate gradients need it.
     precondition = system.preconditioner()
     assert precondition is not None
-    inverse = precondition(eye.float())
+    inverse = precondition.inverse(eye.float())
     assert torch.allclose(inverse, inverse.T, rtol=1e-3, atol=1e-3 * float(inverse.abs().max()))
     assert float(torch.linalg.eigvalsh((inverse + inverse.T) / 2).min()) > 0
+    if precondition.image is not None:
+        image, product = precondition.image(eye.float(), inverse), system.product(torch.float64)(inverse.double())
+        assert torch.allclose(image.double(), product, atol=1e-3 * float(product.abs().max()))
 
 
 def test_float32_lenet_within_two_orders_of_the_floor_and_honest_about_it() -> None:

@@ -165,3 +165,27 @@ def test_conjugate_gradients_solve_several_systems() -> None:
     assert done
     assert steps < 5
     assert torch.allclose(x @ matrix, right)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_conjugate_gradients_by_images_take_the_same_steps(rows: int) -> None:
+    """With A = B + N and P = B⁻¹, the image of P r is r + N P r; B itself is never multiplied with."""
+    draw = torch.Generator().manual_seed(1)
+    base = torch.diag(torch.rand(30, generator=draw, dtype=torch.float64) + 0.5)
+    root = torch.randn(30, 30, generator=draw, dtype=torch.float64)
+    extra = root @ root.T / 10
+    matrix, inverse = base + extra, torch.linalg.inv(base)
+    right = torch.randn(rows, 30, generator=draw, dtype=torch.float64)
+
+    def solve(image: layers.Image | None) -> tuple[Tensor, int, bool]:
+        return layers.conjugate_gradients(
+            lambda v: v @ matrix, right, lambda r: r @ inverse, tolerance=1e-9, limit=60, image=image
+        )
+
+    plain, steps, done = solve(None)
+    ours, taken, well = solve(lambda r, z: r + z @ extra)
+    assert done
+    assert well
+    assert abs(taken - steps) <= 1
+    assert torch.allclose(ours @ matrix, right, atol=1e-7)
+    assert torch.allclose(ours, plain, atol=1e-7)
