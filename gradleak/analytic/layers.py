@@ -207,7 +207,9 @@ def factorize(build: Callable[[], Tensor]) -> Factor:
         diagonal = matrix.diagonal().double()
         scale = diagonal.clamp(min=float(diagonal.max()) * 1e-14 + 1e-300).rsqrt()
         narrow = scale.to(matrix)
-        matrix.mul_(narrow).mul_(narrow[:, None])
+        for start in range(0, len(matrix), _CHUNK):  # While in the cache, and no further than what is read.
+            end = start + _CHUNK
+            matrix[start:end, :end].mul_(narrow[:end]).mul_(narrow[start:end, None])
         shift = shift * 30 or 8 * torch.finfo(matrix.dtype).eps
         matrix.diagonal().fill_(1 + shift)
         lower, failed = cholesky(matrix[None])
@@ -431,6 +433,7 @@ def add_gradient_equations(
     *,
     lower_only: bool,
     inner: Tensor | None = None,
+    diagonal: Tensor | None = None,
 ) -> Tensor:
     """Return ``forward`` + (M + N H K)ᵀ (M + N H K), the normal matrix of everything from this layer on; in place.
 
@@ -447,6 +450,7 @@ def add_gradient_equations(
         gradient: its weight gradient, None where it is not shared.
         lower_only: whether the lower triangle of the result is enough.
         inner: X (m, m), for ``forward`` = Kᵀ X K, which then passes the layer together with the rest.
+        diagonal: that of H (m,), where H has nothing else.
 
     """
     if gradient is None:
@@ -462,9 +466,9 @@ def add_gradient_equations(
     groups, per = layer.groups, layer.channels // layer.groups
     outs, length, size = layer.out_shape[0] // groups, patches.shape[-1], layer.positions
     taps, m, n = patches.shape[1] // per, layer.outputs, layer.inputs
-    own = (groups * outs * taps, size)
+    shared = (groups * outs * taps, size)
     if forward is not None and gradient.numel() <= m:
-        afford(layer.name, own, (gradient.numel(), m), (gradient.numel(), n), (n, n), dtype=dtype)
+        afford(layer.name, shared, (gradient.numel(), m), (gradient.numel(), n), (n, n), dtype=dtype)
         spread = torch.zeros(groups, outs, per * taps, groups, outs, length).to(forward)
         spread.diagonal(dim1=0, dim2=3).diagonal(dim1=0, dim2=2).copy_(patches.permute(1, 2, 0)[..., None])
         whole = layer.adjoint(hessian(spread.reshape(-1, m)), kernel)
@@ -474,15 +478,23 @@ def add_gradient_equations(
             for c in range(per):
                 whole[g, :, c, :, g, c] += blocks[g]
         return _add_square(forward, whole.reshape(-1, layer.inputs), lower_only=lower_only)
-    afford(layer.name, own, (m, m), (gradient.numel(), m), (m, m), (n, m), (n, m), (n, n), (n, n), dtype=dtype)
-    dense = hessian(torch.eye(m).to(patches))
-    q = torch.einsum("gkl,golm->gokm", patches, dense.reshape(groups, outs, length, m))
-    flat = q.reshape(-1, m)
-    cross = torch.einsum(
-        "gotp,goctm->gcpm", block.reshape(groups, outs, taps, size), q.reshape(groups, outs, per, taps, m)
-    )
-    square = _add_square(torch.zeros(m, m).to(patches), flat, lower_only=True).tril_()
-    square.diagonal().mul_(0.5)  # X + Xᵀ is the square
+    afford(layer.name, shared, (m, m), (gradient.numel(), m), (m, m), (n, m), (n, m), (n, n), (n, n), dtype=dtype)
+    gram, blocks = patches.mT @ patches, block.reshape(groups, outs, taps, size)
+    if diagonal is None:
+        dense = hessian(torch.eye(m).to(patches))
+        maps = dense.reshape(groups, outs, length, m)
+        q = torch.einsum("gkl,golm->gokm", patches, maps).reshape(groups, outs, per, taps, m)
+        cross = torch.einsum("gotp,goctm->gcpm", blocks, q)
+        square = dense.T @ (gram[:, None] @ maps).reshape(m, m)
+    else:
+        curve = diagonal.to(patches).reshape(groups, outs, 1, length)
+        small = torch.einsum("gotp,gctl->gcpol", blocks, patches.reshape(groups, per, taps, length))
+        small *= curve.reshape(groups, 1, 1, outs, length)
+        cross, square = small.new_zeros(groups, per, size, groups, outs, length), gram.new_zeros(m, m)
+        cross.diagonal(dim1=0, dim2=3).copy_(small.permute(1, 2, 3, 4, 0))
+        own = (gram[:, None] * curve * curve.mT).flatten(0, 1)
+        square.view(groups * outs, length, -1, length).diagonal(dim1=0, dim2=2).copy_(own.permute(1, 2, 0))
+    square.mul_(0.5)  # X + Xᵀ is the square
     if inner is not None:
         square.add_(inner, alpha=0.5)
     left = cross.reshape(-1, m).contiguous()

@@ -444,6 +444,7 @@ class _Walk:
         self.delta = outer.delta @ weight
         self.information = Information.diagonal(feature_scale(self.value).square())
         self.hessian: Rows = torch.zeros_like
+        self.curve: Tensor | None = torch.zeros_like(self.value)  # The Hessian, as long as it is diagonal.
         self.usable = self.value.numel()
         self.pending: list[Fixed | Elementwise] = []
         self.first = 0
@@ -484,7 +485,7 @@ class _Walk:
             elif isinstance(step, Fixed) or (isinstance(step, Elementwise) and step.affine and self.pending):
                 single = Composite((step,), self.params)
                 self.delta = single.adjoint(self.delta[None])[0]
-                self.hessian = _between(single, self.hessian)
+                self.hessian, self.curve = _between(single, self.hessian), None
                 self.pending.insert(0, step)
                 self.first = index
             elif isinstance(step, Elementwise):
@@ -540,6 +541,7 @@ class _Walk:
         else:
             self.usable = int((slope.abs() > 0).sum())
         self.hessian = _bent(self.hessian, slope, bend * self.delta)
+        self.curve = None if self.curve is None else self.curve * slope.square() + bend * self.delta
         self.value, self.delta = pre, self.delta * slope
         self.information = self.information.scaled(slope)
 
@@ -590,7 +592,7 @@ class _Walk:
         if self.stop is None or product is None:
             self.suffix = WholeMap(self.chain, self.chain.steps[index:], self.params, self.seen, self.outer)
             product = _when_needed(self.suffix, value)
-        dense, known, delta, hessian = None, self.information, self.delta, self.hessian
+        dense, known, delta, hessian, curve = None, self.information, self.delta, self.hessian, self.curve
         inside = known.dense
         if inside is not None and (solution is None or solution.forward is not None):
             first = [] if solution is None else [solution.forward]
@@ -605,7 +607,16 @@ class _Walk:
                 elif forward is None:
                     forward = composite.sandwich(inside.to(dtype), known.slope)
                 return add_gradient_equations(
-                    forward, step, weight, value, delta, hessian, gradient, lower_only=not more, inner=inner
+                    forward,
+                    step,
+                    weight,
+                    value,
+                    delta,
+                    hessian,
+                    gradient,
+                    lower_only=not more,
+                    inner=inner,
+                    diagonal=curve,
                 )
 
             if more:
@@ -613,7 +624,7 @@ class _Walk:
             else:
                 # Only the polish needs the last one, and a factorization that fails needs it twice.
                 self.rebuild = equations
-        self.hessian = _between(Composite((step,), self.params), self.hessian)
+        self.hessian, self.curve = _between(Composite((step,), self.params), self.hessian), None
         if step.inputs <= _MATERIAL and index > 0:
             matrix = self.hessian(torch.eye(step.inputs).to(self.value.device, precision(step.inputs)))
             self.hessian = lambda rows: rows @ matrix.to(rows)

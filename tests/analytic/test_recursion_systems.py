@@ -70,13 +70,17 @@ def left_sides(whole: WholeMap, chain: Chain, params: dict[str, Tensor]) -> Call
     return equations
 
 
-@pytest.mark.parametrize(("channels", "stride"), [(6, 1), (12, 2)], ids=["fewer weights", "fewer outputs"])
-def test_normal_matrix_is_that_of_the_exact_jacobian(channels: int, stride: int) -> None:
+@pytest.mark.parametrize(
+    ("channels", "stride", "groups"),
+    [(6, 1, 1), (12, 2, 1), (12, 2, 2)],
+    ids=["fewer weights", "fewer outputs", "fewer outputs, groups"],
+)
+def test_normal_matrix_is_that_of_the_exact_jacobian(channels: int, stride: int, groups: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(
-            nn.Conv2d(2, channels, 3, stride, 1), nn.Sigmoid(), nn.Conv2d(channels, 12, 3, 3 - stride, 1), nn.Tanh(),
-            nn.Flatten(), nn.Linear(12 * 16, 20),
+            nn.Conv2d(2, channels, 3, stride, 1), nn.Sigmoid(),
+            nn.Conv2d(channels, 12, 3, 3 - stride, 1, groups=groups), nn.Tanh(), nn.Flatten(), nn.Linear(12 * 16, 20),
         ).double()  # fmt: skip
         x = torch.rand(1, 2, 8, 8, dtype=torch.float64)
     params = {k: p.detach() for k, p in model.named_parameters()}
