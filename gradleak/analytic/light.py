@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gradleak.analytic.dense import cholesky, cholesky_solve
@@ -42,6 +43,8 @@ _ROUNDS = 10
 _LIMIT = 250
 _FEWER = 2048
 """Up to so many forward equations, fewer than half the unknowns, they are eliminated by a dense factor."""
+_PAIRS = 1.0
+"""Pairs of taps and positions, relative to the dense layer, up to which outputs are compared pair by pair."""
 _STALL = 1e-20
 """Share of the first energy below which float64 itself may end the progress."""
 _BLOCK = 1024
@@ -236,30 +239,62 @@ class _System:
         parts = v.reshape(len(v), count, -1, size).transpose(0, 1).flatten(1, 2)
         return (parts @ blocks).unflatten(1, (len(v), -1)).transpose(0, 1).reshape(v.shape)
 
-    def _convolutions(self, dtype: torch.dtype) -> tuple[Rows, Rows]:
-        """Return K and Kᵀ on split rows: with a stride, each phase is a channel of its own and the stride is one."""
-        step, weight = self.step, self.weight.to(dtype)
-        if step.linear:
-            return (lambda v: v @ weight.T), (lambda u: u @ weight)
-        kernel, (left, right, top, bottom) = step._phases(weight)
-        high, wide = self.phases
-        kernel = kernel.unflatten(0, (-1, high * wide)).transpose(0, 1).flatten(0, 1)
-        (_, height, width), (_, tall, broad) = step.in_shape, step.out_shape
-        tall_in, broad_in = height // high, width // wide
-        forward = kernel.transpose(0, 1).flip(2, 3).contiguous()
+    def _kernel(self, dtype: torch.dtype) -> tuple[Tensor, tuple[int, int, int, int]]:
+        """Return the layer on split inputs, where each phase is a channel of its own and the stride is one.
+
+        That is the kernel (outputs, phases · channels, taps down, taps across) and how to pad an input for it.
+        """
+        step = self.step
+        kernel, (left, _, top, _) = step._phases(self.weight.to(dtype))
+        kernel = kernel.unflatten(0, (-1, self.count)).transpose(0, 1).flatten(0, 1).transpose(0, 1).flip(2, 3)
+        down, across = kernel.shape[2:]
+        rows, columns = step.in_shape[1] // self.phases[0], step.in_shape[2] // self.phases[1]
         # What the adjoint pads before and behind, the map itself pads behind and before.
-        above, below = kernel.shape[2] - 1 - top, tall - tall_in + top
-        before, behind = kernel.shape[3] - 1 - left, broad - broad_in + left
+        before, behind = across - 1 - left, step.out_shape[2] - columns + left
+        above, below = down - 1 - top, step.out_shape[1] - rows + top
+        return kernel.contiguous(), (before, behind, above, below)
+
+    def _convolutions(self, dtype: torch.dtype) -> tuple[Rows, Rows]:
+        """Return K and Kᵀ on split rows."""
+        step = self.step
+        if step.linear:
+            weight = self.weight.to(dtype)
+            return (lambda v: v @ weight.T), (lambda u: u @ weight)
+        forward, (before, behind, above, below) = self._kernel(dtype)
+        backward = forward.transpose(0, 1).flip(2, 3).contiguous()
+        down, across = forward.shape[2:]
+        pads = (across - 1 - before, across - 1 - behind, down - 1 - above, down - 1 - below)
+        rows, columns = step.in_shape[1] // self.phases[0], step.in_shape[2] // self.phases[1]
 
         def apply(v: Tensor) -> Tensor:
-            return convolve(v.reshape(len(v), -1, tall_in, broad_in), forward, (before, behind, above, below)).flatten(
-                1
-            )
+            return convolve(v.reshape(len(v), -1, rows, columns), forward, (before, behind, above, below)).flatten(1)
 
         def adjoint(u: Tensor) -> Tensor:
-            return convolve(u.reshape(len(u), -1, tall, broad), kernel, (left, right, top, bottom)).flatten(1)
+            return convolve(u.reshape(len(u), *step.out_shape), backward, pads).flatten(1)
 
         return apply, adjoint
+
+    def around(self, blocks: Tensor) -> Tensor:
+        """Return K B Kᵀ (m, m) for one symmetric block per phase (f, q, q), which all channels share.
+
+        Two outputs meet in B once for each pair of taps, so the weights can be summed over channels first.
+        """
+        step, outputs = self.step, self.step.outputs
+        if step.linear:
+            weight = self.weight.to(blocks)
+            return weight @ weight.T * blocks[0]
+        kernel, pads = self._kernel(blocks.dtype)
+        outs, _, down, across = kernel.shape
+        if self.count * (down * across * outputs // outs) ** 2 > _PAIRS * outputs * step.inputs:
+            apply, adjoint = self._convolutions(blocks.dtype)
+            return apply(self.blocks(adjoint(torch.eye(outputs).to(blocks)), blocks))
+        rows, columns = step.in_shape[1] // self.phases[0], step.in_shape[2] // self.phases[1]
+        padded = F.pad(blocks.view(self.count, rows, columns, rows, columns), pads + pads)
+        seen = padded.unfold(1, down, 1).unfold(2, across, 1).unfold(3, down, 1).unfold(4, across, 1)
+        pairs = seen.permute(0, 5, 6, 7, 8, 1, 2, 3, 4).reshape(self.count * (down * across) ** 2, -1)
+        taps = kernel.unflatten(1, (self.count, -1)).flatten(3)  # (o, f, c, t)
+        weights = torch.einsum("ofct,pfcu->opftu", taps, taps).flatten(0, 1).flatten(1)
+        return (weights @ pairs).view(outs, outs, outputs // outs, -1).transpose(1, 2).reshape(outputs, outputs)
 
     def product(self, dtype: torch.dtype) -> Rows:
         """Return the whole matrix as a product for split rows."""
@@ -292,8 +327,7 @@ class _System:
             inverse = exact.float()
 
             apply, adjoint = self._convolutions(torch.float32)
-            narrow = self.blocks(adjoint(torch.eye(self.step.outputs).to(inverse)), inverse)
-            inner = apply(narrow)
+            inner = self.around(inverse)
             inner.diagonal().add_((1 / self.inverse_variance).float())
             factor, failed = cholesky(inner[None])
             if bool(failed):

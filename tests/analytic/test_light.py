@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,7 @@ def invert(model: nn.Module, x: Tensor, *, quick: bool = True) -> RecursionResul
      nn.Conv2d(2, 3, (2, 3), stride=4, padding="valid")],
     ids=str,
 )  # fmt: skip
-def test_split_system_is_the_normal_matrix(conv: nn.Conv2d) -> None:
+def test_split_system_is_the_normal_matrix(conv: nn.Conv2d, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = torch.Generator().manual_seed(0)
     out = conv(torch.zeros(1, conv.in_channels, 8, 12)).numel()
     model = nn.Sequential(conv, nn.Sigmoid(), nn.Flatten(), nn.Linear(out, 5)).double()
@@ -58,6 +60,12 @@ def test_split_system_is_the_normal_matrix(conv: nn.Conv2d) -> None:
     g = torch.randn(1, *weights.shape, generator=draw, dtype=torch.float64)
     right = (u / variance) @ forward + g.flatten(1) @ own
     assert torch.allclose(system.join(system.pull(u, g)), right)
+    # Blocks between the layer and its adjoint, summed over channels first or not.
+    half = torch.randn(system.gram.shape, generator=draw, dtype=torch.float64)
+    blocks, apply = half + half.mT, system._convolutions(torch.float64)[0]
+    for pairs in (0.0, math.inf):
+        monkeypatch.setattr("gradleak.analytic.light._PAIRS", pairs)
+        assert torch.allclose(system.around(blocks), apply(system.blocks(apply(eye).T.contiguous(), blocks)))
     # The approximate inverse is symmetric and positive definite, as conjugate gradients need it.
     precondition = system.preconditioner()
     assert precondition is not None
