@@ -353,18 +353,20 @@ class _Problem:
         size = float(x.square().mean().sqrt())
         jitter = torch.randn((_SAMPLES, *x.shape), generator=draw, dtype=torch.float64).to(x)
         near = (x + 1e-6 * size * jitter).float()
-        deviations = self._simulate_all(near, torch.float32) - self._simulate_all(near, torch.float64)
+        deviations = self._simulate_all(near, torch.float32).sub_(self._simulate_all(near, torch.float64))
         if self.arithmetic is torch.float64:
-            deviations = deviations * 2.0**-29
-        return deviations if bool(torch.isfinite(deviations).all()) else None
+            deviations.mul_(2.0**-29)
+        # A sum is not finite where one of its terms is not.
+        return deviations if math.isfinite(float(deviations.sum())) else None
 
     def noise(self, deviations: Tensor, simulated: Tensor, factor: float) -> _Noise:
         """Return the noise of an update that is ``factor`` times the simulated one."""
         seen = self.flat(self.observed)
         norm, eps = float(seen.norm()), torch.finfo(self.arithmetic).eps
-        deviations, level = deviations * abs(factor), simulated * abs(factor)
+        if factor != 1:
+            deviations, simulated = deviations * abs(factor), simulated * abs(factor)
         parts = []
-        for part, value in zip(deviations.split(self.sizes, 1), level.split(self.sizes), strict=True):
+        for part, value in zip(deviations.split(self.sizes, 1), simulated.split(self.sizes), strict=True):
             rms = max(float(part.square().mean(1).sqrt().max()), 0.5 * eps * float(value.square().mean().sqrt()))
             parts.append(torch.full((part.shape[1],), rms, dtype=torch.float64, device=seen.device))
         tau = torch.cat(parts).clamp(min=1e-6 * eps * norm / math.sqrt(len(seen)))

@@ -232,6 +232,7 @@ class _Layer:
             # Many small products beat one convolution whose kernel is as large as its image.
             block = step.gradient_block(delta[0], weight).unflatten(1, (-1, weight[0, 0].numel()))  # (g, o, t, p)
             self.block = block.transpose(1, 2).flatten(1, 2) * self.scale
+            self.across = self.block.mT.contiguous()  # Read in order, it takes half the time.
 
     def push(self, t: Tensor, d: Tensor | None) -> Tensor:
         """Return the change for changes t (1, n) of the input and d (1, m) of the output gradient."""
@@ -240,7 +241,7 @@ class _Layer:
             columns = self.step.patches(t, self.weight)
             own = columns @ self.delta.view(self.groups, -1, length).mT * self.scale
         else:
-            own = (t.view(self.groups, -1, self.step.positions) @ self.block.mT).view(self.groups, rows - 1, -1)
+            own = (t.view(self.groups, -1, self.step.positions) @ self.across).view(self.groups, rows - 1, -1)
         if d is None:
             return F.pad(own, (0, 0, 0, 1))
         whole = self.patches @ d.view(self.groups, -1, length).mT
