@@ -195,12 +195,12 @@ def others(size: int) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one line per size."""
+    """Return one line per size and number of steps."""
     found = []
-    for size in dict.fromkeys(r["N"] for r in rows):
-        mine = [r for r in rows if r["N"] == size]
+    for size, steps in dict.fromkeys((r["N"], r["steps"]) for r in rows):
+        mine = [r for r in rows if (r["N"], r["steps"]) == (size, steps)]
         values = "; ".join(f"{r['features']} {r['dB at equal time']:.1f} dB ({r['95 % interval']})" for r in mine)
-        batches, steps = mine[0]["batches"], mine[0]["steps"]
+        batches = mine[0]["batches"]
         found.append(
             {
                 "what": f"ResNet-18, N = {size}, cosine + TV, schedules of features ({batches} batches, {steps} steps)",
