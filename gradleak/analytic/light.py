@@ -211,6 +211,7 @@ class _System:
         self.block = step.gradient_block(delta, self.weight)[0]  # (r, p)
         self.phases = (1, 1) if step.linear else step.stride
         self.count = self.phases[0] * self.phases[1]
+        self.plane = (1, 1) if step.linear else (step.in_shape[1] // step.stride[0], step.in_shape[2] // step.stride[1])
         parts = self.split(self.block).view(len(self.block), self.count, -1).transpose(0, 1)  # (f, r, q)
         self.gram = parts.mT @ parts * self.trust
         self.rank = sum(min(int((p != 0).any(1).sum()), p.shape[1]) for p in parts)
@@ -249,8 +250,7 @@ class _System:
         step = self.step
         kernel, (left, _, top, _) = step._phases(self.weight.to(dtype))
         kernel = kernel.unflatten(0, (-1, self.count)).transpose(0, 1).flatten(0, 1).transpose(0, 1).flip(2, 3)
-        down, across = kernel.shape[2:]
-        rows, columns = step.in_shape[1] // self.phases[0], step.in_shape[2] // self.phases[1]
+        (down, across), (rows, columns) = kernel.shape[2:], self.plane
         # What the adjoint pads before and behind, the map itself pads behind and before.
         before, behind = across - 1 - left, step.out_shape[2] - columns + left
         above, below = down - 1 - top, step.out_shape[1] - rows + top
@@ -266,10 +266,9 @@ class _System:
         backward = forward.transpose(0, 1).flip(2, 3).contiguous()
         down, across = forward.shape[2:]
         pads = (across - 1 - before, across - 1 - behind, down - 1 - above, down - 1 - below)
-        rows, columns = step.in_shape[1] // self.phases[0], step.in_shape[2] // self.phases[1]
 
         def apply(v: Tensor) -> Tensor:
-            return convolve(v.reshape(len(v), -1, rows, columns), forward, (before, behind, above, below)).flatten(1)
+            return convolve(v.reshape(len(v), -1, *self.plane), forward, (before, behind, above, below)).flatten(1)
 
         def adjoint(u: Tensor) -> Tensor:
             return convolve(u.reshape(len(u), *step.out_shape), backward, pads).flatten(1)
@@ -290,8 +289,7 @@ class _System:
         if self.count * (down * across * outputs // outs) ** 2 > _PAIRS * outputs * step.inputs:
             apply, adjoint = self._convolutions(blocks.dtype)
             return apply(self.blocks(adjoint(torch.eye(outputs).to(blocks)), blocks))
-        rows, columns = step.in_shape[1] // self.phases[0], step.in_shape[2] // self.phases[1]
-        padded = F.pad(blocks.view(self.count, rows, columns, rows, columns), pads + pads)
+        padded = F.pad(blocks.view(self.count, *self.plane, *self.plane), pads + pads)
         seen = padded.unfold(1, down, 1).unfold(2, across, 1).unfold(3, down, 1).unfold(4, across, 1)
         pairs = seen.permute(0, 5, 6, 7, 8, 1, 2, 3, 4).reshape(self.count * (down * across) ** 2, -1)
         taps = kernel.unflatten(1, (self.count, -1)).flatten(3)  # (o, f, c, t)
@@ -320,10 +318,9 @@ class _System:
         size, forward = self.gram.shape[-1], self.diagonal()
         if size > _BLOCK:
             return None
-        eye = torch.eye(size).to(self.gram)
         if 2 * self.step.outputs <= self.step.inputs and self.step.outputs <= _FEWER:
             shift = 1e-4 * float(self.gram.diagonal(dim1=1, dim2=2).mean())
-            exact, singular = torch.linalg.inv_ex(self.gram + shift * eye)
+            exact, singular = torch.linalg.inv_ex(self.gram + shift * torch.eye(size).to(self.gram))
             if bool(singular.any()):
                 return None
             inverse = exact.float()

@@ -91,15 +91,16 @@ class _Forward(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: _Settings) -> Tensor:
-        ctx.settings, ctx.given = settings, weight.is_leaf
-        ctx.save_for_backward(x, weight.detach() if ctx.given else weight)
+        ctx.settings = settings
+        ctx.given = weight.is_leaf, bias is None or bias.is_leaf
+        ctx.save_for_backward(x, weight.detach() if weight.is_leaf else weight)
         return _apply(x, weight, bias, settings)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         on_x, on_weight, on_bias = ctx.needs_input_grad[:3]
-        parameters = torch.is_grad_enabled() or not ctx.given
-        wanted = (on_x, on_weight and parameters, on_bias and parameters)
+        weight, bias = (torch.is_grad_enabled() or not given for given in ctx.given)
+        wanted = (on_x, on_weight and weight, on_bias and bias)
         found = _Backward.apply(g, *ctx.saved_tensors, ctx.settings, wanted)  # type: ignore[no-untyped-call]
         return (*found, None)
 

@@ -320,7 +320,7 @@ class _Group:
         """Return objectives (A,) and gradients (A, D) of candidates of problems ``index``, one after another."""
         values, gradients = z.new_empty(len(z)), torch.empty_like(z)
         for j, i in enumerate(index.tolist()):
-            # Plain autograd outside the forward map: the functional transform costs more on one candidate.
+            # Plain autograd, here and so in the forward map: functional transforms cost more on one candidate.
             leaf = z[j].detach().requires_grad_()
             with nullcontext() if self.small else LeanConvolutions():
                 value = self.distance(leaf, *self.arguments(i), self.workspace)

@@ -85,6 +85,17 @@ def test_derivatives_of_some_first_derivatives_only(chosen: tuple[int, ...], lea
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+def test_a_computed_bias_passes_its_gradient_on_beside_a_given_weight() -> None:
+    weight, shift = (torch.randn(4, *s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 3), ()))
+    x = torch.rand(1, 2, 5, 5, dtype=torch.float64)
+    found = []
+    for context in (LeanConvolutions(), nullcontext()):
+        with context:
+            value = F.conv2d(x, weight, 2 * shift).tanh().sum()
+        found.append(torch.autograd.grad(value, shift)[0])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("training", [gl.FedSGD(), gl.FedAvg(lr=0.1, steps=2)], ids=["one gradient", "two steps"])
 def test_a_search_sees_the_same_gradient(training: gl.LocalTraining) -> None:
     """In two local steps the weights depend on the input, so their share of the second derivative counts."""
