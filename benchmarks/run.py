@@ -40,6 +40,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "fedavg_memory": ("--steps", "4"),
     "cost": ("--repeats", "1", "--largest", "16"),
     "import_time": ("--rounds", "1"),
+    "gpu": ("--images", "2", "--published", "1"),
 }
 """What makes benchmarks small; scripts that are not listed have no quick size."""
 
@@ -83,7 +84,7 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
 """Every target by the benchmark that measures it, in the order of the table; shown where there is no record."""
 
 REASONS = {"gpu": "no GPU on the machine of these results"}
-"""Why a target without a script of its own has no measurement."""
+"""Why a target may have no measurement although there is a script."""
 
 Record = Mapping[str, Any]
 
@@ -385,9 +386,10 @@ def whole(records: Mapping[str, Record], failed: Mapping[str, str], names: Seque
         if name in records:
             found += lines(name, records[name])
             continue
-        reason = "" if name in names else f": {REASONS.get(name, 'no script measures it yet')}"
+        reason = REASONS.get(name, "" if name in names else "no script measures it yet")
+        measured = f"not measured: {reason}" if reason else "not measured"
         expected = EXPECTED.get(name, ((f"`benchmarks/{name}.py`", "–"),))
-        found += [Line(what, target, f"not measured{reason}", None) for what, target in expected]
+        found += [Line(what, target, measured, None) for what, target in expected]
     parts = [table(found), "Measured on:", "\n".join(f"- {where(n, r)}" for n, r in records.items())]
     parts += [f"`{n}` failed in the last run ({why}); figures of it are older." for n, why in failed.items()]
     return "\n\n".join(parts)
