@@ -29,6 +29,10 @@ class InputSpace(ABC):
     def encode(self, inputs: Tensor) -> Tensor:
         """Return the model inputs of decoded ``inputs`` (..., *shape)."""
 
+    def show(self, candidates: Tensor) -> tuple[Tensor, str | None]:
+        """Return decoded inputs that were solved exactly, and a sentence where they cannot be inputs of this space."""
+        return self.decode(candidates), None
+
     def project(self, candidates: Tensor) -> Tensor:
         """Return the nearest valid candidates."""
         return candidates
@@ -65,6 +69,20 @@ class ImageSpace(InputSpace):
         """Undo the normalisation and clamp to [0, 1]."""
         mean, std = self._stats(candidates)
         return (candidates * std + mean).clamp(0, 1)
+
+    def show(self, candidates: Tensor) -> tuple[Tensor, str | None]:
+        """Return images; where they leave [0, 1] by more than 1 %, rescaled to it, and a sentence that says so."""
+        mean, std = self._stats(candidates)
+        images = candidates * std + mean
+        low, high = float(images.min()), float(images.max())
+        if low >= -0.01 and high <= 1.01:
+            return images.clamp(0, 1), None
+        why = (
+            f"The solved inputs run from {low:.2g} to {high:.2g}, but images run from 0 to 1: the client probably "
+            "scales or normalizes them otherwise, so state its mean and std (command line: --mean, --std). They are "
+            "shown rescaled."
+        )
+        return (images - low) / max(high - low, 1e-12), why
 
     def encode(self, inputs: Tensor) -> Tensor:
         """Normalise images in [0, 1]."""

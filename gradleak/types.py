@@ -146,6 +146,7 @@ class Certificate:
         unknowns: number of unknowns, None where it was not computed.
         examples: one verdict per example of the batch.
         reason: one sentence for a reader.
+        factor: by which the re-simulated update was multiplied to match; 1 where the client's own scale fits.
 
     """
 
@@ -156,6 +157,7 @@ class Certificate:
     unknowns: int | None = None
     examples: tuple[str, ...] = ()
     reason: str = ""
+    factor: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)

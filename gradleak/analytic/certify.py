@@ -23,10 +23,10 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
-from torch.func import vjp, vmap
+from torch.func import functional_call, vjp, vmap
 
-from gradleak.training import FedSGD, LocalTraining, check_reproducible
-from gradleak.types import Certificate
+from gradleak.training import FedAvg, FedSGD, LocalTraining, check_reproducible
+from gradleak.types import Certificate, UpdateKind
 
 __all__ = ["Construction", "Evidence", "certify", "examine", "jacobian", "number_format", "storage_deviation"]
 
@@ -53,6 +53,8 @@ _JOINT = 8
 """Moves along all weak directions at once by which their interplay is measured."""
 _STORED = 4e7
 """Numbers of the Jacobian kept at most; further rows are left out, which can only weaken the verdict."""
+_MANY = 8
+"""Equations per unknown from which on no batches are simulated to count them: only shallow models are short of them."""
 
 
 @final
@@ -207,14 +209,14 @@ def examine(
         why = "was not asked" if uniqueness is False else f"takes a Jacobian of {unknowns} columns"
         reason = f"{told}; whether it is the only explanation nearby is unknown, since that {why} (uniqueness=True)."
         verdicts = ("matched",) * len(inputs)
-        certificate = Certificate("matched", fit.residual, floor, None, unknowns, verdicts, reason)
+        certificate = Certificate("matched", fit.residual, floor, None, unknowns, verdicts, reason, fit.factor)
         return Evidence(certificate, (math.nan,) * len(inputs), fit.factor, fit.excess)
     return _judge(problem, fit, floor, told, scale, tolerance)
 
 
 def _unproved(count: int, residual: float, floor: float, reason: str, fit: _Fit | None = None) -> Evidence:
-    certificate = Certificate("unproved", residual, floor, None, None, ("unproved",) * count, reason)
     factor, excess = (1.0, math.inf) if fit is None else (fit.factor, fit.excess)
+    certificate = Certificate("unproved", residual, floor, None, None, ("unproved",) * count, reason, factor)
     return Evidence(certificate, (math.nan,) * count, factor, excess)
 
 
@@ -224,19 +226,27 @@ def _constructed(
     bound = _SAFETY * proof.error * max(1.0, fit.excess)
     size = problem.scale(scale)
     count = len(problem.inputs)
+    doubt = problem.reversed(fit)
     if problem.inputs.numel() <= _CHECKED:
         # The noise of this very update, where measuring it is cheap. Folds say nothing here, free directions do.
         own = _judge(problem, fit, floor, told, scale, tolerance, folds=False).errors
         bound = max([bound, *(math.inf if math.isnan(e) else e for e in own)])
-    verdict = "proved" if bound <= tolerance * size else "matched"
-    tail = (
-        f"{proof.statement}, so no other input {'nearby ' if proof.local else ''}explains it; error at most "
-        f"{bound:.1e} (root mean square, model-input units)."
-        if verdict == "proved"
-        else f"{proof.statement}, but the noise leaves an error of up to {bound:.1e}, too much for a proof."
-    )
+        if doubt is None and bound <= tolerance * size:
+            doubt = problem.shortage(fit, sum(problem.sizes))
+    verdict = "proved" if bound <= tolerance * size and doubt is None else "matched"
+    if verdict == "proved":
+        tail = (
+            f"{proof.statement}, so no other {'input nearby' if proof.local else 'single input'} explains it; error "
+            f"at most {bound:.1e} (root mean square, model-input units)."
+        )
+    elif doubt is not None:
+        tail = f"{proof.statement}, but {doubt}."
+    else:
+        tail = f"{proof.statement}, but the noise leaves an error of up to {bound:.1e}, too much for a proof."
     rank = proof.unknowns if verdict == "proved" else None
-    certificate = Certificate(verdict, fit.residual, floor, rank, proof.unknowns, (verdict,) * count, f"{told}; {tail}")
+    certificate = Certificate(
+        verdict, fit.residual, floor, rank, proof.unknowns, (verdict,) * count, f"{told}; {tail}", fit.factor
+    )
     return Evidence(certificate, (bound,) * count, fit.factor, fit.excess)
 
 
@@ -304,6 +314,8 @@ class _Problem:
         self.training = FedSGD() if training is None else training
         self.map = self.training.undefended
         self.defended = self.map is not self.training
+        self.kind = self.training.kind
+        self.steps = self.map.count(len(inputs)) if isinstance(self.map, FedAvg) else 1
         self.inputs = inputs.detach()
         self.labels = labels.detach().double() if labels.is_floating_point() else labels.detach()
         self.params = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
@@ -373,6 +385,11 @@ class _Problem:
         extra = torch.zeros_like(tau)
         if self.defended:
             extra = self.flat({k: v.double() for k, v in self.training.deviation(self.observed).items()})
+        if self.kind is UpdateKind.WEIGHT_DELTA:
+            # A captured delta is a difference of weights, each rounded to the model's format.
+            own = _finest(self.params)
+            spacing = self.flat({k: storage_deviation(self.params[k].double(), own) for k in self.names})
+            extra = torch.hypot(extra, spacing * math.sqrt(2 * self.steps))
         if _FORMATS[self.format][0] < _FORMATS[self.arithmetic][0]:
             extra = torch.maximum(extra, storage_deviation(seen, self.format))
         tau = torch.hypot(tau, extra)
@@ -416,6 +433,56 @@ class _Problem:
         matched = excess <= _MATCHED and times <= _TENSOR and relative <= _MATCHED * noise.relative
         worst = self.names[ratios.index(times)]
         return _Fit(noise, whitened, relative, excess, matched, worst, times, factor, free)
+
+    def reversed(self, fit: _Fit) -> str | None:
+        """Return what speaks against a proof where the update points against what the stated training gives."""
+        if not self.known or fit.factor > 0:
+            return None
+        return (
+            "the update has the opposite sign of what the stated training gives, as weights before minus after, or as "
+            "another label of two"
+        )
+
+    @torch.no_grad()
+    def shortage(self, fit: _Fit, rows: int) -> str | None:
+        """Return what speaks against a proof where any mixture of examples would be explained as well.
+
+        Updates of all batches lie in a space that may hardly be larger than the number of unknowns, as the two opposite
+        rows of a linear model with two classes: then one input and a factor explain the update of any batch. Its
+        dimension is the rank of updates of random examples.
+        """
+        unknowns = self.inputs.numel()
+        wanted = int(1.25 * unknowns) + 8 + (self.labels.numel() if self.labels.is_floating_point() else 0)
+        if rows >= _MANY * unknowns:
+            return None
+        draw = torch.Generator().manual_seed(self.seed + 2)
+        x = self.inputs.double()
+        middle, spread = x.mean(), max(float(x.std()), 0.1 * float(x.abs().max()), 1e-12)
+        shape = (wanted + 8, *x.shape)
+        others = middle + 2 * spread * torch.randn(shape, generator=draw, dtype=torch.float64).to(x)
+        if self.labels.is_floating_point():
+            drawn = torch.rand((len(others), *self.labels.shape), generator=draw, dtype=torch.float64)
+            labels = (drawn / drawn.sum(-1, keepdim=True)).to(self.labels)
+        else:
+            with torch.no_grad():
+                params, buffers = self._wide
+                classes = int(functional_call(self.model, {**params, **buffers}, (x,)).shape[-1])
+            labels = torch.randint(0, classes, (len(others), *self.labels.shape), generator=draw).to(self.labels.device)
+        live = (fit.noise.weight > 0).nonzero().flatten()
+        order = torch.randperm(len(live), generator=draw)[: 4 * len(others)]
+        live = live[order.to(live.device)]
+        updates = torch.stack([self.flat(self.simulate(o, y))[live] for o, y in zip(others, labels, strict=True)])
+        updates = updates * fit.noise.weight[live]
+        updates = updates / updates.norm(dim=1, keepdim=True).clamp_min(1e-300)
+        values = torch.linalg.svdvals(updates)
+        rank = int((values > 1e-10 * values[0]).sum())
+        # One of them goes to the common factor.
+        if rank - fit.free >= wanted:
+            return None
+        return (
+            f"the updates of all batches have only {rank} independent numbers for {unknowns} unknowns"
+            f"{' and the factor' if fit.free else ''}, so mixtures of examples would be explained as well"
+        )
 
     def linear(self, fit: _Fit) -> tuple[Tensor, Callable[[Tensor], Tensor], int, Tensor]:
         """Return the whitened Jacobian (m, n), nuisances projected out; the map; equations; chosen coordinates."""
@@ -503,8 +570,12 @@ def _judge(
     touched = (share.norm(dim=1) * reach * open_ > 0.1 * tolerance * size * math.sqrt(unknowns / count)).any(1)
     bounds = bound / math.sqrt(unknowns / count)
     good = ~touched & (bounds <= tolerance * size)
-    redundant = rows >= 1.25 * unknowns + 8
-    verdicts = tuple("proved" if bool(g) and redundant else "matched" for g in good)
+    doubt = problem.reversed(fit)
+    if doubt is None and rows < 1.25 * unknowns + 8:
+        doubt = f"{rows} equations for {unknowns} unknowns leave nothing to show that the update is undistorted"
+    if doubt is None and bool(good.any()):
+        doubt = problem.shortage(fit, rows)
+    verdicts = tuple("proved" if bool(g) and doubt is None else "matched" for g in good)
     shown = tuple(float(b) if not bool(t) else math.inf for b, t in zip(bounds, touched, strict=True))
     weakest = float(values.min()) / top if top > 0 else 0.0
     if all(v == "proved" for v in verdicts):
@@ -516,8 +587,8 @@ def _judge(
     else:
         verdict = "matched"
         sure = sum(v == "proved" for v in verdicts)
-        if not redundant:
-            why = f"{rows} equations for {unknowns} unknowns leave nothing to show that the update is undistorted"
+        if doubt is not None:
+            why = doubt
         elif rank < unknowns:
             why = f"its Jacobian has rank {rank} of {unknowns}, so others nearby explain it as well"
         elif bool(bent.any()):
@@ -527,7 +598,7 @@ def _judge(
         else:
             why = f"the noise leaves an error of up to {max(shown):.1e}, too much for a proof"
         tail = f"{why}; {sure} of {count} examples are determined." if count > 1 else f"{why}."
-    certificate = Certificate(verdict, fit.residual, floor, rank, unknowns, verdicts, f"{told}; {tail}")
+    certificate = Certificate(verdict, fit.residual, floor, rank, unknowns, verdicts, f"{told}; {tail}", fit.factor)
     return Evidence(certificate, shown, fit.factor, fit.excess)
 
 

@@ -18,7 +18,15 @@ from gradleak.analytic.head import Head, features_and_logits, find_head, probe_i
 from gradleak.errors import NotApplicable
 from gradleak.training import CrossEntropy, Loss
 
-__all__ = ["LabelEstimate", "class_counts", "neighbors", "one_hot_label", "recover_labels", "round_counts"]
+__all__ = [
+    "LabelEstimate",
+    "class_counts",
+    "neighbors",
+    "one_hot_label",
+    "recover_labels",
+    "round_counts",
+    "solve_labels",
+]
 
 Tensors = Mapping[str, Tensor]
 
@@ -284,6 +292,34 @@ def _single(gw: Tensor, gb: Tensor | None, head: Head, loss: CrossEntropy) -> La
     label = int(direction.argmin())
     reason = "The head's gradient has rank one and only one class pulls its logit up, so that is the label."
     return _known(label, head, reason, torch.nn.functional.one_hot(torch.tensor(label), head.classes).double(), None)
+
+
+def solve_labels(
+    features: Tensor, logits: Tensor, gw: Tensor, gb: Tensor | None, loss: CrossEntropy
+) -> tuple[Tensor, float]:
+    """Return the labels of examples whose features are known: the head's gradient is linear in p − y.
+
+    Args:
+        features: (N, d) inputs of the head.
+        logits: (N, C).
+        gw: (C, d) head weight gradient.
+        gb: (C,) head bias gradient, None where there is none.
+        loss: reduction and label smoothing of the client.
+
+    Returns:
+        (N, C) labels as probabilities, as solved (they need not be positive), and the share of the gradient's norm that
+        they leave unexplained. Examples with the same features share the mean of their labels.
+
+    """
+    known, seen = features.double(), gw.double()
+    if gb is not None:
+        known = torch.cat([known, torch.ones_like(known[:, :1])], 1)
+        seen = torch.cat([seen, gb.double()[:, None]], 1)
+    scale = float(len(features)) if loss.reduction == "mean" else 1.0
+    difference = scale * seen @ torch.linalg.pinv(known, rtol=1e-10)  # (C, N)
+    misfit = float((difference @ known - scale * seen).norm() / (scale * seen).norm().clamp_min(1e-300))
+    labels = torch.softmax(logits.double(), 1) - difference.T
+    return (labels - loss.label_smoothing / logits.shape[1]) / (1 - loss.label_smoothing), misfit
 
 
 def _known(label: int, head: Head, reason: str, raw: Tensor, features: Tensor | None) -> LabelEstimate:

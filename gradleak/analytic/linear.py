@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gradleak.analytic.head import probe_inputs, run_quietly
 from gradleak.errors import NotApplicable
 
-__all__ = ["InputLayer", "find_input_layer", "invert_linear", "single_example_inputs"]
+__all__ = ["InputLayer", "agreement", "find_input_layer", "invert_linear", "single_example_inputs"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,12 @@ class InputLayer:
 
     weight_name: str
     bias_name: str | None
+
+
+def agreement(dtype: torch.dtype) -> float:
+    """Return the relative distance at which numbers of this format count as equal: rounding accumulates."""
+    rounding = torch.finfo(dtype).eps
+    return min(1e3 * rounding, max(2 * rounding, 1e-3))
 
 
 def invert_linear(dw: Tensor, db: Tensor) -> Tensor:
@@ -69,13 +75,13 @@ def single_example_inputs(dw: Tensor, db: Tensor, *, tolerance: float | None = N
     Args:
         dw: (m, n) weight gradient.
         db: (m,) bias gradient.
-        tolerance: relative distance up to which two rows agree; by default the update's rounding unit times 1,000.
+        tolerance: relative distance up to which two rows agree; by default :func:`agreement` of the update's format.
 
     Returns:
         (K, n) inputs, most rows first, and (K,) the number of rows behind each.
 
     """
-    tolerance = 1e3 * torch.finfo(dw.dtype).eps if tolerance is None else tolerance
+    tolerance = agreement(dw.dtype) if tolerance is None else tolerance
     dw, db = dw.double(), db.double()
     active = db.abs() > 1e-6 * db.abs().max()
     weights, ratios = db[active].abs(), dw[active] / db[active, None]
@@ -105,7 +111,8 @@ def find_input_layer(model: nn.Module, params: Mapping[str, Tensor], shape: tupl
     """Return the linear layer whose input is the flattened model input, found by running the model once, if any."""
     names = {id(p): k for k, p in model.named_parameters()}
     like = next(iter(params.values()))
-    probe = probe_inputs(shape, 2, like)
+    # Far beyond the usual range, so that a layer behind a clamp, a rectifier or an absolute value is not taken for one.
+    probe = 64 * (probe_inputs(shape, 2, like) - 0.5)
     found: list[str] = []
     handles = []
 

@@ -11,7 +11,6 @@ from typing import final
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from gradleak.analytic.certify import Construction, certify
 from gradleak.analytic.graph import Chain, trace_chain
@@ -21,15 +20,16 @@ from gradleak.analytic.recursion import RecursionResult, check_together, invert_
 from gradleak.attacks.base import Attack, Callback, Progress, as_gradient
 from gradleak.attacks.feature_matching import feature_matching
 from gradleak.attacks.gauss_newton import by_layers, gauss_newton, is_smooth
+from gradleak.attacks.labeling import read_labels
 from gradleak.attacks.linear_inversion import linear_inversion
 from gradleak.attacks.matching import dlg, idlg, inverting_gradients
-from gradleak.attacks.recursion import check, from_layers, invert_batch, plain_gradient
+from gradleak.attacks.recursion import check, from_layers, hides, invert_batch, plain_gradient
 from gradleak.attacks.sentences import read_sentences
 from gradleak.errors import InvalidInput, InvalidModel, NotApplicable, ResourceLimit
 from gradleak.inputs import ImageSpace
 from gradleak.threat import Knowledge, Observation
 from gradleak.tokens import TokenSpace
-from gradleak.training import FedSGD, check_reproducible
+from gradleak.training import FedSGD
 from gradleak.types import Certificate, Reconstruction
 
 __all__ = ["Auto", "auto", "certificate"]
@@ -40,8 +40,8 @@ _POLISHED = 1024
 _BACKWARD = "solved backward, every layer's linear system has full rank"
 _BATCHED = "solved backward from separated features, every layer's gradient determines its inputs for all examples"
 _TOGETHER = "solved for all layers together, whose linear system there has full rank"
-_MOST_CLASSES = 256
-"""Up to so many classes, the label of one example is found by trying all of them."""
+_SPARE = 8
+"""Equations beyond the unknowns that tell one example from a mixture, where the outer product itself cannot."""
 
 
 def certificate(
@@ -62,6 +62,18 @@ def certificate(
         seed: of the jitter by which rounding is measured.
 
     """
+    return _certified(observation, found, construction=construction, uniqueness=uniqueness, seed=seed)[0]
+
+
+def _certified(
+    observation: Observation,
+    found: Reconstruction,
+    *,
+    construction: Construction | None,
+    uniqueness: bool | None,
+    seed: int,
+) -> tuple[Certificate, Tensor | None, Tensor | None]:
+    """Return the certificate, with the labels (N,) and probabilities (N, C) that were simulated with."""
     space, device = observation.space, next(iter(observation.params.values())).device
     decoded = found.inputs.detach().to(device)
     inputs = space.encode(decoded.double() if decoded.is_floating_point() else decoded).double()
@@ -80,19 +92,25 @@ def certificate(
             seed=seed,
         )
 
+    hard, soft = found.labels, found.label_probabilities
     try:
-        hard, soft = _labels(observation, found, inputs)
+        if observation.labels is not None:  # Granted labels are taken as they are.
+            granted = observation.labels
+            hard, soft = (None, granted) if granted.is_floating_point() else (granted, None)
+        elif hard is None:
+            hard, soft = read_labels(observation, inputs)
         if hard is None and soft is None:
-            return _unproved(len(found), "The labels are not known, so the update cannot be re-simulated.")
+            why = "The labels are not known, so the update cannot be re-simulated."
+            return _unproved(len(found), why), None, None
         best = None
         for labels in (hard, soft):
             if labels is not None and (best is None or best.verdict == "unproved"):
                 other = examined(labels)
                 best = other if best is None or _order(other) > _order(best) else best
         assert best is not None
-        return best
+        return best, hard, soft
     except InvalidModel as reason:
-        return _unproved(len(found), str(reason))
+        return _unproved(len(found), str(reason)), hard, soft
 
 
 def _unproved(count: int, reason: str) -> Certificate:
@@ -104,41 +122,6 @@ def _order(item: Certificate | None) -> tuple[int, float]:
     if item is None:
         return (-1, float("-inf"))
     return _RANK[item.verdict], -math.inf if math.isnan(item.residual) else -item.residual
-
-
-def _labels(observation: Observation, found: Reconstruction, inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return class indices and probabilities to re-simulate with; granted labels are taken as they are."""
-    if observation.labels is not None:
-        granted = observation.labels
-        return (None, granted) if granted.is_floating_point() else (granted, None)
-    if found.labels is not None:
-        return found.labels, found.label_probabilities
-    if len(found) > 1:
-        return None, None
-    return _best_label(observation, inputs), None
-
-
-def _best_label(observation: Observation, inputs: Tensor) -> Tensor | None:
-    """Return the label (1,) of one example under which the update points most nearly as the seen one does."""
-    training = FedSGD() if observation.training is None else observation.training.undefended
-    model, seen = observation.model, observation.update.tensors
-    check_reproducible(model)
-    own = next(iter(observation.params.values()))
-    x = inputs.to(own)
-    with torch.no_grad():
-        classes = int(functional_call(model, {}, (x,)).shape[-1])
-    if classes > _MOST_CLASSES:
-        return None
-    target = torch.cat([t.flatten() for t in seen.values()]).to(own)
-    scores = []
-    for label in range(classes):
-        y = torch.tensor([label], device=own.device)
-        found = training.tensors(model, observation.params, x, y, buffers=dict(model.named_buffers()))
-        ours = torch.cat([found[k].flatten() for k in seen])
-        cosine = float(ours @ target / (ours.norm() * target.norm()).clamp(min=1e-30))
-        # Without the client's training, a weight delta has the opposite sign.
-        scores.append(abs(cosine) if observation.training is None else cosine)
-    return torch.tensor([max(range(classes), key=scores.__getitem__)])
 
 
 @final
@@ -248,11 +231,13 @@ class _Case:
         self.reasons: list[str] = []
         self.seconds = 0.0
         self.by = ""
+        self.solved = False
 
     @property
     def open(self) -> bool:
-        """Whether the update is not explained yet."""
-        return self.best is None or self.best.certificate is None or self.best.certificate.verdict == "unproved"
+        """Whether the update is not explained yet, and its inputs were not solved exactly either."""
+        unproved = self.best is None or self.best.certificate is None or self.best.certificate.verdict == "unproved"
+        return unproved and not self.solved
 
     @property
     def objective(self) -> float:
@@ -267,14 +252,18 @@ class _Case:
         self, name: str, found: Reconstruction, uniqueness: bool | None, construction: Construction | None = None
     ) -> None:
         """Keep ``found`` if its certificate is better than that of the best so far."""
-        proof = found.certificate if self.text else None
+        proof, hard, soft = found.certificate if self.text else None, found.labels, found.label_probabilities
         if proof is None:
-            proof = certificate(
+            proof, hard, soft = _certified(
                 self.observation, found, construction=construction, uniqueness=uniqueness, seed=self.seed
             )
+        if found.labels is None and hard is not None:
+            found = replace(found, labels=hard, label_probabilities=soft)
         self.notes.append(f"{name}: {proof.verdict}. {proof.reason}")
         if self.best is None or _order(proof) > _order(self.best.certificate):
             self.best, self.by = replace(found, certificate=proof), name
+            # Linear algebra that fits down to rounding shows the inputs even where the client is not as stated.
+            self.solved = found.status == "exact" and not self.text
 
     def exactly(self, options: Auto, clock: _Clock) -> None:
         """Try what needs no search."""
@@ -289,11 +278,12 @@ class _Case:
                 break
             try:
                 found, construction = attempt()
-            except (NotApplicable, ResourceLimit) as reason:
+                self.offer(name, found, options.uniqueness, construction)
+            except (InvalidModel, NotApplicable, ResourceLimit) as reason:
                 self._skip(name, reason)
-                continue
-            self.offer(name, found, options.uniqueness, construction)
-        self.seconds += time.perf_counter() - begin
+            finally:
+                self.seconds += time.perf_counter() - begin
+                begin = time.perf_counter()
 
     def _skip(self, name: str, reason: Exception) -> None:
         self.notes.append(f"{name}: not taken. {reason}")
@@ -334,7 +324,11 @@ class _Case:
                 if note:
                     self.notes.append(f"recursion: {note}; what lies behind is its best guess.")
                 proof = _determined(result, _rounding(observation), _BACKWARD)
-                return from_layers(observation, result, value, begin), proof
+                found = from_layers(observation, result, value, self.chain, begin)
+                spare = sum(r.forward + r.gradient - r.unknowns for r in result.layers)
+                if hides(self.chain, value[None]) or (_outputs(self.chain) < 2 and spare < _SPARE):
+                    proof = None
+                return found, proof
         raise NotApplicable(f"The recursion stops: {result.stopped_at}.")
 
     def _together(self, clock: _Clock) -> tuple[Reconstruction, Construction | None]:
@@ -355,7 +349,7 @@ class _Case:
         result = by_layers(observation, chain=self.chain, seed=self.seed, going=going)
         value = result.start if result.input is None else result.input
         assert value is not None
-        return from_layers(observation, result, value, begin), _determined(
+        return from_layers(observation, result, value, self.chain, begin), _determined(
             result, _rounding(observation), _TOGETHER, local=True
         )
 
@@ -435,7 +429,7 @@ class _Case:
         left = None if clock.deadline is None else max(clock.deadline - time.monotonic(), 1e-3)
         try:
             found = gauss_newton(budget=left).polish(self.observation, self.best, seed=self.seed, callback=clock)
-        except (NotApplicable, ResourceLimit) as reason:
+        except (InvalidModel, NotApplicable, ResourceLimit) as reason:
             self._skip("gauss_newton", reason)
             return
         found = replace(found, evaluations=found.evaluations + self.best.evaluations, trace=self.best.trace)
@@ -468,6 +462,11 @@ def _match(name: str, attack: Attack, cases: list[_Case], seed: int, clock: _Clo
         # Its own uniqueness is asked once, at the end of the polish.
         case.offer(name, found, None)
         case.seconds += share
+
+
+def _outputs(chain: Chain) -> int:
+    """Return the independent outputs of the layer where the recursion starts; logits of a softmax sum to zero."""
+    return chain.anchor.outputs - chain.head
 
 
 def _determined(result: RecursionResult, rounding: float, why: str, *, local: bool = False) -> Construction | None:

@@ -91,3 +91,15 @@ def as_gradient(observation: Observation) -> Mapping[str, Tensor]:
         return tensors
     factor = -training.rule.lr * training.count(observation.batch_size or 1)
     return {k: t / factor for k, t in tensors.items()}
+
+
+def is_signs(tensors: Mapping[str, Tensor]) -> bool:
+    """Tell whether the entries of each tensor have one size, as signs do and the first step of adaptive optimizers."""
+    found = [t.double().abs().flatten() for t in tensors.values()]
+    found = [t[t > 0] for t in found]
+    large = [t for t in found if len(t) >= _FEW]
+    return bool(large) and all(float(t.std()) <= 1e-3 * float(t.mean()) for t in large)
+
+
+_FEW = 16
+"""Entries from which on it is no accident that all have one size."""

@@ -110,7 +110,10 @@ class FeatureDisaggregation(Attack):
     def _result(self, observation: Observation, found: Disaggregation, seconds: float) -> Reconstruction:
         exact = found.verdicts.count(EXACT)
         matched = found.residual <= found.floor
-        verdict = "unproved" if not matched else "proved" if exact == len(found.verdicts) else "matched"
+        training = observation.training
+        assert training is not None
+        proved = exact == len(found.verdicts) and training is training.undefended
+        verdict = "unproved" if not matched else "proved" if proved else "matched"
         certificate = Certificate(
             verdict,
             found.residual,

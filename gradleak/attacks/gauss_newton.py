@@ -245,7 +245,7 @@ class GaussNewton(Attack):
         if result.stopped_at is not None and status == "converged":
             status, notes = "stalled", (*notes, f"It ended without a unique solution: {result.stopped_at}.")
         return replace(
-            from_layers(observation, result, value, begin),
+            from_layers(observation, result, value, None, begin),
             labels=label,
             label_probabilities=None if found is None else found.label_probabilities,
             status=status,

@@ -9,15 +9,23 @@ from typing import final
 import torch
 from torch import Tensor
 
-from gradleak.analytic.labels import recover_labels
-from gradleak.analytic.linear import find_input_layer, invert_linear, single_example_inputs
-from gradleak.attacks.base import Attack, Callback, Progress
-from gradleak.errors import NotApplicable
+from gradleak.analytic.certify import storage_deviation
+from gradleak.analytic.head import find_head
+from gradleak.analytic.linear import (
+    InputLayer,
+    agreement,
+    find_input_layer,
+    invert_linear,
+    single_example_inputs,
+)
+from gradleak.attacks.base import Attack, Callback, Progress, is_signs
+from gradleak.attacks.labeling import distance, read_labels
+from gradleak.errors import InvalidModel, NotApplicable
 from gradleak.threat import Knowledge, Observation
-from gradleak.training import CrossEntropy
+from gradleak.training import SGD, FedAvg
 from gradleak.types import Reconstruction, UpdateKind
 
-__all__ = ["LinearInversion", "linear_inversion"]
+__all__ = ["LinearInversion", "linear_inversion", "live_rows"]
 
 
 @final
@@ -54,19 +62,25 @@ def _invert(observation: Observation) -> Reconstruction:
             "use matching."
         )
     dw, db = observation.update.tensors[layer.weight_name], observation.update.tensors[layer.bias_name]
-    rounding = torch.finfo(dw.dtype).eps
+    _check(observation, dw)
     x = invert_linear(dw, db)
     explained = db.double()[:, None] * x
     misfit = float((explained - dw.double()).norm() / dw.double().norm().clamp_min(1e-300))
-    size = observation.batch_size
+    size, count = observation.batch_size, live_rows(observation, layer, dw)
     notes: list[str] = []
-    if misfit <= 1e3 * rounding:
+    if misfit <= max(agreement(dw.dtype), _subtraction(observation, layer.weight_name)):
         if size is not None and size > 1:
             notes.append(f"All {size} examples show the same input, or only one of them reaches the loss.")
             inputs, status = x.expand(size, -1), "converged"
         else:
-            inputs, status = x[None], "exact"
-        notes.append(f"The layer's gradient is an outer product down to {misfit:.1e}, as of one example.")
+            inputs, status = x[None], "exact" if count > 1 else "converged"
+        if count > 1:
+            notes.append(f"The layer's gradient is an outer product down to {misfit:.1e}, as of one example.")
+        else:
+            notes.append(
+                "The layer has one independent output, so its gradient is an outer product for any batch: the input is "
+                "that of one example, or a mixture of several."
+            )
     elif size == 1:
         inputs, status = x[None], "stalled"
         notes.append(
@@ -75,15 +89,57 @@ def _invert(observation: Observation) -> Reconstruction:
         )
     else:
         inputs, status = _batch(dw, db, size, misfit, notes)
-    decoded = observation.space.decode(inputs.to(torch.promote_types(dw.dtype, torch.float32)).reshape(-1, *shape))
+    inputs = inputs.reshape(-1, *shape)
+    labels, soft = _labels(observation, inputs)
+    if status == "exact" and len(inputs) > 1:
+        inputs, labels, status = _verified(observation, inputs, labels, soft, notes)
+    wide = inputs.to(torch.promote_types(dw.dtype, torch.float32))
+    decoded, why = observation.space.show(wide) if status == "exact" else (observation.space.decode(wide), None)
     return Reconstruction(
         decoded,
-        _labels(observation, len(decoded), notes),
+        labels,
         misfit**2,
+        label_probabilities=soft,
         status=status,
         seconds=time.perf_counter() - begin,
-        notes=tuple(notes),
+        notes=tuple(notes) if why is None else (why, *notes),
     )
+
+
+def _check(observation: Observation, dw: Tensor) -> None:
+    """Check that the update has more of a gradient than its signs.
+
+    Raises:
+        NotApplicable: an adaptive optimizer made it, or all its entries have one size.
+
+    """
+    training = None if observation.training is None else observation.training.undefended
+    if isinstance(training, FedAvg) and not isinstance(training.rule, SGD):
+        raise NotApplicable(
+            "Linear inversion divides gradients, but the client's optimizer is adaptive and rescales each entry; use "
+            "matching, which simulates it."
+        )
+    if is_signs({"first layer": dw}):
+        raise NotApplicable(
+            "The entries of the first layer's update all have one size, as signs do and the first step of an adaptive "
+            "optimizer; they show the input's signs only; use matching with what the client did stated."
+        )
+
+
+def live_rows(observation: Observation, layer: InputLayer, dw: Tensor) -> int:
+    """Return how many outputs of a layer that reach the loss can vary on their own; logits of a softmax sum to zero."""
+    live = int((dw.double().abs().amax(1) > 0).sum())
+    head = find_head(observation.model, observation.params, tuple(observation.space.shape))
+    return live - (head is not None and head.weight_name == layer.weight_name)
+
+
+def _subtraction(observation: Observation, name: str) -> float:
+    """Return what subtracting rounded weights does to a weight delta, relative; zero for a gradient."""
+    if observation.update.kind is not UpdateKind.WEIGHT_DELTA:
+        return 0.0
+    delta, weight = observation.update.tensors[name].double(), observation.params[name]
+    rounding = float(storage_deviation(weight.double(), weight.dtype).norm())
+    return min(4 * rounding / max(float(delta.norm()), 1e-300), 1e-2)
 
 
 def _batch(dw: Tensor, db: Tensor, size: int | None, misfit: float, notes: list[str]) -> tuple[Tensor, str]:
@@ -97,36 +153,50 @@ def _batch(dw: Tensor, db: Tensor, size: int | None, misfit: float, notes: list[
         )
     count = len(found) if size is None else min(size, len(found))
     notes.append(
-        f"{count} inputs are shown by several units that no other example activates (by {rows[:count].tolist()} units)."
+        f"{count} inputs are shown by several units, as where no other example activates them (by "
+        f"{rows[:count].tolist()} units)."
     )
     found = found[:count]
-    if size is None or count == size:
+    if count == size:
         return found, "exact"
+    if size is None:
+        notes.append("Without the number of examples they cannot be verified by simulating the client.")
+        return found, "converged"
     notes.append(f"The other {size - count} of {size} examples never act alone; in their place stands a mixture.")
     mixture = dw.double().T @ db.double().abs() / db.double().square().sum().clamp_min(1e-300)
     return torch.cat([found, mixture.expand(size - count, -1)]), "stalled"
 
 
-def _labels(observation: Observation, count: int, notes: list[str]) -> Tensor | None:
-    """Return the label of one example where the head's gradient shows it; for more, which is whose is not known."""
-    if observation.labels is not None and count == 1 and not observation.labels.is_floating_point():
-        return observation.labels
-    loss = observation.training.loss if observation.training is not None else CrossEntropy()
-    if count != 1 or observation.update.kind is not UpdateKind.GRADIENT:
-        return None
+def _labels(observation: Observation, inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return the labels of inputs (N, *shape), as read or as granted, and probabilities where they are soft."""
+    granted = observation.labels
+    if granted is not None and len(inputs) == 1:
+        return (None, granted) if granted.is_floating_point() else (granted, None)
     try:
-        estimate = recover_labels(
-            observation.model,
-            observation.params,
-            observation.update.tensors,
-            tuple(observation.space.shape),
-            1,
-            loss,
-        )
-    except NotApplicable as reason:
-        notes.append(str(reason))
-        return None
-    return estimate.labels
+        return read_labels(observation, inputs)
+    except InvalidModel:  # Dropout and the like: the inputs stand without labels.
+        return None, None
+
+
+def _verified(
+    observation: Observation, inputs: Tensor, labels: Tensor | None, soft: Tensor | None, notes: list[str]
+) -> tuple[Tensor, Tensor | None, str]:
+    """Re-simulate a batch that rows agree on: mixtures agree as well where examples activate the same units.
+
+    Returns inputs and labels, in the order of granted labels where these are the same, and the status.
+    """
+    training = observation.training
+    if labels is None or training is None:
+        notes.append("Their labels are not known, so they cannot be verified by simulating the client.")
+        return inputs, labels, "converged"
+    residual = distance(observation, inputs, labels if soft is None else soft)
+    first = next(iter(observation.update.tensors.values()))
+    granted = observation.labels
+    if granted is not None and not granted.is_floating_point() and torch.equal(granted.sort().values, labels.sort()[0]):
+        order = labels.argsort(stable=True)[granted.argsort(stable=True).argsort()]
+        inputs, labels = inputs[order], labels[order]
+    notes.append(f"The re-simulated update agrees to {residual:.1e}.")
+    return inputs, labels, "exact" if residual <= agreement(first.dtype) else "stalled"
 
 
 def linear_inversion() -> LinearInversion:

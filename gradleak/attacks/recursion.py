@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
-from gradleak.analytic.graph import trace_chain
+from gradleak.analytic.graph import Affine, Chain, Elementwise, trace_chain
 from gradleak.analytic.peel import Peeled
 from gradleak.analytic.recursion import RecursionResult, invert_layers
-from gradleak.attacks.base import Attack, Callback, Progress
+from gradleak.attacks.base import Attack, Callback, Progress, is_signs
 from gradleak.attacks.disaggregation import disaggregate
+from gradleak.attacks.labeling import distance, read_labels
 from gradleak.attacks.peeling import Separated, separate_batch
-from gradleak.errors import NotApplicable
+from gradleak.errors import InvalidModel, NotApplicable
 from gradleak.threat import Knowledge, Observation
-from gradleak.training import SGD, FedAvg
+from gradleak.training import SGD, CrossEntropy, FedAvg
 from gradleak.types import Reconstruction
 
-__all__ = ["Recursion", "check", "invert_batch", "plain_gradient", "recursion", "solved"]
+__all__ = ["Recursion", "check", "hides", "invert_batch", "plain_gradient", "recursion", "solved"]
 
 
 @final
@@ -59,7 +60,6 @@ class Recursion(Attack):
         shape = tuple(observation.space.shape)
         chain = trace_chain(observation.model, shape)
         params = {k: p.detach() for k, p in observation.model.named_parameters()}
-        tensors = observation.update.tensors
         result = invert_layers(
             observation.model,
             params,
@@ -73,31 +73,72 @@ class Recursion(Attack):
         if result.input is None:
             start = "" if result.start is None else ", which can start from there"
             raise NotApplicable(f"The recursion stops: {result.stopped_at}; use matching{start}.")
-        found = from_layers(observation, result, result.input, begin)
+        found = from_layers(observation, result, result.input, chain, begin)
         more = [
             f"The re-simulated gradient agrees to {result.residual:.1e}; "
             f"the update itself deviates from an outer product by {result.noise:.1e}."
         ]
-        rounding = torch.finfo(next(iter(tensors.values())).dtype).eps
-        exact = result.noise <= 16 * rounding and result.residual <= _FLOOR * rounding
-        if not exact:
+        if found.status != "exact":
             more.append("That is above rounding, so the update is not the plain gradient of one example on this model.")
-        return replace(found, status="exact" if exact else "stalled", notes=(*found.notes, *more))
+        return replace(found, notes=(*found.notes, *more))
 
 
-def from_layers(observation: Observation, result: RecursionResult, value: Tensor, begin: float) -> Reconstruction:
-    """Return ``value`` (*shape), which solving layers led to, as a reconstruction; ``begin`` is when the work began."""
-    wide = torch.promote_types(next(iter(observation.update.tensors.values())).dtype, torch.float32)
+def from_layers(
+    observation: Observation, result: RecursionResult, value: Tensor, chain: Chain | None, begin: float
+) -> Reconstruction:
+    """Return ``value`` (*shape), which solving layers led to, as a reconstruction; ``begin`` is when the work began.
+
+    It is called exact where the layers' equations hold down to rounding and nothing before them hides the input.
+    """
+    first = next(iter(observation.update.tensors.values()))
+    rounding, wide = torch.finfo(first.dtype).eps, torch.promote_types(first.dtype, torch.float32)
+    hidden = None if chain is None else hides(chain, value[None])
+    exact = (
+        result.input is not None
+        and result.noise <= 16 * rounding
+        and result.residual <= _FLOOR * rounding
+        and hidden is None
+    )
+    shown = value[None].to(wide)
+    decoded, why = observation.space.show(shown) if exact else (observation.space.decode(shown), None)
+    label, soft = None if result.label is None else torch.tensor([result.label]), None
+    smoothed = observation.training is not None and label_smoothing(observation.training.loss) > 0
+    if exact and (label is None or smoothed):  # Then the signs do not tell it.
+        with suppress(InvalidModel):
+            label, soft = read_labels(observation, value[None])
     return Reconstruction(
-        observation.space.decode(value[None].to(wide)),
-        None if result.label is None else torch.tensor([result.label]),
+        decoded,
+        label,
         result.residual**2,
-        status="exact" if result.input is not None else "stalled",
+        label_probabilities=soft,
+        status="exact" if exact else "stalled",
         iterations=result.steps,
         seconds=time.perf_counter() - begin,
-        notes=tuple(map(str, result.layers)),
+        notes=tuple(n for n in (why, hidden, *map(str, result.layers)) if n is not None),
         features=result.features[None] if result.head else None,
     )
+
+
+def label_smoothing(loss: object) -> float:
+    return loss.label_smoothing if isinstance(loss, CrossEntropy) else 0.0
+
+
+def hides(chain: Chain, inputs: Tensor) -> str | None:
+    """Return which activation before the first layer hides the input at ``inputs`` (N, *shape), None if none does."""
+    for step in chain.steps:
+        if isinstance(step, Affine):
+            return None
+        if isinstance(step, Elementwise) and not step.affine:
+            flat = inputs.double().reshape(len(inputs), -1)
+            slopes = torch.stack([step.derivatives(row)[0] for row in flat])
+            if step.rectifies or float(slopes.abs().min()) < _FLAT:
+                return f"{step.name!r} stands before the first layer and hides values where it is flat."
+        inputs = step.forward(inputs.double(), {})
+    return None
+
+
+_FLAT = 1e-4
+"""Derivative of an activation on the input below which float32 does not tell the input any longer."""
 
 
 def invert_batch(observation: Observation, *, seed: int = 0) -> tuple[Reconstruction, Peeled]:
@@ -130,33 +171,27 @@ def solved(observation: Observation, separated: Separated, begin: float) -> Reco
     assert peeled is not None and peeled.stop is None
     assert found.labels is not None and found.features is not None
     x = peeled.values.reshape(-1, *observation.space.shape)
-    residual, order = _distance(observation, x, found), torch.arange(len(x))
+    residual, order = distance(observation, x, found.labels), torch.arange(len(x))
     granted = observation.labels
     if granted is not None and not granted.is_floating_point() and torch.equal(granted.sort().values, found.labels):
         order = granted.argsort(stable=True).argsort()  # Recovered examples are sorted by label.
     first = next(iter(observation.update.tensors.values()))
     notes = (*found.notes[:1], *map(str, peeled.layers), f"The re-simulated update agrees to {residual:.1e}.")
+    hidden = None if separated.chain is None else hides(separated.chain, x)
+    status = "exact" if residual <= _FLOOR * torch.finfo(first.dtype).eps and hidden is None else "stalled"
+    shown = x[order].to(torch.promote_types(first.dtype, torch.float32))
+    decoded, why = observation.space.show(shown) if status == "exact" else (observation.space.decode(shown), None)
+    notes = (*(n for n in (why, hidden) if n is not None), *notes)
     return Reconstruction(
-        observation.space.decode(x[order].to(torch.promote_types(first.dtype, torch.float32))),
+        decoded,
         found.labels[order],
         residual**2,
-        status="exact" if residual <= _FLOOR * torch.finfo(first.dtype).eps else "stalled",
+        status=status,
         iterations=found.iterations,
         seconds=time.perf_counter() - begin,
         notes=notes,
         features=found.features[order],
     )
-
-
-def _distance(observation: Observation, x: Tensor, found: Reconstruction) -> float:
-    """Return the relative distance of the update re-simulated at ``x``, in float64, to the seen one."""
-    assert observation.training is not None and found.labels is not None
-    params = {k: p.double() for k, p in observation.params.items()}
-    buffers = {k: b.double() if b.is_floating_point() else b for k, b in observation.model.named_buffers()}
-    ours = observation.training.undefended.tensors(observation.model, params, x, found.labels, buffers=buffers)
-    seen = observation.update.tensors
-    rest = sum(float((ours[k].double() - t.double()).square().sum()) for k, t in seen.items())
-    return math.sqrt(rest / sum(float(t.double().square().sum()) for t in seen.values()))
 
 
 _FLOOR = 100.0
@@ -167,7 +202,7 @@ def check(observation: Observation) -> None:
     """Check that the update is a multiple of one example's gradient.
 
     Raises:
-        NotApplicable: several examples, several local steps, or an adaptive optimizer.
+        NotApplicable: several examples, several local steps, an adaptive optimizer, or signs only.
 
     """
     if observation.batch_size != 1:
@@ -180,6 +215,11 @@ def check(observation: Observation) -> None:
         raise NotApplicable(
             "The recursion inverts one gradient, but the client took several steps or used an adaptive optimizer, so "
             "its update is no multiple of one; use matching, which unrolls the training."
+        )
+    if is_signs(observation.update.tensors):
+        raise NotApplicable(
+            "The entries of each tensor all have one size, as signs do and the first step of an adaptive optimizer, so "
+            "the update is no multiple of a gradient; use matching with what the client did stated."
         )
 
 

@@ -131,6 +131,7 @@ class CertificateRecord:
     unknowns: int | None = None
     examples: tuple[str, ...] = ()
     reason: str = ""
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def test_the_truth_is_proved(dtype: torch.dtype, training: FedSGD | FedAvg) -> N
     assert (found.verdict, found.examples) == ("proved", ("proved", "proved"))
     assert found.rank == found.unknowns == 128
     assert found.residual <= found.floor
-    assert found.floor < (1e-5 if dtype is torch.float32 else 1e-14)
+    assert found.floor < (1e-5 if dtype is torch.float32 else 5e-14)
 
 
 def test_bound_holds_and_is_not_loose() -> None:

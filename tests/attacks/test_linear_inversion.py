@@ -81,7 +81,7 @@ def test_small_batches_through_relu() -> None:
     assert found.status == "exact"
     distance = torch.cdist(found.inputs.flatten(1), sender.batch.inputs.flatten(1))
     assert float(distance.min(0).values.max()) <= 1e-9
-    assert found.labels is None
+    assert found.labels is not None
 
 
 def test_examples_that_never_act_alone_are_named() -> None:
