@@ -87,7 +87,7 @@ def build_record(
     if classes is None and reconstruction.label_probabilities is not None:
         classes = int(reconstruction.label_probabilities.shape[-1])
     subject = _subject(observation, model, dtype, classes)
-    outcome = _outcome(reconstruction, (*notes, *(() if scores is None else scores.notes)))
+    outcome = _outcome(observation, reconstruction, (*notes, *(() if scores is None else scores.notes)))
     certificate = None
     if reconstruction.certificate is not None:
         certificate = CertificateRecord(**dataclasses.asdict(reconstruction.certificate))
@@ -257,8 +257,9 @@ def _success(scores: Scores) -> Success:
     return Success(scores.threshold, scores.successes, len(scores.examples), low, high, labels)
 
 
-def _outcome(reconstruction: Reconstruction, notes: Sequence[str]) -> Outcome:
+def _outcome(observation: Observation, reconstruction: Reconstruction, notes: Sequence[str]) -> Outcome:
     labels = reconstruction.labels
+    whole = tuple(reconstruction.inputs.shape[1:]) == tuple(observation.space.shape)
     return Outcome(
         status=reconstruction.status,
         objective=float(reconstruction.objective),
@@ -267,6 +268,7 @@ def _outcome(reconstruction: Reconstruction, notes: Sequence[str]) -> Outcome:
         seconds=reconstruction.seconds,
         labels=None if labels is None or labels.ndim != 1 else tuple(int(v) for v in labels),
         notes=(*reconstruction.notes, *notes),
+        shows="inputs" if whole else "features",
     )
 
 

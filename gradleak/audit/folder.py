@@ -157,11 +157,12 @@ def read_folder(directory: Path) -> Folder:
 def _check_together(directory: Path, folder: Folder) -> None:
     inputs, truth, snapshots = folder.inputs, folder.truth, folder.snapshots
     shape, examples = tuple(folder.record.subject.input_shape), folder.record.examples or ()
+    features = folder.record.outcome.shows == "features"
     points = len(folder.record.curves.iterations) if folder.record.curves is not None else 0
     fits = (
         inputs.ndim >= 1
         and len(inputs) > 0
-        and (folder.record.subject.input_kind != "image" or inputs.shape[1:] == shape)
+        and (folder.record.subject.input_kind != "image" or features or inputs.shape[1:] == shape)
         and (truth is None or truth.shape[1:] == inputs.shape[1:])
         and (snapshots is None or snapshots.shape == (points, *inputs.shape))
         and all(e.guess is None or 0 <= e.guess < len(inputs) for e in examples)

@@ -108,6 +108,7 @@ class Outcome:
         seconds: wall-clock time.
         labels: the recovered class of each reconstructed example, in the attack's order; None without classes.
         notes: sentences that a reader of the result must know.
+        shows: "inputs", or "features" where the attack recovers the last layer's inputs instead.
 
     """
 
@@ -118,6 +119,7 @@ class Outcome:
     seconds: float
     labels: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
+    shows: str = "inputs"
 
 
 @dataclass(frozen=True)
@@ -272,8 +274,8 @@ class Verdict:
     """The answer in plain words.
 
     Attributes:
-        grade: "leaked", "partly", "not_recovered" with ground truth; "proved", "matched", "close" or "unmatched"
-            without.
+        grade: "leaked", "partly", "not_recovered" with ground truth; "proved", "matched", "solved", "close" or
+            "unmatched" without.
         headline: one short sentence.
         reason: the figures behind it, in words.
         meaning: what this does and does not prove, one sentence each.

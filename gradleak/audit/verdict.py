@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from gradleak.audit.numbers import duration, sig
@@ -47,7 +48,7 @@ def judge(
     if examples:
         verdict = _against_truth(subject, outcome, examples, lifts)
     else:
-        verdict = _from_update(subject, match, certificate)
+        verdict = _from_update(subject, outcome, match, certificate)
     return Verdict(verdict.grade, verdict.headline, verdict.reason, unfinished + verdict.meaning, _REMEDIES)
 
 
@@ -129,56 +130,73 @@ _FAILED = (
 )
 
 
-def _from_update(subject: Subject, match: Match | None, certificate: CertificateRecord | None) -> Verdict:
+def _from_update(
+    subject: Subject, outcome: Outcome, match: Match | None, certificate: CertificateRecord | None
+) -> Verdict:
+    plural = subject.batch_size > 1
     noun = "image" if subject.input_kind == "image" else "example"
-    it, its = ("this " + noun, "It") if subject.batch_size == 1 else (f"these {subject.batch_size} {noun}s", "They")
+    nouns = f"{noun}s" if plural else noun
+    if outcome.shows == "features":
+        return _of_features(subject, certificate)
     if certificate is not None and certificate.verdict == "proved":
-        return Verdict(
-            "proved",
-            f"The update proves that the client trained on {it}.",
-            f"{its} cause exactly the captured update, down to the noise floor of its number format "
-            f"(residual {sig(certificate.residual)}, floor {sig(certificate.floor)}), and no nearby batch does."
-            if its == "They"
-            else f"It causes exactly the captured update, down to the noise floor of its number format "
-            f"(residual {sig(certificate.residual)}, floor {sig(certificate.floor)}), and no nearby one does.",
-            (
-                "No ground truth was needed: anyone with this update can obtain the same result and know that it is "
-                "right.",
-                "The proof is local: a second, entirely different batch with the same update is not excluded by it.",
-                "It holds for the model and the training procedure stated below; if the client trained otherwise, the "
-                "match would be a coincidence.",
-            ),
-        )
-    if match is None:
-        return Verdict(
-            "unmatched",
-            "Whether private data came back cannot be told.",
-            "The update of the reconstruction could not be computed, and no ground truth was given.",
-            (_LOOK,),
-        )
-    figures = f"residual {sig(match.residual)}, noise floor {sig(match.floor)}"
+        return _proved(subject, nouns, certificate)
+    # The attack's own measurement of what the client's rounding adds up to, where there is one.
+    known = certificate is not None and math.isfinite(certificate.residual) and certificate.floor > 0
+    floor = certificate.floor if certificate is not None and known else None if match is None else match.floor
+    residual = match.residual if match is not None else certificate.residual if certificate and known else None
+    figures = "" if residual is None or floor is None else f"residual {sig(residual)}, noise floor {sig(floor)}"
     matched = certificate is not None and certificate.verdict == "matched"
-    if matched or (certificate is None and _is_matched(match)):
+    if matched or (certificate is None and match is not None and _is_matched(match)):
+        factor = 1.0 if certificate is None else certificate.factor
         return Verdict(
             "matched",
-            f"The update is fully explained by the reconstructed {noun}{'s' if subject.batch_size > 1 else ''}.",
-            f"Training on the reconstruction causes the captured update, down to the noise of its number format "
-            f"({figures}).",
+            f"The update is fully explained by the reconstructed {nouns}.",
+            f"Training on the reconstruction causes the captured update{_times(factor)}, down to the noise of its "
+            f"number format ({_figures(certificate) if certificate is not None and factor != 1 else figures}).",
             (
                 "This proves that the attacker found data which explain everything the client shared. It does not "
                 "prove that they are the only such data: uniqueness was "
                 + ("not established." if matched else "not checked."),
+                *((certificate.reason,) if certificate is not None and certificate.reason else ()),
                 _LOOK,
             ),
         )
-    if match.residual <= _CLOSE:
+    if outcome.status == "exact":
+        return Verdict(
+            "solved",
+            f"The private {nouns} {'were' if plural else 'was'} read off the update, which does not fit the rest of "
+            "what was stated.",
+            f"The gradients determine the {nouns} by linear algebra, and fit down to rounding, whatever loss, label, "
+            "sign or step size the client had. Simulated with the stated training, the reconstruction causes another "
+            f"update{f' ({figures})' if figures else ''}.",
+            (
+                "Look at it: what is shown is what the client trained on, up to the range and normalization stated.",
+                "Check what was stated: normalization, loss and label smoothing, labels, gradient or weight delta, "
+                "learning rate, dropout and mode.",
+                _LOOK,
+            ),
+        )
+    if residual is None:
+        return Verdict(
+            "unmatched",
+            "Whether private data came back cannot be told.",
+            "The update of the reconstruction could not be computed, and no ground truth was given."
+            + (f" {certificate.reason}" if certificate is not None and certificate.reason else ""),
+            (_LOOK,),
+        )
+    below = floor is not None and residual <= floor
+    more = f" {certificate.reason}" if certificate is not None and certificate.reason and below else ""
+    if residual <= _CLOSE:
         return Verdict(
             "close",
             "The update is explained closely, but not completely.",
-            f"Training on the reconstruction causes the captured update up to {match.residual:.1%} of its length "
-            f"({figures})."
-            if match.residual >= 5e-4
-            else f"Training on the reconstruction causes nearly the captured update ({figures}).",
+            (
+                f"Training on the reconstruction causes the captured update up to {residual:.1%} of its length "
+                f"({figures})."
+                if residual >= 5e-4
+                else f"Training on the reconstruction causes nearly the captured update ({figures})."
+            )
+            + more,
             (
                 "A close match usually shows a recognizable picture, yet nothing is proved: different data may cause "
                 "nearly the same update.",
@@ -189,15 +207,64 @@ def _from_update(subject: Subject, match: Match | None, certificate: Certificate
         )
     return Verdict(
         "unmatched",
-        "The update is not explained: this attack found no private data.",
+        "The update is not explained: this attack found no data that cause it.",
         f"Training on the reconstruction causes another update than the captured one ({figures}).",
         (
             "That is no evidence of protection: a stronger attack, more time, another seed or the right training "
             "procedure may succeed.",
-            "Check first that model, weights, loss and number of examples are those of the client.",
+            "Check first that model, weights, loss, normalization and number of examples are those of the client.",
             _LOOK,
         ),
     )
+
+
+def _proved(subject: Subject, nouns: str, certificate: CertificateRecord) -> Verdict:
+    plural = subject.batch_size > 1
+    it, causes = (f"these {subject.batch_size} {nouns}", "They cause") if plural else (f"this {nouns}", "It causes")
+    scaled = _times(certificate.factor)
+    return Verdict(
+        "proved",
+        f"The update proves that the client trained on {it}.",
+        f"{causes} exactly the captured update{scaled}, down to the noise floor of its number format "
+        f"({_figures(certificate)}), and no nearby {'batch' if plural else 'one'} does.",
+        (
+            "No ground truth was needed: anyone with this update can obtain the same result and know that it is right.",
+            "The proof is local: a second, entirely different batch with the same update is not excluded by it.",
+            "It holds for the model and the training procedure stated below; if the client trained otherwise, the "
+            "match would be a coincidence."
+            if not scaled
+            else "The scale is not that of the stated training, so check loss reduction, batch size, learning rate and "
+            "clipping; the proof does not depend on it.",
+        ),
+    )
+
+
+def _times(factor: float) -> str:
+    """Return how the captured update differs in scale from what the stated training gives."""
+    return "" if abs(factor - 1) <= 1e-3 else f", once that is multiplied by {sig(factor, 3)}"
+
+
+def _figures(certificate: CertificateRecord) -> str:
+    return f"residual {sig(certificate.residual)}, floor {sig(certificate.floor)}"
+
+
+def _of_features(subject: Subject, certificate: CertificateRecord | None) -> Verdict:
+    count = subject.batch_size
+    whose = f"all {count} examples" if count > 1 else "the example"
+    sure = () if certificate is None else [e for e in certificate.examples if e in ("proved", "exact")]
+    next_ = (
+        "Features are no pictures, but they name the classes and serve every further attack: auto and feature_matching "
+        "go on from them to the inputs.",
+        "Labels and number of examples follow from them.",
+    )
+    reason = "" if certificate is None else certificate.reason
+    if certificate is not None and certificate.verdict == "proved":
+        return Verdict("proved", f"The update proves what the last layer saw of {whose}.", reason, next_)
+    if sure:
+        headline = f"The update shows what the last layer saw of {len(sure)} of {count} examples."
+        return Verdict("matched", headline, reason, next_)
+    headline = "What the last layer saw of the examples could not be told apart."
+    return Verdict("unmatched", headline, reason or "The head's gradient is not explained.", (_LOOK,))
 
 
 _LOOK = (

@@ -107,7 +107,10 @@ def _figures(record: Record) -> list[tuple[str, str]]:
         figures.append(("Class recovered", f"{sum(e.label == e.recovered for e in known)} of {len(known)}"))
     if record.examples is None and record.match is not None:
         figures.append(("Residual of the update", sig(record.match.residual)))
-        figures.append(("Noise floor of its format", sig(record.match.floor)))
+        certificate = record.certificate
+        measured = certificate is not None and certificate.floor > 0
+        floor = certificate.floor if certificate is not None and measured else record.match.floor
+        figures.append(("Noise floor of its format", sig(floor)))
     figures.append(("Time", duration(record.outcome.seconds)))
     return figures
 
