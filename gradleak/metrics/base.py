@@ -24,8 +24,8 @@ class Metric:
         unit: "dB", "" for pure numbers.
         higher_is_better: the direction.
         fn: (guess, truth), both (N, *shape) in float64 (labels, tokens: integers) → (N,) in float64.
-        reads: "inputs" (any shape), "images" ((N, C, H, W) in [0, 1]), "tokens" ((N, T) ids) or "labels" ((N,) class
-            indices).
+        reads: "inputs" (any shape), "images" ((N, C, H, W) in [0, 1]), "values" (any shape and units, no images),
+            "tokens" ((N, T) ids) or "labels" ((N,) class indices).
 
     """
 
@@ -33,7 +33,7 @@ class Metric:
     unit: str
     higher_is_better: bool
     fn: Callable[[Tensor, Tensor], Tensor]
-    reads: Literal["inputs", "images", "tokens", "labels"] = "inputs"
+    reads: Literal["inputs", "images", "values", "tokens", "labels"] = "inputs"
 
     def __call__(self, guess: Tensor, truth: Tensor) -> Tensor:
         """Return one value per example, (N,) in float64 on the CPU; NaN where an example of ``guess`` is not finite.
