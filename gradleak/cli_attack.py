@@ -228,7 +228,8 @@ def _run(job: _Job) -> None:
     reconstruction = _attack_with_progress(job)
     if reconstruction.trace is None:
         reconstruction = replace(reconstruction, trace=job.trace)
-    scores = None if job.truth is None else score(reconstruction, job.truth, public=job.public)
+    images = isinstance(job.observation.space, ImageSpace)
+    scores = None if job.truth is None else score(reconstruction, job.truth, public=job.public, images=images)
     folder = build_record(
         job.observation,
         reconstruction,

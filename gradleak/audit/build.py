@@ -175,7 +175,12 @@ def _curves(
             snapshots = torch.cat([snapshots, reconstruction.inputs.detach().cpu().to(snapshots.dtype)[None]])
     errors: tuple[float, ...] = ()
     if truth is not None and snapshots is not None and whole:
-        curve = error_curve(Trace(iterations, objectives, layers, snapshots), truth, final=reconstruction.inputs)
+        curve = error_curve(
+            Trace(iterations, objectives, layers, snapshots),
+            truth,
+            final=reconstruction.inputs,
+            images=isinstance(observation.space, ImageSpace),
+        )
         errors = () if curve is None else tuple(math.nan if v is None else v for v in curve.means)
     return Curves(iterations, objectives, layers, errors), None if snapshots is None else _array(snapshots)
 

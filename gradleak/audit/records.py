@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from gradleak.errors import InvalidFile
 
 __all__ = [
+    "BETTER",
     "SCHEMA",
     "Aggregate",
     "AttackRun",
@@ -41,6 +42,9 @@ __all__ = [
 
 SCHEMA = 1
 """Version of the record schema."""
+
+BETTER = 0.5
+"""Largest null guess ratio of an example that counts as back: every other guess beats another one by a little."""
 
 Option = bool | int | float | str | None
 
@@ -171,8 +175,23 @@ class Example:
 
     @property
     def mse(self) -> float | None:
-        """Mean squared error of values in [0, 1]."""
+        """Mean squared error, in squared units of the input (images: [0, 1])."""
         return self.values.get("mse")
+
+    @property
+    def relative_error(self) -> float | None:
+        """Error in units of what each position usually holds; of inputs that are no images."""
+        return self.values.get("relative_error")
+
+    @property
+    def null_guess_ratio(self) -> float | None:
+        """Relative error over that of the best guess without the update; from 1 on nothing was learned."""
+        return self.values.get("null_guess_ratio")
+
+    @property
+    def better(self) -> bool:
+        """Whether it is clearly better than every null guess, where that was measured."""
+        return self.null_guess_ratio is None or self.null_guess_ratio <= BETTER
 
     @property
     def psnr(self) -> float | None:
@@ -216,7 +235,7 @@ class Success:
     """How many examples came back, by a threshold on their error.
 
     Attributes:
-        threshold: largest MSE that counts as success.
+        threshold: largest MSE that counts as success; of inputs that are no images, largest squared relative error.
         successes: number of successful examples.
         n: number of examples.
         low: lower end of the Wilson 95 % interval of the rate.

@@ -12,8 +12,9 @@ from scipy.special import ndtri
 from torch import Tensor
 
 import gradleak.metrics
+from gradleak.audit.records import BETTER
 from gradleak.errors import InvalidInput
-from gradleak.metrics import Metric, assign, mse, psnr
+from gradleak.metrics import Metric, assign, mse, psnr, scales
 from gradleak.types import Batch, Reconstruction, Trace
 
 __all__ = ["Baseline", "ErrorCurve", "ExampleScore", "Scores", "error_curve", "score", "wilson"]
@@ -30,7 +31,8 @@ class ExampleScore:
         index: its position in the private batch.
         reconstruction: position of the reconstruction assigned to it, None where there were too few.
         values: metric name → value; None where it cannot be computed (nothing assigned, not finite, no labels).
-        success: whether its MSE, or share of wrong tokens, is at most the threshold.
+        success: whether its MSE, squared relative error (values) or share of wrong tokens is at most the threshold;
+            values must be clearly better than every null guess besides.
         label: its class index.
         guessed_label: the reconstruction's, None where the attack says nothing about labels.
 
@@ -92,7 +94,7 @@ class Scores:
     Attributes:
         examples: one record per private example, the worst first.
         units: metric name → unit.
-        threshold: largest MSE, or share of wrong tokens, that counts as success.
+        threshold: largest MSE, squared relative error (values) or share of wrong tokens that counts as success.
         successes: number of successful examples.
         interval: Wilson 95 % interval of the success rate.
         means: metric name → mean over examples, None where an example has no value.
@@ -120,7 +122,7 @@ class Scores:
 
     @property
     def success_rate(self) -> float:
-        """Share of examples whose MSE is at most the threshold."""
+        """Share of successful examples."""
         return self.successes / len(self.examples)
 
     @property
@@ -185,18 +187,21 @@ def score(
     public: Tensor | None = None,
     threshold: float = 1e-3,
     seed: int = 0,
+    images: bool | None = None,
 ) -> Scores:
     """Compare a reconstruction with the private batch, example by example.
 
     Examples are assigned one to one once (by MSE); every metric of ``gradleak.metrics`` that fits the inputs follows.
-    Integer inputs are token ids: the share of wrong tokens takes the place of the MSE.
+    Inputs that are no images have units of their own: the squared relative error takes the place of the MSE. Integer
+    inputs are token ids: there it is the share of wrong tokens.
 
     Args:
         reconstruction: what the attack returned.
         truth: the private batch, decoded (images in [0, 1]), with class indices or probabilities.
         public: decoded public examples (M, *shape) for the guesses to compare with; without them a flat gray 0.5.
-        threshold: largest MSE of a successful example; the default is PSNR ≥ 30 dB.
+        threshold: largest MSE of a successful example; the default is PSNR ≥ 30 dB, or a relative error of 3 %.
         seed: of the draws of public images.
+        images: whether the inputs are images in [0, 1]; if None, all of shape (N, C, H, W) are.
 
     Raises:
         InvalidInput: shapes do not fit, or the truth is not finite.
@@ -208,7 +213,9 @@ def score(
     )
     if not bool(torch.isfinite(inputs).all()):
         raise InvalidInput("The truth has NaN or infinite values; score against the batch that was attacked.")
-    assignment = assign(guesses, inputs)
+    images = not tokens and (inputs.ndim == 4 if images is None else images)
+    values = not tokens and not images
+    assignment = _assign(guesses, inputs, values)
     # An example without a reconstruction is compared with NaN, which every metric answers with NaN, or with no token.
     padded = torch.cat([guesses, torch.full_like(inputs[:1], -1 if tokens else torch.nan)])
     assigned = padded[assignment]
@@ -219,7 +226,7 @@ def score(
         found = None  # regression targets and token sequences are no classes
 
     columns: dict[str, list[float | None]] = {}
-    fitting = {"tokens"} if tokens else {"inputs", "images"} if inputs.ndim == 4 else {"inputs"}
+    fitting = {"tokens"} if tokens else {"inputs", "images"} if images else {"inputs", "values"}
     metrics = [m for m in _metrics() if m.reads in fitting]
     for metric in metrics:
         columns[metric.name] = [v if math.isfinite(v) else None for v in metric(assigned, inputs).tolist()]
@@ -232,13 +239,19 @@ def score(
             if metric.reads == "labels":
                 columns[metric.name] = list(metric(numbers, labels).tolist())
                 metrics.append(metric)
-    errors = [None if v is None else 1 - v for v in columns["token_accuracy"]] if tokens else columns["mse"]
+    if tokens:
+        errors = [None if v is None else 1 - v for v in columns["token_accuracy"]]
+    elif values:
+        errors = [None if v is None else v**2 for v in columns["relative_error"]]
+    else:
+        errors = columns["mse"]
+    better = [_error(v) <= BETTER for v in columns["null_guess_ratio"]] if values else [True] * len(truth)
     examples = [
         ExampleScore(
             index=i,
             reconstruction=a if a >= 0 else None,
-            values={name: values[i] for name, values in columns.items()},
-            success=_at_most(errors[i], threshold),
+            values={name: column[i] for name, column in columns.items()},
+            success=better[i] and _at_most(errors[i], threshold),
             label=int(labels[i]) if labels.ndim == 1 and not labels.is_floating_point() else None,
             guessed_label=guessed_labels[i],
         )
@@ -246,7 +259,7 @@ def score(
     ]
     examples.sort(key=lambda e: (-_error(errors[e.index]), e.index))
     successes = sum(e.success for e in examples)
-    baselines, notes = _baselines(inputs, columns.get("psnr"), public, seed) if inputs.ndim == 4 else ((), ())
+    baselines, notes = _baselines(inputs, columns.get("psnr"), public, seed) if images else ((), ())
     if any(error is None for error in errors):
         notes = (*notes, "Some examples have no usable reconstruction; they count as failures.")
     return Scores(
@@ -267,6 +280,14 @@ def score(
 
 def _metrics() -> list[Metric]:
     return [getattr(gradleak.metrics, name) for name in gradleak.metrics.__all__]
+
+
+def _assign(guess: Tensor, truth: Tensor, values: bool) -> Tensor:
+    """Return the assignment; of ``values`` in units of each position, so that no large column decides alone."""
+    if not values or guess.shape[1:] != truth.shape[1:]:  # assign refuses those that differ
+        return assign(guess, truth)
+    sizes = scales(truth)
+    return assign(guess.detach().to("cpu", torch.float64) / sizes, truth / sizes)
 
 
 def _error(value: float | None) -> float:
@@ -382,13 +403,16 @@ class ErrorCurve:
         }
 
 
-def error_curve(trace: Trace, truth: Batch, *, final: Tensor | None = None) -> ErrorCurve | None:
+def error_curve(
+    trace: Trace, truth: Batch, *, final: Tensor | None = None, images: bool | None = None
+) -> ErrorCurve | None:
     """Return the MSE of every recorded snapshot, each example following its final assignment.
 
     Args:
         trace: of a reconstruction; None is returned where it recorded no snapshots.
         truth: the private batch, decoded.
         final: the returned candidates, which decide the assignment; the last snapshot if None.
+        images: as in :func:`score`.
 
     Raises:
         InvalidInput: shapes do not fit.
@@ -397,7 +421,9 @@ def error_curve(trace: Trace, truth: Batch, *, final: Tensor | None = None) -> E
     if trace.snapshots is None or len(trace.snapshots) == 0:
         return None
     inputs = truth.inputs.detach().to("cpu", torch.float64)
-    assignment = assign(trace.snapshots[-1] if final is None else final, inputs)
+    images = inputs.ndim == 4 if images is None else images
+    values = truth.inputs.is_floating_point() and not images
+    assignment = _assign(trace.snapshots[-1] if final is None else final, inputs, values)
     columns = []
     for snapshot in trace.snapshots:
         padded = torch.cat([snapshot.detach().to("cpu", torch.float64), torch.full_like(inputs[:1], torch.nan)])

@@ -54,9 +54,11 @@ def judge(
 
 def _level(example: Example, is_image: bool) -> int:
     """Return 4 (identical on a screen), 3 (hard to tell apart), 2 (recognizable), 1 (coarse) or 0."""
+    if not is_image and example.relative_error is not None:
+        return sum(example.better and example.relative_error <= limit for limit in (1e-1, 1e-2, 1e-3))
     if example.mse is None:
         return 0
-    if example.psnr is None or not is_image:
+    if example.psnr is None or not is_image:  # scored without a relative error, as earlier versions did
         return 3 if example.mse <= 1e-6 else 2 if example.mse <= 1e-4 else 1 if example.mse <= 1e-2 else 0
     if example.psnr >= HALF_GRAY:
         return 4
@@ -73,11 +75,12 @@ _PHRASES = {
     0: "A person would not recognize it.",
 }
 _PHRASES_VALUES = {
-    3: "The values agree to about three decimal places.",
-    2: "The values agree to about two decimal places.",
+    3: "The values agree to about a thousandth of their size.",
+    2: "The values agree to about a hundredth of their size.",
     1: "The values agree only roughly.",
     0: "The values do not agree.",
 }
+_NO_BETTER = "That is not clearly better than a guess without the update: zeros, or a mean of the private values."
 
 
 def _against_truth(subject: Subject, outcome: Outcome, examples: Sequence[Example], lifts: Sequence[Lift]) -> Verdict:
@@ -105,9 +108,18 @@ def _against_truth(subject: Subject, outcome: Outcome, examples: Sequence[Exampl
 
 def _worst(examples: Sequence[Example], image: bool) -> str:
     """Return the figures of the worst example and what they mean to a person."""
-    worst = max(examples, key=lambda e: float("inf") if e.mse is None else e.mse)
+
+    def error(example: Example) -> float:
+        value = example.mse if image or example.relative_error is None else example.relative_error
+        return float("inf") if value is None else value
+
+    worst = max(examples, key=error)
     if worst.mse is None:
         return "The worst example has no usable reconstruction."
+    if not image and worst.relative_error is not None:
+        figures = f"Relative error {sig(worst.relative_error)}"
+        phrase = _PHRASES_VALUES[_level(worst, image)] if worst.better else _NO_BETTER
+        return f"{'Worst example: ' if len(examples) > 1 else ''}{figures}. {phrase}"
     figures = f"MSE {sig(worst.mse)}"
     figures += f", PSNR {sig(worst.psnr, 3)}\u202fdB" if worst.psnr is not None else ""
     figures += f", SSIM {sig(worst.ssim, 3)}" if worst.ssim is not None else ""

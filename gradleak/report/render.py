@@ -28,6 +28,7 @@ _TOLD = {
 _ACTS = {"MALICIOUS": "send a model of its own making"}
 
 _HEADLINE = ("mse", "psnr", "ssim")
+_HEADLINE_VALUES = ("relative_error",)
 
 _STATUS = {
     "converged": "ended because the update was matched",
@@ -61,6 +62,7 @@ def render(record: Record, pictures: Pictures) -> str:
         figures=_figures(record),
         noun=_noun(record),
         columns=_columns(record),
+        relative=_relative(record),
     )
 
 
@@ -84,6 +86,11 @@ def _noun(record: Record) -> str:
     return "image" if record.subject.input_kind == "image" else "example"
 
 
+def _relative(record: Record) -> bool:
+    """Return whether the examples are values of their own units; earlier versions scored those by their MSE as well."""
+    return record.subject.input_kind != "image" and any("relative_error" in e.values for e in record.examples or ())
+
+
 def _columns(record: Record) -> list[tuple[str, str]]:
     """Return the metrics of the table as (name, heading); labels have columns of their own."""
     units = {a.metric: a.unit for a in record.aggregates if a.metric != "label_accuracy"}
@@ -99,8 +106,9 @@ def _figures(record: Record) -> list[tuple[str, str]]:
     figures: list[tuple[str, str]] = []
     many = record.examples is not None and len(record.examples) > 1
     for aggregate in record.aggregates:
-        if aggregate.metric in _HEADLINE:
-            name = aggregate.metric.upper() + (", median" if many else "")
+        if aggregate.metric in (_HEADLINE_VALUES if _relative(record) else _HEADLINE):
+            name = _metric(aggregate.metric)
+            name = name[:1].upper() + name[1:] + (", median" if many else "")
             figures.append((name, _value(aggregate)))
     known = [e for e in record.examples or () if e.label is not None and e.recovered is not None]
     if known:
@@ -116,7 +124,7 @@ def _figures(record: Record) -> list[tuple[str, str]]:
 
 
 def _value(aggregate: Aggregate) -> str:
-    digits = 2 if aggregate.metric == "mse" else 3
+    digits = 2 if aggregate.metric in ("mse", "relative_error") else 3
     return sig(aggregate.median, digits) + (f"\u202f{aggregate.unit}" if aggregate.unit else "")
 
 

@@ -196,11 +196,62 @@ class TestLift:
 def test_other_inputs_than_images():
     truth = Batch(torch.randn(3, 7, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5, 1.5, 2.5]))
     scores = score(result(truth.inputs[[2, 1, 0]]), truth)
-    assert set(scores.means) == {"mse"}
+    assert set(scores.means) == {"mse", "null_guess_ratio", "relative_error"}
     assert scores.baselines == ()
     assert scores.assignment == (2, 1, 0)
     assert {e.label for e in scores.examples} == {None}
     json.dumps(scores.to_dict(), allow_nan=False)
+
+
+class TestValues:
+    def test_success_is_relative(self):
+        truth = torch.tensor([[39, 77516, 13, 2174, 0, 40]], dtype=torch.float64)
+        guess = torch.tensor([[39.04, 77551, 12.99, 2173.8, 0, 40.015]], dtype=torch.float64)
+        close = score(result(guess), Batch(truth, torch.tensor([0])))
+        assert close.means["mse"] > 100
+        assert close.successes == 1
+        for error, success in ((0.031, True), (0.032, False)):
+            full = Batch(truth[:, :4], torch.tensor([0]))
+            assert score(result(full.inputs * (1 + error)), full).success_rate == float(success)
+        assert score(result(full.inputs * 1.1), full, threshold=0.011).successes == 1
+
+    def test_small_values_are_not_recovered_by_being_small(self):
+        truth = Batch(0.005 * torch.randn(4, 9, generator=torch.Generator().manual_seed(0)), torch.zeros(4))
+        for guess in (torch.zeros(4, 9), truth.inputs * -100, truth.inputs.mean(0).expand(4, 9)):
+            assert score(result(guess), truth).successes == 0
+
+    def test_a_constant_is_no_success(self):
+        truth = Batch(100 + 0.01 * torch.randn(4, 9, generator=torch.Generator().manual_seed(0)), torch.zeros(4))
+        scores = score(result(torch.full((4, 9), 100.0)), truth)
+        assert scores.worst["relative_error"] < 1e-3
+        assert scores.successes == 0
+        assert score(result(truth.inputs + 1e-4), truth).successes == 4
+
+    def test_a_large_column_does_not_assign_alone(self):
+        truth = torch.tensor([[1e6, 1, 0], [1e6 + 10, 0, 1]], dtype=torch.float64)
+        guess = torch.tensor([[1e6 + 9, 1, 0], [1e6 + 1, 0, 1]], dtype=torch.float64)
+        batch = Batch(truth, torch.tensor([0, 1]))
+        assert score(result(guess), batch).assignment == (0, 1)
+        curve = error_curve(Trace((0,), (1.0,), snapshots=guess[None]), batch)
+        assert [e[0] for e in curve.examples] == pytest.approx([27, 27])
+
+    def test_the_worst_relative_error_comes_first(self):
+        truth = torch.tensor([[1e6, 1.0], [1e6, 2.0]], dtype=torch.float64)
+        guess = truth + torch.tensor([[0, 0.5], [1000, 0]], dtype=torch.float64)
+        scores = score(result(guess), Batch(truth, torch.tensor([0, 1])))
+        assert [e.index for e in scores.examples] == [0, 1]
+        assert scores.examples[0].values["mse"] < scores.examples[1].values["mse"]
+
+    def test_of_the_shape_of_images(self, truth):
+        large = Batch(truth.inputs * 1000, truth.labels)
+        scores = score(result(large.inputs + 1), large, images=False)
+        assert set(scores.means) == {"mse", "null_guess_ratio", "relative_error"}
+        assert scores.baselines == ()
+        assert scores.successes == 4
+
+    def test_shapes_that_would_broadcast_are_refused(self):
+        with pytest.raises(InvalidInput, match="attacked"):
+            score(result(torch.ones(3, 1)), Batch(torch.ones(3, 7), torch.zeros(3)))
 
 
 def test_to_dict_is_json_safe(truth):

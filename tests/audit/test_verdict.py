@@ -102,6 +102,45 @@ def test_interruption_is_said_first() -> None:
     assert "interrupted" in verdict.meaning[0]
 
 
+VALUES = replace(SUBJECT, input_kind="tensor", input_shape=(7,))
+
+
+def row(error: float, ratio: float = 1e-3, mse: float = 62.0) -> Example:
+    return Example(0, 0, None, None, {"mse": mse, "relative_error": error, "null_guess_ratio": ratio})
+
+
+@pytest.mark.parametrize(
+    ("error", "grade", "phrase"),
+    [
+        (6e-4, "leaked", "a thousandth"),
+        (6e-3, "leaked", "a hundredth"),
+        (6e-2, "partly", "only roughly"),
+        (0.6, "not_recovered", "do not agree"),
+    ],
+)
+def test_values_count_by_their_relative_error(error: float, grade: str, phrase: str) -> None:
+    for mse in (62.0, 1e-12):
+        verdict = judge(VALUES, OUTCOME, [row(error, mse=mse)])
+        assert verdict.grade == grade
+        assert phrase in verdict.reason
+        assert "Relative error" in verdict.reason
+        assert "MSE" not in verdict.reason
+
+
+@pytest.mark.parametrize("error", [1e-5, 5e-3, 5e-2, 100.0])
+@pytest.mark.parametrize("ratio", [0.9, 1.0, 100.0])
+def test_what_a_null_guess_reaches_never_came_back(error: float, ratio: float) -> None:
+    verdict = judge(VALUES, OUTCOME, [row(error, ratio)])
+    assert verdict.grade == "not_recovered"
+    assert "not clearly better than a guess" in verdict.reason
+
+
+def test_the_worst_values_are_worst_by_their_relative_error() -> None:
+    verdict = judge(replace(VALUES, batch_size=2), OUTCOME, [row(0.5, mse=1e-6), row(1e-4, mse=62.0)])
+    assert "Worst example: Relative error 0.50" in verdict.reason
+    assert verdict.headline == "1 of 2 private examples came back."
+
+
 def test_values_that_are_no_images_are_not_called_images() -> None:
     subject = replace(SUBJECT, input_kind="tensor", input_shape=(7,))
     verdict = judge(subject, OUTCOME, [Example(0, 0, None, None, {"mse": 1e-9})])

@@ -145,6 +145,8 @@ def test_inputs_that_are_no_images(case) -> None:
     )  # fmt: skip
     assert done.code == 0, done.err
     assert record(case).subject.input_kind == "tensor"
+    assert "Relative error" in record(case).verdict.reason
+    assert {"relative_error", "null_guess_ratio"} <= set(record(case).examples[0].values)
     html = (case.folder / "out" / "report.html").read_text(encoding="utf-8")
     assert "<img" not in html
     assert "Reconstructed" in html

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from gradleak.audit.numbers import duration, power, sig
-from gradleak.audit.records import Pictures, from_json, to_json
+from gradleak.audit.records import Aggregate, Example, Pictures, from_json, to_json
 from gradleak.report import picture, render
 from gradleak.report.charts import Series, log_chart
 from gradleak.report.pictures import encode_png
@@ -165,6 +165,41 @@ def test_values_that_are_no_images_become_a_table(case) -> None:
     assert "<img" not in html
     assert "first 24 of 30 values" in Page(html).words
     Page(render(replace(record, examples=None), picture(replace(record, examples=None), inputs)))
+
+
+def test_values_are_headed_by_their_relative_error(case) -> None:
+    good = case(2)
+    subject = replace(good.record.subject, input_kind="tensor", input_shape=(4,))
+    values = {"mse": 62.0, "null_guess_ratio": 7e-4, "relative_error": 6e-4}
+    record = replace(
+        good.record,
+        subject=subject,
+        examples=tuple(Example(i, i, None, None, values) for i in range(2)),
+        aggregates=tuple(Aggregate(k, "", 2, v, 0.0, v, v, v) for k, v in values.items()),
+        lifts=(),
+        curves=None,
+    )
+    inputs = np.ones((2, 4))
+    html = render(record, picture(record, inputs, inputs))
+    words = Page(html).words
+    figures = re.search(r'<dl class="figures">(.*?)</dl>', html, re.S)[1]
+    assert "Relative error, median" in figures
+    assert "MSE" not in figures
+    assert "squared relative error ≤ 0.0010" in words
+    assert "each divided by the size" in words
+    assert "pixel" not in words
+
+    old = replace(
+        record,
+        examples=tuple(Example(i, i, None, None, {"mse": 62.0}) for i in range(2)),
+        aggregates=record.aggregates[:1],
+    )
+    old = from_json(to_json(old))
+    words = Page(render(old, picture(old, inputs, inputs))).words
+    assert "MSE, median" in words
+    assert "have MSE ≤" in words
+    assert "elative error" not in words
+    assert "pixel" not in words
 
 
 def test_rendering_survives_the_round_trip_through_json(case) -> None:
