@@ -66,7 +66,8 @@ def _solved(observation: Observation, inputs: Tensor) -> Tensor | None:
         features, logits = features_and_logits(observation.model, observation.params, inputs.to(like), head)
     gb = None if head.bias_name is None else seen[head.bias_name]
     labels, misfit = solve_labels(features, logits, seen[head.weight_name].flatten(1), gb, training.loss)
-    return labels if misfit <= _EXPLAINED else None
+    # Labels are no negative shares; an update of the opposite sign would take some.
+    return labels if misfit <= _EXPLAINED and float(labels.min()) >= -_HARD else None
 
 
 def _best(observation: Observation, inputs: Tensor) -> Tensor | None:

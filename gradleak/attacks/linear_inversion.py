@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from gradleak.analytic.certify import storage_deviation
+from gradleak.analytic.certify import number_format, storage_deviation
 from gradleak.analytic.head import find_head
 from gradleak.analytic.linear import (
     InputLayer,
@@ -67,8 +67,9 @@ def _invert(observation: Observation) -> Reconstruction:
     explained = db.double()[:, None] * x
     misfit = float((explained - dw.double()).norm() / dw.double().norm().clamp_min(1e-300))
     size, count = observation.batch_size, live_rows(observation, layer, dw)
+    close = agreement(number_format(observation.update.tensors))  # What was rounded may be stored in a wider format.
     notes: list[str] = []
-    if misfit <= max(agreement(dw.dtype), _subtraction(observation, layer.weight_name)):
+    if misfit <= max(close, _subtraction(observation, layer.weight_name)):
         if size is not None and size > 1:
             notes.append(f"All {size} examples show the same input, or only one of them reaches the loss.")
             inputs, status = x.expand(size, -1), "converged"
@@ -88,11 +89,11 @@ def _invert(observation: Observation) -> Reconstruction:
             "not of one example; the input is a least-squares estimate."
         )
     else:
-        inputs, status = _batch(dw, db, size, misfit, notes)
+        inputs, status = _batch(dw, db, size, misfit, close, notes)
     inputs = inputs.reshape(-1, *shape)
     labels, soft = _labels(observation, inputs)
     if status == "exact" and len(inputs) > 1:
-        inputs, labels, status = _verified(observation, inputs, labels, soft, notes)
+        inputs, labels, status = _verified(observation, inputs, labels, soft, close, notes)
     wide = inputs.to(torch.promote_types(dw.dtype, torch.float32))
     decoded, why = observation.space.show(wide) if status == "exact" else (observation.space.decode(wide), None)
     return Reconstruction(
@@ -142,9 +143,11 @@ def _subtraction(observation: Observation, name: str) -> float:
     return min(4 * rounding / max(float(delta.norm()), 1e-300), 1e-2)
 
 
-def _batch(dw: Tensor, db: Tensor, size: int | None, misfit: float, notes: list[str]) -> tuple[Tensor, str]:
+def _batch(
+    dw: Tensor, db: Tensor, size: int | None, misfit: float, close: float, notes: list[str]
+) -> tuple[Tensor, str]:
     """Return the inputs that several rows of the layer agree on, padded with the batch's mean mixture."""
-    found, rows = single_example_inputs(dw, db)
+    found, rows = single_example_inputs(dw, db, tolerance=close)
     if len(found) == 0:
         raise NotApplicable(
             "The update mixes several examples in every row of the first layer (its gradient deviates from an outer "
@@ -179,7 +182,12 @@ def _labels(observation: Observation, inputs: Tensor) -> tuple[Tensor | None, Te
 
 
 def _verified(
-    observation: Observation, inputs: Tensor, labels: Tensor | None, soft: Tensor | None, notes: list[str]
+    observation: Observation,
+    inputs: Tensor,
+    labels: Tensor | None,
+    soft: Tensor | None,
+    close: float,
+    notes: list[str],
 ) -> tuple[Tensor, Tensor | None, str]:
     """Re-simulate a batch that rows agree on: mixtures agree as well where examples activate the same units.
 
@@ -190,13 +198,12 @@ def _verified(
         notes.append("Their labels are not known, so they cannot be verified by simulating the client.")
         return inputs, labels, "converged"
     residual = distance(observation, inputs, labels if soft is None else soft)
-    first = next(iter(observation.update.tensors.values()))
     granted = observation.labels
     if granted is not None and not granted.is_floating_point() and torch.equal(granted.sort().values, labels.sort()[0]):
         order = labels.argsort(stable=True)[granted.argsort(stable=True).argsort()]
         inputs, labels = inputs[order], labels[order]
     notes.append(f"The re-simulated update agrees to {residual:.1e}.")
-    return inputs, labels, "exact" if residual <= agreement(first.dtype) else "stalled"
+    return inputs, labels, "exact" if residual <= close else "stalled"
 
 
 def linear_inversion() -> LinearInversion:

@@ -174,13 +174,14 @@ def _from_update(
             ),
         )
     if outcome.status == "exact":
+        near = residual is not None and residual <= _CLOSE
         return Verdict(
             "solved",
-            f"The private {nouns} {'were' if plural else 'was'} read off the update, which does not fit the rest of "
-            "what was stated.",
+            f"The private {nouns} {'were' if plural else 'was'} read off the update"
+            + ("." if near else ", which does not fit the rest of what was stated."),
             f"The gradients determine the {nouns} by linear algebra, and fit down to rounding, whatever loss, label, "
-            "sign or step size the client had. Simulated with the stated training, the reconstruction causes another "
-            f"update{f' ({figures})' if figures else ''}.",
+            "sign or step size the client had. Simulated with the stated training, the reconstruction causes "
+            f"{'nearly the captured' if near else 'another'} update{f' ({figures})' if figures else ''}.",
             (
                 "Look at it: what is shown is what the client trained on, up to the range and normalization stated.",
                 "Check what was stated: normalization, loss and label smoothing, labels, gradient or weight delta, "
@@ -253,7 +254,7 @@ def _proved(subject: Subject, nouns: str, certificate: CertificateRecord) -> Ver
 
 def _times(factor: float) -> str:
     """Return how the captured update differs in scale from what the stated training gives."""
-    return "" if abs(factor - 1) <= 1e-3 else f", once that is multiplied by {sig(factor, 3)}"
+    return "" if abs(factor - 1) <= 1e-3 else f" up to a common factor of {sig(factor, 3)}"
 
 
 def _figures(certificate: CertificateRecord) -> str:

@@ -93,6 +93,47 @@ def test_an_unproved_certificate_is_never_called_matched() -> None:
     assert judge(SUBJECT, OUTCOME, None, (), Match(1e-8, 1e-7), certificate).grade == "close"
 
 
+def test_a_scaled_update_is_proved_up_to_its_factor() -> None:
+    certificate = CertificateRecord("proved", 1e-8, 1e-7, 100, 100, factor=7.0)
+    verdict = judge(SUBJECT, OUTCOME, None, (), Match(0.86, 1e-7), certificate)
+    assert verdict.grade == "proved"
+    assert "up to a common factor of 7.00" in verdict.reason
+    assert any("clipping" in s for s in verdict.meaning)
+    assert "factor" not in judge(SUBJECT, OUTCOME, None, (), None, replace(certificate, factor=1.0)).reason
+
+
+def test_an_input_that_was_solved_is_a_leak_whatever_was_stated() -> None:
+    certificate = CertificateRecord("unproved", 0.9, 1e-7)
+    solved = replace(OUTCOME, status="exact")
+    verdict = judge(SUBJECT, solved, None, (), Match(0.9, 1e-7), certificate)
+    assert verdict.grade == "solved"
+    assert "does not fit the rest" in verdict.headline
+    assert judge(SUBJECT, OUTCOME, None, (), Match(0.9, 1e-7), certificate).grade == "unmatched"
+    assert judge(SUBJECT, solved, None, (), None, None).grade == "solved"
+
+
+def test_features_are_not_called_images() -> None:
+    shown = replace(OUTCOME, status="exact", shows="features")
+    several = replace(SUBJECT, batch_size=4)
+    proved = CertificateRecord("proved", 1e-8, 1e-7, None, 16, ("exact",) * 4, "Of the features.")
+    verdict = judge(several, shown, None, (), None, proved)
+    assert (verdict.grade, "last layer" in verdict.headline) == ("proved", True)
+    assert "image" not in verdict.headline
+    some = replace(proved, verdict="matched", examples=("exact", "exact", "not identifiable", "not identifiable"))
+    assert "2 of 4" in judge(several, shown, None, (), None, some).headline
+    none = replace(proved, verdict="unproved", examples=("not identifiable",) * 4)
+    assert judge(several, shown, None, (), None, none).grade == "unmatched"
+
+
+def test_one_floor_is_stated() -> None:
+    certificate = CertificateRecord("unproved", 1.6e-3, 6.5e-3, reason="Most differs 'head'.")
+    verdict = judge(SUBJECT, OUTCOME, None, (), Match(1.6e-3, 7.8e-3), certificate)
+    assert verdict.grade == "close"
+    assert "0.0065" in verdict.reason
+    assert "0.0078" not in verdict.reason
+    assert "Most differs" in verdict.reason  # Below the floor on the whole, so what differs must be said.
+
+
 def test_no_match_at_all() -> None:
     assert judge(SUBJECT, OUTCOME, None).grade == "unmatched"
 
