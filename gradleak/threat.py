@@ -126,7 +126,8 @@ class ThreatModel:
             if flag in self.knows and value is None:
                 raise InvalidInput(
                     f"The threat model grants {flag.name}, but observe() was not given it; "
-                    f"pass {(flag.name or '').lower()}= or remove it from knows."
+                    f"pass {'public' if flag is Knowledge.PUBLIC_DATA else (flag.name or '').lower()}= or remove it "
+                    "from knows."
                 )
         if training is not None:
             if Knowledge.DEFENSE not in self.knows:

@@ -203,7 +203,7 @@ def fit_layers(
         start: where the steps begin (*shape), model-input units.
         chain: the traced chain.
         seed: of the probe that estimates condition and error.
-        going: (relative residual, steps so far) → whether to go on; asked after what every factorization served.
+        going: (relative residual, steps so far) → whether to go on.
 
     Returns:
         The result; ``input`` is None and ``start`` the best point where the steps do not reach the update, or where the
@@ -222,7 +222,13 @@ def fit_layers(
     outer = _outer(chain, seen)
     check_together(chain)
     whole = WholeMap(chain, chain.steps, params, seen, outer)
-    value, steps, residual = start.detach().double().flatten(), 0, math.inf
+    value, steps, residual, stopped = start.detach().double().flatten(), 0, math.inf, False
+
+    def on(residual: float, more: int) -> bool:
+        nonlocal stopped
+        stopped = going is not None and not going(residual, steps + more)
+        return not stopped
+
     walk, factor = _around(chain, params, seen, outer, seed, value)
     probe = walk.probes(value.numel())
     for _ in range(_FACTORS):
@@ -236,10 +242,10 @@ def fit_layers(
             halvings=_HALVINGS,
             tolerance=_TIGHT,
             floor=_CLOSE * outer.noise,
+            going=on,
         )
         value, steps, residual = last.value, steps + last.steps, last.residual
-        stopped = going is not None and not going(residual, steps)
-        if last.done or stopped:
+        if last.done or stopped or not on(residual, 0):
             break
         _, factor = _around(chain, params, seen, outer, seed, value)
     product = whole.linearize(value).product

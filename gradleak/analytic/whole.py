@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import final
@@ -288,6 +288,7 @@ def newton_steps(
     halvings: int = 0,
     tolerance: float = 1e-2,
     floor: float = 0.0,
+    going: Callable[[float, int], bool] | None = None,
 ) -> Polished:
     """Take Gauss–Newton steps on the whole map until they are below the noise that the residual shows.
 
@@ -301,6 +302,7 @@ def newton_steps(
         halvings: how often a step that does not help is halved.
         tolerance: relative accuracy of a step, in energy.
         floor: relative residual below which a step that does not halve it is the last.
+        going: (relative residual, steps so far) → whether to go on.
 
     """
     response, n = float((probe * factor.solve(probe)).sum()) / probe.numel(), len(value)
@@ -328,6 +330,8 @@ def newton_steps(
             done = True
             break
         gained, norm, value, local, steps = norm - fallen, fallen, moved, there, steps + 1
+        if going is not None and not going(math.sqrt(norm) / float(whole.target.norm()), steps):
+            break
         low = norm <= (floor * float(whole.target.norm())) ** 2
         if gained < (3 if low else 1e-3) * norm:
             done = True
