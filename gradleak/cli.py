@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from gradleak.cli_reproduce import reproduce
 from gradleak.errors import GradleakError
@@ -143,12 +144,19 @@ def list_names(
     cli_attack.list_names(kind)
 
 
+class _Command(TyperCommand):
+    """A command whose help is plain text: typer escapes brackets where rich is installed, and nothing renders them."""
+
+    def get_help(self, ctx: Any) -> str:
+        return super().get_help(ctx).replace("\\[", "[")
+
+
 # Commands, in the order of `gradleak --help`.
-app.command()(demo)
-app.command()(attack)
-app.command()(report)
-app.command("list")(list_names)
-app.command()(reproduce)
+app.command(cls=_Command)(demo)
+app.command(cls=_Command)(attack)
+app.command(cls=_Command)(report)
+app.command("list", cls=_Command)(list_names)
+app.command(cls=_Command)(reproduce)
 
 
 @app.callback(invoke_without_command=True)

@@ -30,6 +30,14 @@ def test_help_needs_no_torch_and_answers_at_once() -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
+@pytest.mark.parametrize("command", ["demo", "attack", "report", "list", "reproduce"])
+def test_help_of_a_command_is_plain_text(run, command: str) -> None:
+    done = run(command, "--help")
+    assert done.code == 0
+    assert "\\" not in done.out
+    assert ("[required]" in done.out) == (command not in ("demo", "list"))
+
+
 def test_version(run) -> None:
     assert run("--version").out == f"gradleak {gradleak.__version__}\n"
 
