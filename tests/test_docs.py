@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import gradleak as gl
+from gradleak.errors import NotApplicable
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -91,6 +93,19 @@ def test_attack_tables_name_attacks(page: str, heading: str) -> None:
     names = names_in_table(ROOT / page, heading)
     assert len(names) >= 3
     assert set(names) <= set(gl.attacks.__all__)
+
+
+def test_the_table_of_needs_says_that_recursion_solves_batches_too() -> None:
+    text = (ROOT / "docs" / "threat-models.md").read_text(encoding="utf-8")
+    needs = next(row for row in text.splitlines() if row.startswith("| `recursion` |")).split("|")[2]
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = gl.models.perceptron(image_size=8, seed=0)
+    client = gl.Client(model, gl.Batch(images, torch.tensor([3, 14])))
+    found = gl.simulate(client, gl.attacks.recursion()).reconstruction
+    assert gl.metrics.mse(found.inputs, images).max() < 1e-8
+    with pytest.raises(NotApplicable, match="TRAINING"):
+        gl.simulate(client, gl.attacks.recursion(), threat=gl.ThreatModel(gl.Knowledge.BATCH_SIZE))
+    assert needs.strip() == "`BATCH_SIZE`; `TRAINING` for a batch"
 
 
 def test_flags_of_knowledge_are_explained() -> None:
