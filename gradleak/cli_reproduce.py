@@ -20,13 +20,25 @@ def reproduce(
     jobs: Annotated[int, typer.Option(min=1, help="Processes that measure side by side.")] = 1,
 ) -> None:
     """Run the experiments of a paper and set its numbers beside ours."""
+    from gradleak.audit.experiment import count_measured
+    from gradleak.audit.reproduce import default_out
     from gradleak.audit.reproduce import reproduce as run
     from gradleak.errors import InvalidInput
 
     if smoke and full:
         raise InvalidInput("--smoke and --full exclude each other; give one of them, or none for the default scale.")
     scale = "smoke" if smoke else "full" if full else "default"
-    done = run(paper, only=only, scale=scale, data=data, out=out, jobs=jobs, callback=lambda s: typer.echo(s, err=True))
+    out = default_out(paper) if out is None else out
+    try:
+        done = run(
+            paper, only=only, scale=scale, data=data, out=out, jobs=jobs, callback=lambda s: typer.echo(s, err=True)
+        )
+    except KeyboardInterrupt:
+        kept = count_measured(out)
+        cases = "1 measured case stays" if kept == 1 else f"{kept:,} measured cases stay"
+        said = f"{cases} in {str(out)!r}" if kept else "no case was measured yet"
+        typer.echo(f"Interrupted; {said}; run the same command again to go on.", err=True)
+        raise typer.Exit(130) from None
     for name, stored in done.results.items():
         for title, text in stored["texts"].items():
             typer.echo(f"\n{name}: {title}\n{text}")

@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -44,6 +45,7 @@ __all__ = [
     "Result",
     "Row",
     "bootstrap",
+    "count_measured",
     "hardware",
     "mean",
     "median",
@@ -357,9 +359,19 @@ class Lab:
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(self.jobs, mp_context=context) as pool:
             futures = {pool.submit(_work, where, worker, dict(case), path): case for path, case in waiting.items()}
-            for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
-                future.result()
-                self._say(f"{self.name}: {function.__name__} {done}/{len(waiting)} {_short(futures[future])}")
+            try:
+                for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+                    future.result()
+                    self._say(f"{self.name}: {function.__name__} {done}/{len(waiting)} {_short(futures[future])}")
+            except BaseException:
+                # Leaving the pool would otherwise wait until every case is measured.
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def count_measured(out: Path) -> int:
+    """Return how many measured cases are stored under ``out``."""
+    return sum(re.fullmatch("[0-9a-f]{24}", path.stem) is not None for path in out.glob("*/*.json"))
 
 
 def _work(where: tuple[str, str, str, str], lab: Lab, case: Mapping[str, Any], path: Path) -> None:

@@ -24,7 +24,7 @@ from gradleak.audit.experiment import Figure, Lab, Result, Row, hardware, write_
 from gradleak.data import public
 from gradleak.errors import GradleakError, InvalidFile, InvalidInput, UnknownName
 
-__all__ = ["Reproduction", "experiments", "papers", "reproduce"]
+__all__ = ["Reproduction", "default_out", "experiments", "papers", "reproduce"]
 
 _SCALES = ("smoke", "default", "full")
 _WRITTEN = (
@@ -77,6 +77,11 @@ def papers(root: Path | None = None) -> tuple[str, ...]:
     return tuple(sorted(p.name for p in base.iterdir() if (p / "expected.toml").is_file())) if base.is_dir() else ()
 
 
+def default_out(paper: str) -> Path:
+    """Return the folder for what is measured where no other is named."""
+    return Path("runs", paper)
+
+
 def experiments(paper: str, root: Path | None = None) -> tuple[str, ...]:
     """Return the names of the experiments of ``paper``.
 
@@ -126,7 +131,7 @@ def reproduce(
     for name in wanted:
         if name not in place.modules:
             raise UnknownName(f"experiment of {paper}", name, place.modules)
-    out = Path("runs", paper) if out is None else Path(out)
+    out = default_out(paper) if out is None else Path(out)
     folder = None if data is None else Path(data)
     if folder is not None and not folder.is_dir():
         raise InvalidInput(f"The data folder {folder} does not exist; pass --data DIR laid out as docs/data.md says.")

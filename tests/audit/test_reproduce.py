@@ -162,6 +162,17 @@ def test_side_by_side_equals_one_after_another(root: Path) -> None:
     assert sorted(calls(root.parent / "out2")) == ["0", "1", "2", "3"]
 
 
+@pytest.mark.slow
+def test_an_interruption_does_not_wait_for_what_was_to_be_measured_side_by_side(root: Path) -> None:
+    path = root / "1999_toy" / "toy.py"
+    path.write_text(TOY.replace("Config(4)", "Config(60)"))
+    out = root.parent / "out"
+    (out / "crash").touch()
+    with pytest.raises(KeyboardInterrupt):
+        reproduce("1999_toy", out=out, root=root, jobs=2)
+    assert len(calls(out)) < 60
+
+
 def test_missing_data_names_both_ways_before_any_work(root: Path) -> None:
     path = root / "1999_toy" / "toy.py"
     path.write_text(TOY.replace('NAME = "toy"', 'NAME = "toy"\nNEEDS = ("lfw.npz",)'))

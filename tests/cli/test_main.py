@@ -83,6 +83,41 @@ def test_list_everything_and_nothing(run) -> None:
     assert "did you mean 'attacks'" in done.err
 
 
+PAPER = '''"""A toy."""
+from gradleak.audit.experiment import Result, Row, median
+NAME, SMOKE, DEFAULT, FULL = "toy", 3, 3, 3
+
+def one(lab, *, number):
+    if number == 2 and not (lab.out / "go").exists():
+        raise KeyboardInterrupt
+    return {"square": number**2}
+
+def run(config, lab):
+    records = lab.measure(one, [{"number": i} for i in range(config)])
+    return Result([Row("median square", median([r["square"] for r in records]))])
+'''
+
+
+def test_an_interrupted_reproduction_says_what_stays_and_resumes(run, tmp_path, monkeypatch) -> None:
+    from gradleak.audit import reproduce
+
+    paper = tmp_path / "papers" / "1999_toy"
+    paper.mkdir(parents=True)
+    (paper / "toy.py").write_text(PAPER)
+    (paper / "expected.toml").write_text("")
+    monkeypatch.setattr(reproduce, "_base", lambda root: tmp_path / "papers")
+    done = run("reproduce", "1999_toy", "--smoke")
+    assert done.code == 130
+    assert done.err.splitlines()[-1] == (
+        "Interrupted; 2 measured cases stay in 'runs/1999_toy'; run the same command again to go on."
+    )
+    assert len(list((tmp_path / "runs" / "1999_toy" / "toy").glob("*.json"))) == 2
+    (tmp_path / "runs" / "1999_toy" / "go").touch()
+    done = run("reproduce", "1999_toy", "--smoke")
+    assert done.code == 0, done.err
+    assert "one, 1 of 3 cases to measure" in done.err
+
+
 def test_unexpected_system_errors_are_sentences(run, monkeypatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "/somewhere")
