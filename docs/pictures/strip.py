@@ -16,7 +16,7 @@ from gradleak.data import demo_image
 
 matplotlib.use("Agg")
 
-SHOWN = (30, 100, 300)
+SHOWN = (10, 30, 100)
 HERE = Path(__file__).resolve().parent
 
 
@@ -48,12 +48,15 @@ def draw(exchange: gl.Exchange, path: Path) -> None:
     assert trace.snapshots is not None
     numbers = sum(t.numel() for t in exchange.observation.update.tensors.values())
     nearest = [int(np.abs(np.array(trace.iterations) - wanted).argmin()) for wanted in SHOWN]
-    last = exchange.reconstruction.iterations
+    last = trace.iterations[-1]
     panels = [
         ("The photograph", "stays on the client", pixels(exchange.truth.inputs[0])),
         ("Its gradient", f"{numbers:,} numbers, shared", gradient_picture(exchange.observation.update)),
-        *(("The server guesses", f"iteration {trace.iterations[k]:,}", pixels(trace.snapshots[k, 0])) for k in nearest),
-        ("What came back", f"iteration {last:,}", pixels(exchange.reconstruction.inputs[0])),
+        *(
+            ("The server guesses", f"{trace.iterations[k]:,} evaluations", pixels(trace.snapshots[k, 0]))
+            for k in nearest
+        ),
+        ("What came back", f"{last:,} evaluations", pixels(exchange.reconstruction.inputs[0])),
     ]
     figure, axes = plt.subplots(1, len(panels), figsize=(1.62 * len(panels), 2.14), dpi=110, facecolor="white")
     for axis, (above, below, image) in zip(axes, panels, strict=True):

@@ -166,7 +166,8 @@ def _curves(
         snapshots is not None and whole and torch.equal(snapshots[-1], reconstruction.inputs.cpu().to(snapshots.dtype))
     )
     if simulated is not None and whole and not ended:
-        end = max(reconstruction.iterations, iterations[-1] + 1)
+        # What finished the search counted in other units, so the result stands one step behind it.
+        end = iterations[-1] + 1
         seen = observation.update.tensors
         last = {k: float((simulated[k] - seen[k].double()).square().sum()) for k in layers}
         iterations, objectives = (*iterations, end), (*objectives, reconstruction.objective)

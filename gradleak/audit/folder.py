@@ -40,7 +40,7 @@ class Folder:
         inputs: (N, *shape) reconstructed inputs, in the attack's order; images in [0, 1].
         labels: (N,) recovered classes, None where the attack says nothing.
         truth: (N, *shape) private inputs, None without ground truth.
-        snapshots: (K, N, *shape) decoded candidates at the iterations of ``record.curves``.
+        snapshots: (K, N, *shape) decoded candidates at the points of ``record.curves``.
 
     """
 

@@ -272,10 +272,10 @@ class Lift:
 
 @dataclass(frozen=True)
 class Curves:
-    """How an iterative attack went, at K recorded iterations.
+    """How an iterative attack went, at K recorded moments.
 
     Attributes:
-        iterations: K iteration numbers, ascending.
+        iterations: K numbers, ascending: evaluations of the objective's gradient so far, for the returned candidate.
         objectives: the attacker's objective at each.
         layers: parameter name → K squared gradient distances (Figure 5 of Zhu et al. 2019).
         mse: mean squared error to the private examples at each, empty without ground truth.

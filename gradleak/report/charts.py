@@ -29,8 +29,8 @@ class Series:
 def log_chart(label: str, x_label: str, xs: Sequence[float], series: Sequence[Series]) -> Markup | None:
     """Return an SVG of ``series`` over ``xs``, or None where nothing can be drawn.
 
-    The value axis is logarithmic; the iteration axis is log(1 + x), which shows iteration 0, beyond a hundred
-    iterations. Values that are zero, negative or not finite leave a gap. The marker line that follows the slider is
+    The value axis is logarithmic; the other one is log(1 + x), which shows 0, where it goes beyond a
+    hundred. Values that are zero, negative or not finite leave a gap. The marker line that follows the slider is
     moved by the page's script from the ``data-`` attributes.
     """
     positive = [v for s in series for v in s.values if math.isfinite(v) and v > 0]
@@ -49,8 +49,9 @@ def log_chart(label: str, x_label: str, xs: Sequence[float], series: Sequence[Se
     def py(y: float) -> float:
         return y0 + (math.log10(y) - low) / (high - low) * (y1 - y0)
 
+    summary = escape(_summary(label, x_label, xs, series))
     parts = [
-        f'<svg class="chart" viewBox="0 0 {_W} {_H}" role="img" aria-label="{escape(_summary(label, xs, series))}" '
+        f'<svg class="chart" viewBox="0 0 {_W} {_H}" role="img" aria-label="{summary}" '
         f'data-min="{xs[0]}" data-max="{xs[-1]}" data-left="{x0}" data-right="{x1}" data-log="{int(logarithmic)}">'
     ]
     for value, text in ticks:
@@ -73,11 +74,11 @@ def log_chart(label: str, x_label: str, xs: Sequence[float], series: Sequence[Se
     return Markup("".join(parts) + "</svg>")
 
 
-def _summary(label: str, xs: Sequence[float], series: Sequence[Series]) -> str:
+def _summary(label: str, x_label: str, xs: Sequence[float], series: Sequence[Series]) -> str:
     if len(series) != 1:
-        return f"{label}: {len(series)} curves from iteration {xs[0]:,.0f} to {xs[-1]:,.0f}"
+        return f"{label}: {len(series)} curves from {xs[0]:,.0f} to {xs[-1]:,.0f} {x_label}"
     first, last = series[0].values[0], series[0].values[-1]
-    return f"{label}: from {sig(first)} at iteration {xs[0]:,.0f} to {sig(last)} at iteration {xs[-1]:,.0f}"
+    return f"{label}: from {sig(first)} at {xs[0]:,.0f} {x_label} to {sig(last)} at {xs[-1]:,.0f}"
 
 
 def _path(points: Sequence[tuple[float, float | None]]) -> str:

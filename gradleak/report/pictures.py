@@ -42,7 +42,7 @@ def picture(record: Record, inputs: Array, truth: Array | None = None, snapshots
         record: says which reconstruction belongs to which private example, and in which order they are shown.
         inputs: (N, *shape) reconstructed inputs, in the attack's order.
         truth: (N, *shape) private inputs.
-        snapshots: (K, N, *shape) decoded candidates at the iterations of ``record.curves``.
+        snapshots: (K, N, *shape) decoded candidates at the points of ``record.curves``.
 
     """
     if record.examples is not None and truth is not None:

@@ -136,7 +136,7 @@ def _charts(curves: Curves | None) -> list[_Chart]:
 
     def add(title: str, text: str, series: list[Series], legend: bool = False) -> None:
         if series and all(len(s.values) == len(xs) for s in series):
-            svg = log_chart(title, "iteration", xs, series)
+            svg = log_chart(title, "evaluations", xs, series)
             if svg is not None:
                 charts.append(_Chart(title, text, svg, tuple(series) if legend else ()))
 
@@ -192,7 +192,7 @@ def _stops(record: Record, pictures: Pictures) -> list[dict[str, Any]]:
         stops.append(
             {
                 "x": record.curves.iterations[frame],
-                "iteration": f"{record.curves.iterations[frame]:,}",
+                "evaluations": f"{record.curves.iterations[frame]:,}",
                 "objective": sig(record.curves.objectives[frame]),
                 "mse": sig(record.curves.mse[frame]) if record.curves.mse else "",
                 "images": list(images),
@@ -203,8 +203,8 @@ def _stops(record: Record, pictures: Pictures) -> list[dict[str, Any]]:
         mean = next((a.mean for a in record.aggregates if a.metric == "mse"), None)
         stops.append(
             {
-                "x": max(record.outcome.iterations, last["x"]),
-                "iteration": f"{max(record.outcome.iterations, last['x']):,} (result)",
+                "x": last["x"],
+                "evaluations": f"{last['x']:,} (result)",
                 "objective": sig(record.outcome.objective),
                 "mse": "" if mean is None else sig(mean),
                 "images": list(pictures.guess),

@@ -58,6 +58,7 @@ def test_with_ground_truth(case) -> None:
     assert "mse" in done.out
     assert "label_accuracy" in done.out
     assert len(found.curves.mse) == len(found.curves.iterations)
+    assert found.curves.iterations[-1] == found.outcome.evaluations > found.outcome.iterations
     assert found.curves.mse[-1] == pytest.approx(found.examples[0].mse, rel=1e-3)
 
 

@@ -98,7 +98,7 @@ def test_the_slider_changes_picture_figures_and_marker(show, case) -> None:
         return (
             page.locator("img[data-guess='0']").get_attribute("src"),
             page.locator("img[data-guess='1']").get_attribute("src"),
-            page.locator("#at-iteration").inner_text(),
+            page.locator("#at-evaluations").inner_text(),
             page.locator("#at-objective").inner_text(),
             page.locator("#at-mse").inner_text(),
             page.locator(".marker").first.get_attribute("x1"),

@@ -142,6 +142,10 @@ def test_slider_stops_carry_what_they_show(case) -> None:
         good.record.curves.iterations[k] for k in good.pictures.frames
     ]
     assert stops[-1]["images"] == list(good.pictures.guess)
+    assert stops[-1]["evaluations"] == f"{good.record.curves.iterations[-1]:,}"
+    assert "<dt>Evaluations</dt>" in html  # what the curves count; a step with a line search takes several
+    assert "Recorded iteration" not in html
+    assert not re.search(r"\d iteration|iteration \d", html.split('id="stops"')[0].split("<h3>The attacker")[0])
     assert all(len(s["images"]) == 2 and s["objective"] and s["mse"] for s in stops)
 
 
@@ -283,17 +287,17 @@ def points(svg: str) -> list[tuple[float, float]]:
 
 
 def test_chart_is_logarithmic() -> None:
-    svg = str(log_chart("Objective", "iteration", [0, 1, 2], [Series("o", (1.0, 1e-3, 1e-6))]))
+    svg = str(log_chart("Objective", "evaluations", [0, 1, 2], [Series("o", (1.0, 1e-3, 1e-6))]))
     (_, a), (_, b), (_, c) = points(svg)
     assert b - a == pytest.approx(c - b, abs=0.2)
     assert "10⁻⁶" in svg
     assert 'role="img"' in svg
-    assert "from 1.0 at iteration 0 to 1.0" in svg
+    assert "from 1.0 at 0 evaluations to 1.0" in svg
 
 
 def test_chart_leaves_gaps_where_there_is_no_logarithm() -> None:
     values = (1.0, 0.0, float("nan"), -1.0, float("inf"), 0.1)
-    svg = str(log_chart("O", "iteration", range(6), [Series("o", values)]))
+    svg = str(log_chart("O", "evaluations", range(6), [Series("o", values)]))
     assert len(points(svg)) == 2
     assert re.search(r' d="([^"]*)"', svg)[1].count("M") == 2
 
@@ -302,12 +306,12 @@ def test_chart_leaves_gaps_where_there_is_no_logarithm() -> None:
     ("xs", "values"), [([0], (1.0,)), ([0, 0], (1.0, 1.0)), ([0, 1], (0.0, float("nan"))), ([], ())]
 )
 def test_nothing_to_draw_is_no_chart(xs, values) -> None:
-    assert log_chart("O", "iteration", xs, [Series("o", values)]) is None
+    assert log_chart("O", "evaluations", xs, [Series("o", values)]) is None
 
 
 def test_constant_and_enormous_ranges_have_ticks() -> None:
     for values in ((0.5, 0.5), (1e-300, 1e300), (0.011, 0.012)):
-        svg = str(log_chart("O", "iteration", [0, 1], [Series("o", values)]))
+        svg = str(log_chart("O", "evaluations", [0, 1], [Series("o", values)]))
         ys = [float(y) for y in re.findall(r'class="tick" x="50" y="([\d.]+)"', svg)]
         assert 2 <= len(ys) <= 9
         assert all(0 <= y <= 268 for _, y in points(svg))

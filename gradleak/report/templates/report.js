@@ -5,7 +5,7 @@
   var play = document.getElementById("play");
   var images = document.querySelectorAll("img[data-guess]");
   var charts = document.querySelectorAll("svg.chart");
-  var at = { iteration: null, objective: null, mse: null };
+  var at = { evaluations: null, objective: null, mse: null };
   Object.keys(at).forEach(function (key) { at[key] = document.getElementById("at-" + key); });
   var timer = null;
 
@@ -13,7 +13,7 @@
     var stop = stops[i];
     images.forEach(function (image) { image.src = stop.images[Number(image.dataset.guess)]; });
     Object.keys(at).forEach(function (key) { if (at[key]) { at[key].textContent = stop[key]; } });
-    slider.setAttribute("aria-valuetext", "iteration " + stop.iteration + ", objective " + stop.objective +
+    slider.setAttribute("aria-valuetext", stop.evaluations + " evaluations, objective " + stop.objective +
       (stop.mse ? ", mean squared error " + stop.mse : ""));
     charts.forEach(function (chart) {
       var d = chart.dataset;
