@@ -125,7 +125,8 @@ def run(config: Config, lab: Lab) -> Result:
         found.append((setting, mine, theirs))
     rows = [row for item in found for row in _rows(*item)]
     for title in dict.fromkeys(s.title for s, _, _ in found):
-        rows.append(Row(f"largest batch recovered, {title}", *_limits([f for f in found if f[0].title == title])))
+        chosen = [f for f in found if f[0].title == title]
+        rows.append(Row(f"largest batch recovered, {title}", *_limits(chosen), note=_qualities(chosen)))
     budgets = [s.budget for s in config.settings]
     caps = f"published algorithm ends at {min(budgets):,} to {max(budgets):,} evaluations"
     scaled = f"{config.batches} batch a setting instead of {FULL.batches}, width 64 up to N = 8, small ResNet; {caps}"
@@ -162,6 +163,12 @@ def _limits(found: Found) -> tuple[str, str]:
         up_to = f"N = {max(good)}" if good else "none"
         words.append(up_to + (f", fails at N = {min(bad)}" if bad else ", no failure up to there"))
     return words[0], words[1]
+
+
+def _qualities(found: Found) -> str:
+    """Return in words how well every batch size came back."""
+    measured = [(s.size, mean([_shared.psnr(e) for e in _shared.series(mine, "mse")]).value) for s, mine, _ in found]
+    return "mean PSNR of ours: " + ", ".join(f"{value:.3g} dB at N = {size}" for size, value in measured)
 
 
 def _plots(found: Found) -> Any:

@@ -289,7 +289,11 @@ def run(config: Config, lab: Lab) -> Result:
         visible = recovered(ours, VISIBLE), recovered(theirs, VISIBLE)
         bare = bare or (visible[0].value, visible[1].value)
         holds = defended(visible[0].value, bare[0]), defended(visible[1].value, bare[1])
-        verdict = fate(mark, *holds)
+        sure = all(
+            share_without == 0 or decided(under, share_without)
+            for under, share_without in zip(visible, bare, strict=True)
+        )
+        verdict = fate(mark, *holds, n=visible[0].n, sure=sure)
         seconds = median([r["time"] for r in ours]).value
         alone = recovered(ours, VISIBLE, "recursion").value
         note = f"{verdict}. Recursion alone: {alone:.2f} of the images" if name != "none" else ""
@@ -352,8 +356,20 @@ def defended(share_under: float, share_without: float) -> bool | None:
     return None if share_without == 0 else share_under < share_without / 2
 
 
-def fate(paper: bool | None, ours: bool | None, theirs: bool | None) -> str:
-    """Return in words what becomes of the paper's mark; True means defended."""
+def decided(under: Estimate, share_without: float) -> bool:
+    """Return whether the interval around the share leaves no doubt about :func:`defended`."""
+    return not under.low <= share_without / 2 <= under.high
+
+
+def fate(paper: bool | None, ours: bool | None, theirs: bool | None, *, n: int, sure: bool) -> str:
+    """Return in words what becomes of the paper's mark on ``n`` images; True means defended."""
+    images = f"{n} image{'' if n == 1 else 's'}"
+    return f"{_fate(paper, ours, theirs)} ({images}{'' if sure else ', too few to be sure'})"
+
+
+def _fate(paper: bool | None, ours: bool | None, theirs: bool | None) -> str:
+    if ours is None:
+        return "Nothing follows: ours recovers nothing without a defense"
     if paper is None:
         return "Holds against ours" if ours else "Falls to ours" + (", not to the published" if theirs else "")
     if not paper:

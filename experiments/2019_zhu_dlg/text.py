@@ -34,8 +34,8 @@ SHOWN = (0, 10, 20, 30)  # iterations of the project page
 INNER = 20  # evaluations an iteration, torch.optim.LBFGS's default
 EARLY = 6  # iterations after which matching looks for the first time whether its sentences explain the update
 TRAINED = (
-    ". Training moves the gradient to the head: tensors of the first layers are left with a thousandth to a millionth "
-    "of its norm, and a search hardly sees the input; reading needs their direction only"
+    ". Training moves the gradient to the head: tensors of the first layers are left with little of its norm, in "
+    "which a search hardly sees the input; reading needs their direction only"
 )
 METRICS = (gl.metrics.token_accuracy, gl.metrics.rouge_1, gl.metrics.rouge_2, gl.metrics.rouge_l)
 

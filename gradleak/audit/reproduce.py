@@ -33,8 +33,9 @@ _WRITTEN = (
 )  # fmt: skip
 _HEADER = """# What the paper says and what gradleak measured.
 # By hand: paper, source, target (such as "<= 1e-4"), tolerance (absolute) or factor (multiplicative) within which a
-# repetition must stay, why (disagreement with the paper, explained). All other keys are written by
-# `gradleak reproduce`; never type them in.
+# repetition must stay, why (disagreement with the paper, explained: without a measured number, and nothing that
+# another run may contradict, since every run prints it). All other keys are written by `gradleak reproduce`; never
+# type them in.
 """
 
 
@@ -420,9 +421,10 @@ def _markdown(paper: str, known: Mapping[str, Any], expected: Mapping[str, Any])
 
     parts = [
         f"# {paper}: the paper's numbers beside ours\n",
-        f"Written by `gradleak reproduce {paper}`; no number here was typed in by hand. “Published algorithm” is the "
-        "paper's own attack as it was published, run again by us; “our attacker” is gradleak's best one. "
-        "Intervals are 95 % intervals.\n",
+        f"Written by `gradleak reproduce {paper}`; every measured number here was computed from the records of a run. "
+        "By hand come what the paper says, the targets, and explanations in the notes, which hold no measured number. "
+        "“Published algorithm” is the paper's own attack as it was published, run again by us; “our attacker” is "
+        "gradleak's best one. Intervals are 95 % intervals.\n",
     ]
     for name, stored, cells in _tables(known, expected):
         parts.append(f"## {name}\n")

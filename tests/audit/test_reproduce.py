@@ -107,6 +107,8 @@ def test_runs_publishes_and_measures_nothing_twice(root: Path) -> None:
     assert done.page == root.parent / "docs" / "papers" / "1999_toy.md"
     assert "| median square, px | 3.0 (Table 1) | 1 | 2.5 | <= 100 (reached) | 4 |" in page
     assert "not measured here" in page
+    assert "typed in" not in page  # what the paper says is
+    assert "every measured number here was computed from the records of a run" in page
     assert "words \\| <b>" in page
     if not torch.cuda.is_available():
         assert "4 of 8; not measured on a GPU" in page

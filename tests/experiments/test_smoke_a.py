@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -130,3 +132,12 @@ def test_largest_batch_in_words() -> None:
         (settings[1], [{"mse": [1e-6, 1.0]}], [{"mse": [1.0]}]),
     ]
     assert batches._limits(found) == ("N = 1, fails at N = 2", "none, fails at N = 1")
+    assert batches._qualities(found) == "mean PSNR of ours: 60 dB at N = 1, 30 dB at N = 2"
+
+
+def test_explanations_hold_no_result_that_another_run_may_contradict() -> None:
+    expected = tomllib.loads((FOLDER / "expected.toml").read_text(encoding="utf-8"))
+    explained = [record["why"] for table in expected.values() for record in table.values() if "why" in record]
+    assert explained
+    for why in explained:
+        assert not re.search(r"\d (dB|%|s|evaluations)\b|\d+ of \d+|were not recovered", why), why

@@ -13,6 +13,7 @@ import torch
 
 import gradleak as gl
 from gradleak.audit import experiment, reproduce
+from gradleak.audit.experiment import share
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "2019_zhu_dlg"
 NAMES = ("defenses", "property_inference", "synthetic")
@@ -142,9 +143,23 @@ def test_verdicts_on_the_papers_marks(defenses: ModuleType) -> None:
     assert defenses.defended(0.4, 1.0) is True
     assert defenses.defended(0.5, 1.0) is False
     assert defenses.defended(0.0, 0.0) is None
-    assert "falls" in defenses.fate(True, False, True)
-    assert "✓ stands" in defenses.fate(True, True, True)
-    assert "✗ stands" in defenses.fate(False, False, None)
+    assert "falls" in defenses.fate(True, False, True, n=100, sure=True)
+    assert "✓ stands" in defenses.fate(True, True, True, n=100, sure=True)
+    assert "✗ stands" in defenses.fate(False, False, None, n=100, sure=True)
+
+
+def test_no_verdict_where_nothing_is_recovered_without_a_defense(defenses: ModuleType) -> None:
+    for paper in (True, False, None):
+        assert defenses.fate(paper, None, None, n=2, sure=True).startswith("Nothing follows")
+
+
+def test_a_verdict_says_how_few_images_it_rests_on(defenses: ModuleType) -> None:
+    assert defenses.fate(True, False, True, n=1, sure=False).endswith("(1 image, too few to be sure)")
+    assert defenses.fate(True, False, True, n=100, sure=True).endswith("(100 images)")
+    assert not defenses.decided(share([True]), 1.0)  # one of one: by chance as well
+    assert not defenses.decided(share([False] * 3), 1.0)
+    assert defenses.decided(share([True] * 99 + [False]), 1.0)
+    assert defenses.decided(share([False] * 100), 1.0)
 
 
 def test_distances_tell_the_example_from_the_average(synthetic: ModuleType) -> None:
