@@ -57,7 +57,7 @@ def attack(
     weights: Annotated[Path | None, typer.Option(help="The weights that were sent out (.safetensors).")] = None,
     classes: Annotated[int | None, typer.Option(min=1, help="Number of classes.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of examples behind the update.")] = 1,
-    attack: Annotated[str, typer.Option(help="One of `gradleak list attacks`.")] = "dlg",
+    attack: Annotated[str, typer.Option(help="One of `gradleak list attacks`.")] = "auto",
     attack_option: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the attack (may be repeated).")
     ] = None,

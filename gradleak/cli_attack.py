@@ -72,7 +72,7 @@ class Request:
     weights: Path | None = None
     classes: int | None = None
     batch_size: int = 1
-    attack: str = "dlg"
+    attack: str = "auto"
     attack_options: tuple[str, ...] = ()
     mean: str | None = None
     std: str | None = None
@@ -156,7 +156,7 @@ def attack(request: Request) -> None:
     out = request.out.absolute()
     check_writable(out)
     space = _space(request)
-    attack, options = _build_attack(request.attack, parse_options(request.attack_options))
+    attack, options, budget = _timed_attack(request)
     update = _floats(read_tensors(request.update), request.update)
     captured = next(iter(update.values())).dtype
     device = _device(request.device)
@@ -192,7 +192,7 @@ def attack(request: Request) -> None:
             public,
             request.command,
             notes,
-            _seconds(request.budget),
+            budget,
         )
     )
 
@@ -337,6 +337,19 @@ def _tell(folder: Folder, out: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------ reading the request
+
+
+def _timed_attack(request: Request) -> tuple[Attack, dict[str, Any], float | None]:
+    """Return the attack, its options, and the seconds after which it must be stopped from outside, if it must."""
+    options, budget = parse_options(request.attack_options), _seconds(request.budget)
+    known = request.attack in gradleak.attacks.__all__
+    takes = inspect.signature(getattr(gradleak.attacks, request.attack)).parameters if known else ()
+    if budget is not None and "budget" in takes:
+        if "budget" in options:
+            raise InvalidInput("--budget and --attack-option budget=… both limit the time; give one of them.")
+        # Stopped from outside it would not know that its later phases have no time either.
+        options, budget = {**options, "budget": budget}, None
+    return *_build_attack(request.attack, options), budget
 
 
 def _build_attack(name: str, options: Mapping[str, Any]) -> tuple[Attack, dict[str, Any]]:

@@ -187,6 +187,28 @@ def test_a_time_budget_returns_the_best_so_far(case) -> None:
     assert found.outcome.status == "stalled" or "time budget" in found.outcome.notes[-1]
 
 
+def test_auto_is_the_default_and_knows_its_time_budget(case) -> None:
+    done = case.attack(attack=None, budget="1m")
+    assert done.code == 0, done.err
+    found = record(case)
+    assert found.attack.name == "auto"
+    assert found.attack.options["budget"] == 60
+
+
+def test_auto_starts_no_phase_after_its_time_budget(case, monkeypatch) -> None:
+    from gradleak.attacks.auto import _Case
+
+    def late(self, options, clock) -> None:
+        raise AssertionError("the time was over")
+
+    monkeypatch.setattr(_Case, "exactly", lambda self, options, clock: None)
+    monkeypatch.setattr(_Case, "polished", late)
+    done = case.attack("--attack-option", "iterations=1000000", attack="auto", budget="0.5s")
+    assert done.code == 0, done.err
+    assert "time budget ended it" in " ".join(record(case).outcome.notes)
+    assert record(case).outcome.status == "budget"
+
+
 def test_report_is_rendered_anew(case) -> None:
     assert case.attack(*QUICK, truth="truth.safetensors").code == 0
     path = case.folder / "out" / "report.html"
@@ -398,6 +420,7 @@ FAILURES = {
     "delta without lr": (None, {"kind": "weight_delta"}, "--lr"),
     "lr without delta": (None, {"lr": "0.1"}, "weight_delta"),
     "budget": (None, {"budget": "soon"}, "write for example 90s"),
+    "two budgets": (None, {"attack": "auto", "budget": "9s", "attack_option": "budget=9"}, "both limit the time"),
     "image out of range": (bright, {"truth": "truth.safetensors"}, "outside [0, 1]"),
     "truth without inputs": (unnamed, {"truth": "truth.safetensors"}, "no tensor named 'inputs'"),
     "other weights": (other_weights, {}, "lacks '0.weight'"),
