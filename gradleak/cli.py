@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from gradleak.cli_reproduce import reproduce
+from gradleak.cli_reproduce import read_folder_name, reproduce
 from gradleak.errors import GradleakError
 
 __all__ = ["main"]
@@ -33,7 +33,15 @@ app = typer.Typer(
 _USAGE: type[Exception] = typer.BadParameter
 _CLICK: tuple[type[Exception], ...] = tuple(c for c in _USAGE.__mro__ if c.__name__ == "ClickException")
 
-Out = Annotated[Path, typer.Option("--out", help="Folder for result.json, reconstruction.safetensors, report.html.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        metavar="PATH",
+        parser=read_folder_name,
+        help="Folder for result.json, reconstruction.safetensors, report.html.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the attack.")]
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 

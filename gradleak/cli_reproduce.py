@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["reproduce"]
+__all__ = ["read_folder_name", "reproduce"]
+
+
+def read_folder_name(text: str | Path) -> Path:
+    """Return the folder of that name; an empty name, of an unset variable say, is not the current folder."""
+    if not str(text).strip():
+        raise typer.BadParameter("the name is empty; give a folder, or . for the current one.")
+    return Path(text)
 
 
 def reproduce(
@@ -16,7 +23,10 @@ def reproduce(
     smoke: Annotated[bool, typer.Option("--smoke", help="Seconds per experiment, to see that all of it runs.")] = False,
     full: Annotated[bool, typer.Option("--full", help="The paper's scale; wants a GPU.")] = False,
     data: Annotated[Path | None, typer.Option(help="Folder laid out as docs/data.md says.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for what is measured (runs/PAPER).")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", parser=read_folder_name, help="Folder for what is measured (runs/PAPER)."),
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that measure side by side.")] = 1,
 ) -> None:
     """Run the experiments of a paper and set its numbers beside ours."""

@@ -52,10 +52,12 @@ class Folder:
 
 
 def check_writable(directory: Path) -> None:
-    """Check, before a long run, that ``directory`` can be written; nothing is created.
+    """Check, before a long run, that ``directory`` can be written: by writing there, for root may be refused as well.
+
+    Nothing of it stays behind.
 
     Raises:
-        InvalidInput: it is a file, or it or the nearest existing folder above it is not writable.
+        InvalidInput: it is a file, or :func:`write_files` would be refused there.
 
     """
     place = directory
@@ -63,8 +65,25 @@ def check_writable(directory: Path) -> None:
         place = place.parent
     if not place.is_dir():
         raise InvalidInput(f"{str(place)!r} is not a folder; name another one with --out.")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise InvalidInput(f"The folder {str(place)!r} is not writable; name another one with --out.")
+    made: list[Path] = []
+    temporary: Path | None = None
+    moved: Path | None = None
+    try:
+        _make_parents(directory.parent, made)
+        temporary = _make_temporary(directory)
+        (temporary / "empty").touch()
+        if directory.is_dir():
+            moved = directory / temporary.name
+            (temporary / "empty").replace(moved)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InvalidInput(
+            f"The folder {str(directory)!r} cannot be written ({reason}); name another one with --out."
+        ) from error
+    finally:
+        if moved is not None:
+            moved.unlink(missing_ok=True)
+        _remove(temporary, made)
 
 
 def write_folder(directory: Path, folder: Folder, report: str) -> None:
@@ -107,8 +126,8 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
     temporary: Path | None = None
     try:
         try:
-            made = _make_parents(directory.parent)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+            _make_parents(directory.parent, made)
+            temporary = _make_temporary(directory)
             for name, data in files.items():
                 with (temporary / name).open("xb") as file:
                     file.write(data)
@@ -121,11 +140,7 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
                 temporary.chmod(0o777 & ~_umask())
                 temporary.replace(directory)
         except BaseException:
-            if temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
-            for folder in reversed(made):
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+            _remove(temporary, made)
             raise
         shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
@@ -199,15 +214,27 @@ def _read(path: Path) -> bytes:
         raise InvalidFile(f"{str(path)!r} cannot be read ({error.strerror}); check its permissions.") from error
 
 
-def _make_parents(folder: Path) -> list[Path]:
-    """Create ``folder`` and what is missing above it; return what was created, outermost first."""
+def _make_parents(folder: Path, made: list[Path]) -> None:
+    """Create ``folder`` and what is missing above it; append what is created to ``made``, outermost first."""
     missing = []
     while not folder.exists():
         missing.append(folder)
         folder = folder.parent
     for place in reversed(missing):
         place.mkdir()
-    return missing[::-1]
+        made.append(place)
+
+
+def _make_temporary(directory: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+
+
+def _remove(temporary: Path | None, made: list[Path]) -> None:
+    if temporary is not None:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for folder in reversed(made):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _umask() -> int:

@@ -95,13 +95,31 @@ def test_places_that_cannot_be_written(tmp_path) -> None:
             check_writable(bad)
     check_writable(tmp_path)
     check_writable(tmp_path / "a" / "b")
+    check_writable(tmp_path / "a")
     assert sorted(os.listdir(tmp_path)) == ["file"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="there is no folder that refuses root as well")
+def test_a_folder_that_refuses_root_as_well() -> None:
+    for bad in (Path("/proc/x"), Path("/proc/x/y"), Path("/proc/self")):
+        with pytest.raises(InvalidInput, match=r"cannot be written \(.+\); name another one with --out"):
+            check_writable(bad)
+
+
+def test_a_check_that_is_refused_half_way_leaves_nothing(tmp_path, monkeypatch) -> None:
+    def refuse(**_: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module.tempfile, "mkdtemp", refuse)
+    with pytest.raises(InvalidInput, match="No space left"):
+        check_writable(tmp_path / "a" / "b" / "c")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission(tmp_path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(InvalidInput, match="not writable"):
+    with pytest.raises(InvalidInput, match="cannot be written"):
         check_writable(tmp_path / "out")
 
 

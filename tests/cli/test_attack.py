@@ -429,6 +429,7 @@ FAILURES = {
     "dropout": (None, {"model_arg": "p=0.5"}, "--mode eval"),
     "an option that does not exist": (None, {"sed": "1"}, "No such option"),
     "not a number": (None, {"seed": "one"}, "'one'"),
+    "out has no name": (None, {"out": ""}, "the name is empty"),
     "out is a file": (blocked, {}, "is not a folder"),
 }
 
@@ -448,6 +449,14 @@ def test_failures_are_one_sentence_and_leave_nothing(case, name: str) -> None:
     assert done.err.rstrip().endswith((".", "?"))
     after = {p.name: p.stat().st_mtime_ns for p in case.folder.iterdir() if p.name != "__pycache__"}
     assert after == before
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="there is no folder that refuses root as well")
+def test_a_folder_that_cannot_be_written_is_refused_before_the_attack(case, monkeypatch) -> None:
+    monkeypatch.setattr(cli_attack, "_attack_with_progress", lambda job: pytest.fail("the attack ran"))
+    done = case.attack(out="/proc/x/y")
+    assert done.code == 2
+    assert "cannot be written" in done.err
 
 
 def test_batchnorm_in_training_mode_and_the_remedy_it_names(case) -> None:
