@@ -4,7 +4,7 @@
 
     GradleakError
     ├── InvalidInput          what the caller handed over cannot be used as it is
-    │   ├── InvalidUpdate     NaN or infinite values, missing, extra or misshapen parameters
+    │   ├── InvalidUpdate     all zero, NaN or infinite values, missing, extra or misshapen parameters
     │   ├── InvalidModel      active dropout, train-mode BatchNorm where it must be reproduced, no such factory
     │   ├── InvalidFile       truncated, hostile, pickled or absent file
     │   └── UnknownName       no attack, model, metric or dataset of that name ("did you mean …?")

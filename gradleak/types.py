@@ -77,7 +77,7 @@ class Update:
         return replace(self, tensors={k: v.detach() for k, v in self.tensors.items()})
 
     def check(self, model: nn.Module) -> None:
-        """Check names, shapes and finiteness against the trainable parameters of ``model``.
+        """Check names, shapes and values against the trainable parameters of ``model``: finite, and not all zero.
 
         Raises:
             InvalidUpdate: with the first offending parameter and the remedy.
@@ -108,6 +108,13 @@ class Update:
                     f"Parameter {name!r} of the update has NaN or infinite values; "
                     "capture it again before loss scaling overflows or training diverges."
                 )
+        if expected and not any(bool(self.tensors[name].any()) for name in expected):
+            remedy = (
+                "capture gradients after loss.backward() and before zero_grad()"
+                if self.kind is UpdateKind.GRADIENT
+                else "copy the weights with clone() before training, or before and after are the same tensors"
+            )
+            raise InvalidUpdate(f"The update is zero in every parameter, so it says nothing about the batch; {remedy}.")
 
 
 def _some(names: list[str]) -> str:

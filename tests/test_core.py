@@ -128,10 +128,12 @@ def bad_updates() -> dict[str, tuple[gl.Update, str]]:
         "missing": (gl.Update({k: v for k, v in good.items() if k != name}), "lacks"),
         "extra": (gl.Update(good | {"other": torch.zeros(1)}), "does not train"),
         "shape": (gl.Update(good | {name: torch.zeros(1)}), "shape"),
+        "zero gradient": (gl.Update({k: 0 * v for k, v in good.items()}), r"zero in every .* before zero_grad"),
+        "zero delta": (gl.Update({k: 0 * v for k, v in good.items()}, gl.UpdateKind.WEIGHT_DELTA), r"clone\(\)"),
     }
 
 
-@pytest.mark.parametrize("case", ["nan", "infinite", "missing", "extra", "shape"])
+@pytest.mark.parametrize("case", ["nan", "infinite", "missing", "extra", "shape", "zero gradient", "zero delta"])
 def test_bad_updates_are_refused_with_the_remedy(case: str) -> None:
     update, words = bad_updates()[case]
     with pytest.raises(InvalidUpdate, match=words):

@@ -294,6 +294,10 @@ def inf(case):
     case.write("update.safetensors", update)
 
 
+def zero(case):
+    case.write("update.safetensors", {k: 0 * v for k, v in case.tensors("update.safetensors").items()})
+
+
 def missing(case):
     update = case.tensors("update.safetensors")
     del update["4.bias"]
@@ -367,6 +371,7 @@ def blocked(case):
 FAILURES = {
     "NaN": (nan, {}, "'0.weight' of the update has NaN"),
     "infinite": (inf, {}, "'4.bias' of the update has NaN or infinite"),
+    "all zero": (zero, {}, "zero in every parameter"),
     "missing parameter": (missing, {}, "lacks '4.bias'"),
     "extra parameter": (extra, {}, "has 'head.bias', which the model does not train"),
     "wrong shape": (misshapen, {}, "'4.bias' has shape (5,) in the model but (7,)"),
