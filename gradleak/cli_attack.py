@@ -43,7 +43,7 @@ from gradleak.models import load, parse_options
 from gradleak.report import picture, render
 from gradleak.threat import Knowledge, Observation, ThreatModel
 from gradleak.training import CrossEntropy, FedAvg, FedSGD, LocalTraining, check_reproducible
-from gradleak.types import Batch, Reconstruction, Trace, Update, UpdateKind
+from gradleak.types import Batch, Reconstruction, Trace, Update, UpdateKind, name_prefix
 
 __all__ = ["Request", "attack", "demo", "list_names"]
 
@@ -501,6 +501,9 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -
     stored = {v.data_ptr() for k, v in own.items() if k in weights and v.numel()}
     missing = [k for k in missing if own[k].data_ptr() not in stored or not own[k].numel()]
     extra = [k for k in weights if k not in own]
+    wrapped = name_prefix(missing, extra) if missing and extra else None
+    if wrapped is not None:
+        raise InvalidFile(f"The names in the weights file {str(path)!r} {wrapped}")
     if missing or extra:
         name = (missing or extra)[0]
         more = len(missing or extra) - 1

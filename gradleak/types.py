@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradleak.errors import InvalidInput, InvalidUpdate
 
-__all__ = ["Batch", "Certificate", "Reconstruction", "Trace", "Update", "UpdateKind"]
+__all__ = ["Batch", "Certificate", "Reconstruction", "Trace", "Update", "UpdateKind", "name_prefix"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +86,24 @@ class Update:
         expected = {k: tuple(p.shape) for k, p in model.named_parameters() if p.requires_grad}
         missing = [k for k in expected if k not in self.tensors]
         extra = [k for k in self.tensors if k not in expected]
+        if missing and extra:
+            wrapped = name_prefix(expected, self.tensors)
+            if wrapped is not None:
+                raise InvalidUpdate(f"The update's names {wrapped}")
+            raise InvalidUpdate(
+                f"The update lacks {missing[0]!r} and has {extra[0]!r}, which the model does not train; "
+                "use the model factory and parameter names that the client used."
+            )
         if missing:
             raise InvalidUpdate(
                 f"The update lacks {_some(missing)}; share every trainable parameter, or set requires_grad=False "
                 "on those the client keeps to itself."
+            )
+        buffers = [k for k in extra if k in dict(model.named_buffers())]
+        if buffers:
+            raise InvalidUpdate(
+                f"The update has {_some(buffers)}, which the model keeps as buffers and does not train; leave them out: "
+                "an update is made of trainable parameters only."
             )
         if extra:
             raise InvalidUpdate(
@@ -115,6 +129,32 @@ class Update:
                 else "copy the weights with clone() before training, or before and after are the same tensors"
             )
             raise InvalidUpdate(f"The update is zero in every parameter, so it says nothing about the batch; {remedy}.")
+
+
+def name_prefix(expected: Iterable[str], found: Iterable[str]) -> str | None:
+    """Return by what prefix the names ``found`` differ from ``expected``, with the remedy; None if by no prefix."""
+    wanted, given = sorted(expected), set(found)
+    if not wanted:
+        return None
+    for prefix in (n.removesuffix(wanted[0]) for n in sorted(given) if n.endswith(f".{wanted[0]}")):
+        if all(prefix + n in given for n in wanted):
+            return (
+                f"begin with {prefix!r}{_wrapper(prefix)}, those of the model do not; "
+                f"save {{k.removeprefix({prefix!r}): v for k, v in tensors.items()}} instead."
+            )
+    parts = wanted[0].split(".")
+    for prefix in (".".join(parts[:i]) + "." for i in range(1, len(parts))):
+        if all(n.startswith(prefix) and n.removeprefix(prefix) in given for n in wanted):
+            return (
+                f"lack {prefix!r}{_wrapper(prefix)}, with which those of the model begin; "
+                f"use the model inside, or save {{{prefix!r} + k: v for k, v in tensors.items()}} instead."
+            )
+    return None
+
+
+def _wrapper(prefix: str) -> str:
+    wrapper = {"module": "DistributedDataParallel", "_orig_mod": "torch.compile"}.get(prefix.split(".")[0])
+    return f" (from {wrapper})" if wrapper else ""
 
 
 def _some(names: list[str]) -> str:

@@ -127,17 +127,42 @@ def bad_updates() -> dict[str, tuple[gl.Update, str]]:
         "infinite": (gl.Update(endless), "NaN or infinite"),
         "missing": (gl.Update({k: v for k, v in good.items() if k != name}), "lacks"),
         "extra": (gl.Update(good | {"other": torch.zeros(1)}), "does not train"),
+        "other names": (gl.Update({f"net{k}": v for k, v in good.items()}), f"lacks '{name}' and has 'net{name}'"),
+        "parallel": (gl.Update({f"module.{k}": v for k, v in good.items()}), r"DistributedDataParallel.*removeprefix"),
+        "compiled": (
+            gl.Update({f"_orig_mod.{k}": v for k, v in good.items()}),
+            r"'_orig_mod\.' \(from torch\.compile\)",
+        ),
         "shape": (gl.Update(good | {name: torch.zeros(1)}), "shape"),
         "zero gradient": (gl.Update({k: 0 * v for k, v in good.items()}), r"zero in every .* before zero_grad"),
         "zero delta": (gl.Update({k: 0 * v for k, v in good.items()}, gl.UpdateKind.WEIGHT_DELTA), r"clone\(\)"),
     }
 
 
-@pytest.mark.parametrize("case", ["nan", "infinite", "missing", "extra", "shape", "zero gradient", "zero delta"])
+BAD = [
+    "nan", "infinite", "missing", "extra", "other names", "parallel", "compiled", "shape", "zero gradient", "zero delta"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
 def test_bad_updates_are_refused_with_the_remedy(case: str) -> None:
     update, words = bad_updates()[case]
     with pytest.raises(InvalidUpdate, match=words):
         gl.ThreatModel().observe(victim().model, update, space=gl.ImageSpace(SHAPE), training=gl.FedSGD(), batch_size=3)
+
+
+def test_an_update_without_the_wrapper_of_its_model() -> None:
+    client = victim()
+    update = gl.Update(client.send().tensors)
+    with pytest.raises(InvalidUpdate, match=r"lack 'module\.'.*use the model inside"):
+        update.check(nn.ModuleDict({"module": client.model}))
+
+
+def test_buffers_in_an_update_are_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).eval()
+    tensors = {k: torch.ones_like(v, dtype=torch.float32) for k, v in model.state_dict().items()}
+    with pytest.raises(InvalidUpdate, match=r"'1\.running_mean', .* as buffers .* leave them out"):
+        gl.Update(tensors).check(model)
 
 
 def test_batches_and_spaces_are_checked() -> None:

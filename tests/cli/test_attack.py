@@ -308,6 +308,16 @@ def extra(case):
     case.write("update.safetensors", case.tensors("update.safetensors") | {"head.bias": torch.zeros(3)})
 
 
+def parallel(case):
+    tensors = case.tensors("update.safetensors")
+    case.write("update.safetensors", {f"module.{k}": v for k, v in tensors.items()})
+
+
+def parallel_weights(case):
+    tensors = case.tensors("weights.safetensors")
+    case.write("weights.safetensors", {f"module.{k}": v for k, v in tensors.items()})
+
+
 def misshapen(case):
     case.write("update.safetensors", case.tensors("update.safetensors") | {"4.bias": torch.zeros(7)})
 
@@ -374,6 +384,8 @@ FAILURES = {
     "all zero": (zero, {}, "zero in every parameter"),
     "missing parameter": (missing, {}, "lacks '4.bias'"),
     "extra parameter": (extra, {}, "has 'head.bias', which the model does not train"),
+    "wrapped by a trainer": (parallel, {}, "begin with 'module.' (from DistributedDataParallel)"),
+    "weights wrapped by a trainer": (parallel_weights, {}, "begin with 'module.' (from DistributedDataParallel)"),
     "wrong shape": (misshapen, {}, "'4.bias' has shape (5,) in the model but (7,)"),
     "integer update": (integers, {}, "not floats"),
     "truncated": (truncated, {}, "damaged"),
