@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 import gradleak.attacks
 import gradleak.defenses
@@ -157,15 +158,19 @@ def attack(request: Request) -> None:
     check_writable(out)
     space = _space(request)
     attack, options, budget = _timed_attack(request)
-    update = _floats(read_tensors(request.update), request.update)
-    captured = next(iter(update.values())).dtype
+    shared = read_tensors(request.update)
     device = _device(request.device)
     model, spec, notes = _model(request, space)
+    idle = [k for k in shared if k in _statistics(model)]
+    if idle:
+        notes += (f"Left out of the update: {_such(idle)}, which the client does not train but keeps as buffers.",)
+    update = _floats({k: v for k, v in shared.items() if k not in idle}, request.update)
+    captured = next((v.dtype for v in update.values()), None)
     update = {k: v.to(device, next(model.parameters()).dtype) for k, v in update.items()}
     training = _training(request)
     kind = _choice("kind", request.kind, UpdateKind)
-    shared = Update(update, kind)
-    shared.check(model)
+    sent = Update(update, kind)
+    sent.check(model)
     check_reproducible(model)
     classes = _probe(model, space, request)
     labels = _labels(request, classes)
@@ -175,7 +180,7 @@ def attack(request: Request) -> None:
         public = _public(request.data, space)
     knows = Knowledge.BATCH_SIZE | Knowledge.TRAINING
     observation = ThreatModel(knows if labels is None else knows | Knowledge.LABELS).observe(
-        model, shared, space=space, training=training, batch_size=request.batch_size, labels=labels
+        model, sent, space=space, training=training, batch_size=request.batch_size, labels=labels
     )
     _run(
         _Job(
@@ -482,7 +487,7 @@ def _model(request: Request, space: InputSpace) -> tuple[nn.Module, str, tuple[s
         # Half-precision weights are exact in float32, where the forward map has second derivatives on every device.
         dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
         model = model.to(dtype=dtype) if dtype is not None else model
-        _load_weights(model, weights, request.weights)
+        notes = _load_weights(model, weights, request.weights)
     else:
         model = model.to(dtype=dtype) if dtype is not None else model
         notes = ("No weights were given: the values that the model factory sets were taken for those sent out.",)
@@ -492,9 +497,27 @@ def _model(request: Request, space: InputSpace) -> tuple[nn.Module, str, tuple[s
     return model.to(_device(request.device)), spec, notes
 
 
-def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Load ``weights``, which must name every parameter and buffer that the model stores, and nothing else."""
+def _statistics(model: nn.Module) -> set[str]:
+    """Return the names of the model's buffers, and of running statistics that its normalization does without."""
+    names = {k for k, _ in model.named_buffers()}
+    for path, module in model.named_modules():
+        if isinstance(module, _NormBase):
+            names |= {f"{path}.{k}" if path else k for k in ("running_mean", "running_var", "num_batches_tracked")}
+    return names
+
+
+def _such(names: list[str]) -> str:
+    return f"{names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> tuple[str, ...]:
+    """Load ``weights``, which must name every parameter and buffer that the model stores; return notes.
+
+    Of other names, only running statistics that the model's normalization does without are allowed, and left out.
+    """
     own = model.state_dict()
+    unused = [k for k in weights if k not in own and k in _statistics(model)]
+    weights = {k: v for k, v in weights.items() if k not in unused}
     # Counters of BatchNorm do not enter the computation, and some tools drop them.
     missing = [k for k in own if k not in weights and not k.endswith("num_batches_tracked")]
     # Tied parameters appear under each of their names in a state dict, but often once in a file.
@@ -505,10 +528,7 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -
     if wrapped is not None:
         raise InvalidFile(f"The names in the weights file {str(path)!r} {wrapped}")
     if missing or extra:
-        name = (missing or extra)[0]
-        more = len(missing or extra) - 1
-        others = f" and {more} more" if more else ""
-        what = f"lacks {name!r}{others}" if missing else f"has {name!r}{others}, which the model does not know"
+        what = f"lacks {_such(missing)}" if missing else f"has {_such(extra)}, which the model does not know"
         raise InvalidFile(f"The weights file {str(path)!r} {what}; check --model and --model-arg against the client's.")
     for name, tensor in weights.items():
         if tensor.shape != own[name].shape:
@@ -519,6 +539,7 @@ def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -
         if not bool(torch.isfinite(tensor).all()):
             raise InvalidFile(f"{name!r} of the weights has NaN or infinite values; save the weights again.")
     model.load_state_dict({**own, **weights})
+    return (f"Left out of the weights: {_such(unused)}, which the model does without.",) if unused else ()
 
 
 def _floats(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -98,8 +98,10 @@ def check_reproducible(model: nn.Module) -> None:
             )
         if isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
             raise InvalidModel(
-                f"Module {name!r} is BatchNorm in training mode, whose running statistics an attack would change; "
-                "put the model into evaluation mode with model.eval() (command line: --mode eval)."
+                f"Module {name!r} is BatchNorm in training mode, whose running statistics an attack would change; if "
+                "the client trained in that mode, build the model with BatchNorm(..., track_running_stats=False), "
+                "which computes the same; else put it into evaluation mode with model.eval() (command line: "
+                "--mode eval)."
             )
 
 

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 
-def small(classes=5, p=0.0, norm=False, width=6):
+def small(classes=5, p=0.0, norm=False, width=6, track=True):
     layers = [nn.Conv2d(1, width, 3, padding=1, stride=2)]
-    layers += [nn.BatchNorm2d(width)] if norm else []
+    layers += [nn.BatchNorm2d(width, track_running_stats=track)] if norm else []
     layers += [nn.Sigmoid(), nn.Flatten(), nn.Dropout(p)]
     return nn.Sequential(*layers, nn.Linear(width * 16, classes))
 

@@ -476,11 +476,11 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_attack(case, monk
     assert "cannot be written" in done.err
 
 
-def test_batchnorm_in_training_mode_and_the_remedy_it_names(case) -> None:
+def normalized(case):
+    """Return the model ``victim:small`` with BatchNorm, and two private examples."""
     import importlib
     import sys
 
-    from gradleak.exchange import Client
     from gradleak.types import Batch
 
     sys.path.insert(0, str(case.folder))
@@ -488,15 +488,52 @@ def test_batchnorm_in_training_mode_and_the_remedy_it_names(case) -> None:
         model = importlib.import_module("victim").small(norm=True)
     finally:
         sys.path.remove(str(case.folder))
+    generator = torch.Generator().manual_seed(3)
+    for p in model.parameters():
+        p.data = torch.rand(p.shape, generator=generator) - 0.5
     case.write("weights.safetensors", dict(model.state_dict()))
-    update = Client(model.eval(), Batch(torch.rand(1, 1, 8, 8), torch.tensor([1]))).send()
-    case.write("update.safetensors", dict(update.tensors))
-    done = case.attack(*QUICK, model_arg="norm=true")
+    return model, Batch(torch.rand(2, 1, 8, 8, generator=generator), torch.tensor([1, 4]))
+
+
+def test_batchnorm_in_training_mode_and_the_remedy_it_names(case) -> None:
+    from gradleak.exchange import Client
+
+    model, batch = normalized(case)
+    case.write("update.safetensors", dict(Client(model.eval(), batch).send().tensors))
+    done = case.attack(*QUICK, model_arg="norm=true", batch_size="2")
     assert done.code == 2
     assert "--mode eval" in done.err
     assert not (case.folder / "out").exists()
-    done = case.attack(*QUICK, model_arg="norm=true", mode="eval")
+    done = case.attack(*QUICK, model_arg="norm=true", mode="eval", batch_size="2")
     assert done.code == 0, done.err
+
+
+def test_batchnorm_that_was_trained_on_batch_statistics_and_the_remedy_for_it(case) -> None:
+    from gradleak.exchange import Client
+
+    model, batch = normalized(case)
+    case.write("update.safetensors", dict(Client(model.train(), batch).send().tensors))
+    done = case.attack(*QUICK, model_arg="norm=true", batch_size="2")
+    assert "track_running_stats=False" in done.err
+    options = ("--model-arg", "track=false", "--attack-option", "iterations=300", "--attack-option", "restarts=2")
+    done = case.attack(*options, model_arg="norm=true", batch_size="2", labels="1,4")
+    assert done.code == 0, done.err
+    found = record(case)
+    assert found.match.residual < 0.05
+    assert any(re.match(r"Left out of the weights: '1\.\w+' and 2 more", n) for n in found.outcome.notes)
+
+
+def test_buffers_in_the_update_are_left_out_with_a_note(case) -> None:
+    model, batch = normalized(case)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
+    torch.nn.functional.cross_entropy(model(batch.inputs), batch.labels).backward()
+    optimizer.step()
+    case.write("update.safetensors", {k: v - before[k] for k, v in model.state_dict().items()})
+    for options in (("norm=true", "--mode", "eval"), ("norm=true", "--model-arg", "track=false")):
+        done = case.attack(*QUICK, *options[1:], model_arg=options[0], batch_size="2", kind="weight_delta", lr="0.1")
+        assert done.code == 0, done.err
+        assert any(re.match(r"Left out of the update: '1\.\w+' and 2 more", n) for n in record(case).outcome.notes)
 
 
 def test_an_attack_that_fails_leaves_nothing(case, monkeypatch) -> None:
