@@ -31,6 +31,7 @@ import gradleak.metrics
 import gradleak.models
 from gradleak.attacks.base import Attack
 from gradleak.attacks.base import Progress as Step
+from gradleak.attacks.sentences import ReadSentences
 from gradleak.audit.build import build_record
 from gradleak.audit.folder import Folder, check_writable, write_folder
 from gradleak.audit.numbers import duration, sig
@@ -59,6 +60,10 @@ _DTYPES = {"as-is": None, "float32": torch.float32, "float64": torch.float64}
 _DEMO_ITERATIONS, _DEMO_SECONDS = 3000, 30.0
 _PUBLIC = 256
 """Public images that are read for the null guesses."""
+_TOKENS = (
+    "takes tokens, which the command line cannot describe; in Python, gl.attacks.read_sentences() reads the masked "
+    "language models of gradleak.integrations.huggingface."
+)
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,8 @@ def attack(request: Request) -> None:
     check_writable(out)
     space = _space(request)
     attack, options, budget = _timed_attack(request)
+    if isinstance(attack, ReadSentences):
+        raise InvalidInput(f"The attack 'read_sentences' {_TOKENS}")
     shared = read_tensors(request.update)
     device = _device(request.device)
     model, spec, notes = _model(request, space)
@@ -575,6 +582,8 @@ def _probe(model: nn.Module, space: InputSpace, request: Request) -> int | None:
             outputs = model(torch.zeros(request.batch_size, *space.shape, dtype=like.dtype, device=like.device))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "argument #1 'indices'" in reason:  # an embedding that was given numbers
+            raise InvalidModel(f"The model {request.model!r} {_TOKENS}") from error
         raise InvalidInput(
             f"The model does not take {request.batch_size} inputs of shape {tuple(space.shape)} ({reason}); "
             "check --input-shape."

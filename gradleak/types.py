@@ -102,8 +102,8 @@ class Update:
         buffers = [k for k in extra if k in dict(model.named_buffers())]
         if buffers:
             raise InvalidUpdate(
-                f"The update has {_some(buffers)}, which the model keeps as buffers and does not train; leave them out: "
-                "an update is made of trainable parameters only."
+                f"The update has {_some(buffers)}, which the model keeps as buffers and does not train; leave them "
+                "out: an update is made of trainable parameters only."
             )
         if extra:
             raise InvalidUpdate(

@@ -318,6 +318,13 @@ def parallel_weights(case):
     case.write("weights.safetensors", {f"module.{k}": v for k, v in tensors.items()})
 
 
+def looked_up(case):
+    case.write(
+        "update.safetensors",
+        {"0.weight": torch.ones(20, 4), "2.weight": torch.ones(5, 12), "2.bias": torch.ones(5)},
+    )
+
+
 def misshapen(case):
     case.write("update.safetensors", case.tensors("update.safetensors") | {"4.bias": torch.zeros(7)})
 
@@ -410,6 +417,12 @@ FAILURES = {
         {"model": "victim:sequence", "weights": None},
         "where logits",
     ),
+    "tokens": (
+        looked_up,
+        {"model": "victim:tokens", "weights": None, "input_shape": "3"},
+        "The model 'victim:tokens' takes tokens, which the command line cannot describe; in Python, gl.attacks.",
+    ),
+    "attack on tokens": (None, {"attack": "read_sentences", "update": "nowhere"}, "'read_sentences' takes tokens"),
     "unknown attack option": (None, {"attack_option": "restart=2"}, "did you mean 'restarts'"),
     "wrong attack option": (None, {"attack_option": "restarts=many"}, "'restarts' of dlg is int, not 'many'"),
     "impossible attack option": (None, {"attack_option": "restarts=0"}, "restarts=0"),
