@@ -37,6 +37,7 @@ from gradleak.audit.folder import Folder, check_writable, write_folder
 from gradleak.audit.numbers import duration, sig
 from gradleak.audit.scores import score
 from gradleak.data import demo_image, load_images, read_tensors
+from gradleak.data.tensors import named
 from gradleak.errors import InvalidFile, InvalidInput, InvalidModel, InvalidUpdate, UnknownName
 from gradleak.exchange import Client
 from gradleak.inputs import ImageSpace, InputSpace, TensorSpace
@@ -165,9 +166,12 @@ def attack(request: Request) -> None:
     attack, options, budget = _timed_attack(request)
     if isinstance(attack, ReadSentences):
         raise InvalidInput(f"The attack 'read_sentences' {_TOKENS}")
-    shared = read_tensors(request.update)
+    stored = read_tensors(request.update)
     device = _device(request.device)
     model, spec, notes = _model(request, space)
+    shared, positional = named(stored, request.update, _trainable(model), model.state_dict())
+    if positional:
+        notes += ("The update's arrays have no names; they were taken in the order of the model's parameters.",)
     idle = [k for k in shared if k in _statistics(model)]
     if idle:
         notes += (f"Left out of the update: {_such(idle)}, which the client does not train but keeps as buffers.",)
@@ -488,13 +492,17 @@ def _model(request: Request, space: InputSpace) -> tuple[nn.Module, str, tuple[s
     dtype = _DTYPES[request.dtype]
     notes: tuple[str, ...] = ()
     if request.weights is not None:
-        weights = read_tensors(request.weights)
+        weights, positional = named(
+            read_tensors(request.weights), request.weights, _trainable(model), model.state_dict()
+        )
         loaded = [v.dtype for v in weights.values() if v.is_floating_point()]
         dtype = dtype or (max(loaded, key=lambda d: torch.finfo(d).bits) if loaded else None)
         # Half-precision weights are exact in float32, where the forward map has second derivatives on every device.
         dtype = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
         model = model.to(dtype=dtype) if dtype is not None else model
         notes = _load_weights(model, weights, request.weights)
+        if positional:
+            notes += ("The weights' arrays have no names; they were taken in the order of the model's parameters.",)
     else:
         model = model.to(dtype=dtype) if dtype is not None else model
         notes = ("No weights were given: the values that the model factory sets were taken for those sent out.",)
@@ -502,6 +510,10 @@ def _model(request: Request, space: InputSpace) -> tuple[nn.Module, str, tuple[s
         model.train(request.mode == "train")
     spec = request.model + (f" ({', '.join(f'{k}={v}' for k, v in shown.items())})" if shown else "")
     return model.to(_device(request.device)), spec, notes
+
+
+def _trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {k: p for k, p in model.named_parameters() if p.requires_grad}
 
 
 def _statistics(model: nn.Module) -> set[str]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import os
 import secrets
+import struct
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -15,18 +18,20 @@ from torch import Tensor
 
 from gradleak.errors import InvalidFile
 
-__all__ = ["read_tensors", "write_bytes", "write_tensors"]
+__all__ = ["named", "read_tensors", "write_bytes", "write_tensors"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_DEFLATE = 1100
+"""No deflated byte holds more bytes than this."""
 _REMEDY = "save it again with safetensors.torch.save_file(tensors, path)"
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a ``.safetensors`` file, or of a ``.pt``/``.pth`` file with a flat state dict, by name.
+    """Return the tensors of a ``.safetensors`` or ``.npz`` file, or of a ``.pt`` file with a flat state dict, by name.
 
     The content decides the format, not the name. Nothing is unpickled: ``.pt`` files go through
-    ``torch.load(weights_only=True)``.
+    ``torch.load(weights_only=True)``, ``.npz`` files through ``numpy.load(allow_pickle=False)``.
 
     Returns:
         Dense tensors on the CPU; floats are of 16, 32 or 64 bits, integers (labels, counters) and booleans pass.
@@ -43,6 +48,9 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             tensors: object = safetensors.torch.load(data)
         except (SafetensorError, KeyError, ValueError, RuntimeError, MemoryError, OverflowError) as error:
             raise InvalidFile(f"{str(path)!r} is a damaged safetensors file ({_first(error)}); {_REMEDY}.") from error
+    elif _is_npz(data):
+        tensors, size = _read_npz(data, path)
+        return _checked(tensors, path, size)
     elif data[:4] == b"PK\x03\x04" or data[:1] == b"\x80":
         try:
             tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -51,7 +59,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
                 f"{str(path)!r} is truncated or holds pickled Python objects, which gradleak does not load; {_REMEDY}."
             ) from error
     else:
-        raise InvalidFile(f"{str(path)!r} is neither a safetensors nor a PyTorch file, or is truncated; {_REMEDY}.")
+        raise InvalidFile(f"{str(path)!r} is neither a safetensors, PyTorch nor .npz file, or is truncated; {_REMEDY}.")
     return _checked(tensors, path, len(data))
 
 
@@ -67,6 +75,87 @@ def _read(path: Path) -> bytes:
     if not data:
         raise InvalidFile(f"{str(path)!r} is empty; {_REMEDY}.")
     return data
+
+
+def _is_npz(data: bytes) -> bool:
+    """Tell a zip of ``.npy`` members from that of PyTorch, and from a damaged one."""
+    if data[:4] not in (b"PK\x03\x04", b"PK\x05\x06"):
+        return False
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return all(name.endswith(".npy") for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, struct.error):
+        return False
+
+
+def _read_npz(data: bytes, path: Path) -> tuple[dict[str, Tensor], int]:
+    """Return the tensors of an ``.npz`` file by name, and the number of bytes that they take unpacked."""
+    tensors: dict[str, Tensor] = {}
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > _DEFLATE * len(data):
+            raise InvalidFile(
+                f"{str(path)!r} claims to unpack to more than its bytes can hold; do not trust the file if you did "
+                "not make it."
+            )
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            for name in file.files:
+                array = file[name]
+                if not isinstance(array, np.ndarray):
+                    raise ValueError(f"entry {name!r} is no array")
+                # In native byte order and in memory of its own.
+                native = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+                try:
+                    tensors[name] = torch.from_numpy(native)
+                except TypeError as error:
+                    raise InvalidFile(
+                        f"Array {name!r} of {str(path)!r} has the unsupported type {array.dtype}; "
+                        "convert it to float32 or float64 before saving."
+                    ) from error
+    except InvalidFile:
+        raise
+    except Exception as error:  # a hostile archive can fail in any way
+        pickled = "holds pickled Python objects, which gradleak does not load"
+        what = pickled if "allow_pickle" in str(error) else f"is a damaged .npz file ({_first(error)})"
+        raise InvalidFile(
+            f"{str(path)!r} {what}; save arrays of numbers by name with numpy.savez(path, **arrays)."
+        ) from error
+    return tensors, size
+
+
+def named(
+    tensors: dict[str, Tensor], path: str | Path, *orders: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], bool]:
+    """Return ``tensors`` by the model's names, and whether they had only positions (``arr_0``, ``arr_1``, …).
+
+    Args:
+        tensors: what :func:`read_tensors` returned.
+        path: the file that they come from.
+        orders: the model's tensors by name in each order that a client may have saved them; the first that fits counts.
+
+    Raises:
+        InvalidFile: there are positions only, and their number or shapes fit no order.
+
+    """
+    count = len(tensors)
+    if set(tensors) != {f"arr_{i}" for i in range(count)}:
+        return tensors, False
+    values = [tensors[f"arr_{i}"] for i in range(count)]
+    for order in orders:
+        if [v.shape for v in values] == [v.shape for v in order.values()]:
+            return dict(zip(order, values, strict=True)), True
+    shapes = [tuple(v.shape) for v in orders[0].values()]
+    at = next((i for i, (v, s) in enumerate(zip(values, shapes, strict=False)) if tuple(v.shape) != s), None)
+    differs = (
+        f"arr_{at} has shape {tuple(values[at].shape)} where {list(orders[0])[at]!r} has {shapes[at]}"
+        if count == len(shapes) and at is not None
+        else f"there are {count} arrays for {len(shapes)} trainable parameters"
+    )
+    raise InvalidFile(
+        f"The arrays of {str(path)!r} have no names and do not fit the model in order ({differs}); "
+        "save them by parameter name with numpy.savez(path, **arrays)."
+    )
 
 
 def _checked(tensors: object, path: Path, size: int) -> dict[str, Tensor]:

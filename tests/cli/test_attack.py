@@ -166,6 +166,26 @@ def test_truth_from_npz_and_from_a_picture_without_labels(case) -> None:
     assert found.success.labels is None
 
 
+def test_update_and_weights_from_npz(case) -> None:
+    for name in ("update", "weights"):
+        tensors = {k: v.numpy() for k, v in case.tensors(f"{name}.safetensors").items()}
+        np.savez(case.folder / f"named_{name}.npz", **tensors)
+        arrays = [tensors[k] for k in ("0.weight", "0.bias", "4.weight", "4.bias")]
+        np.savez(case.folder / f"{name}.npz", *arrays)
+    assert case.attack(*QUICK, out="a").code == 0
+    done = case.attack(*QUICK, out="b", update="named_update.npz", weights="named_weights.npz")
+    assert done.code == 0, done.err
+    done = case.attack(*QUICK, out="c", update="update.npz", weights="weights.npz")
+    assert done.code == 0, done.err
+    a, b, c = (load_file(case.folder / out / "reconstruction.safetensors")["inputs"] for out in "abc")
+    assert torch.equal(a, b)
+    assert torch.equal(a, c)
+    assert sum("have no names" in n for n in record(case, "c").outcome.notes) == 2
+    np.savez(case.folder / "update.npz", *arrays[:1])
+    done = case.attack(*QUICK, update="update.npz")
+    assert "1 arrays for 4 trainable parameters" in done.err
+
+
 def test_public_data_for_the_null_guesses(case) -> None:
     np.savez(case.folder / "p.npz", x=np.random.default_rng(0).integers(0, 255, (40, 8, 8), dtype=np.uint8))
     assert case.attack(*QUICK, truth="truth.safetensors", data="p.npz").code == 0
@@ -397,7 +417,7 @@ FAILURES = {
     "integer update": (integers, {}, "not floats"),
     "truncated": (truncated, {}, "damaged"),
     "empty": (empty, {}, "is empty"),
-    "garbage": (garbage, {}, "neither a safetensors nor a PyTorch file"),
+    "garbage": (garbage, {}, "neither a safetensors, PyTorch nor .npz file"),
     "hostile header": (huge_header, {}, "update.safetensors"),
     "pickle": (pickled, {}, "pickled"),
     "pickle in a torch file": (pickled_by_torch, {}, "pickled"),

@@ -7,6 +7,7 @@ import struct
 import zipfile
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradleak.data import read_tensors, write_bytes, write_tensors
+from gradleak.data.tensors import named
 from gradleak.errors import InvalidFile
 from gradleak.models import resnet20
 
@@ -78,6 +80,73 @@ def test_the_content_decides_not_the_name(tmp_path):
     same(read_tensors(tmp_path / "w.pt"), sample())
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_reads_arrays_by_name(tmp_path, save):
+    tensors = sample() | {"pruned": torch.zeros(100_000)}
+    save(tmp_path / "u.npz", **{k: v.numpy() for k, v in tensors.items()})
+    same(read_tensors(tmp_path / "u.npz"), tensors)
+    swapped = {"w": np.arange(6.0, dtype=">f4").reshape(2, 3), "f": np.asfortranarray(np.eye(3))}
+    save(tmp_path / "u.npz", **swapped)
+    read = read_tensors(tmp_path / "u.npz")
+    assert torch.equal(read["w"], torch.arange(6.0).reshape(2, 3))
+    assert read["f"].is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"w": np.array([{}], dtype=object)}, "pickled Python objects"),
+        ({"w": np.array(["a"])}, "unsupported type <U1"),
+        ({"w": np.ones(2, dtype=complex)}, "unsupported type torch.complex128"),
+        ({"w": np.ones(2, dtype=np.longdouble)}, "unsupported type float128|float32 or float64"),
+        ({"w": np.ones(2, dtype=np.uint16)}, "float32 or float64"),
+        ({}, "holds no tensor"),
+    ],
+)
+def test_other_arrays(tmp_path, arrays, message):
+    np.savez(tmp_path / "u.npz", **arrays)
+    refused(tmp_path / "u.npz", message)
+
+
+def npy(shape, body=b"", descr="<f4"):
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}}}".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text) + 1) + text + b"\n" + body
+
+
+@pytest.mark.parametrize(
+    "member", [npy("(10**9,)"), npy("(1000000000,)"), npy("(4,)", b"\0" * 8), npy("(-1,)"), b"", b"\x93NUMPY", b"text"]
+)
+def test_hostile_arrays(tmp_path, member):
+    with zipfile.ZipFile(tmp_path / "u.npz", "w") as file:
+        file.writestr("w.npy", member)
+    refused(tmp_path / "u.npz", "damaged|unsupported")
+
+
+def test_an_archive_that_unpacks_to_more_than_it_can_hold(tmp_path):
+    np.savez(tmp_path / "u.npz", w=np.zeros(10))
+    data = bytearray((tmp_path / "u.npz").read_bytes())
+    at = data.rindex(b"PK\x01\x02")
+    struct.pack_into("<I", data, at + 24, 2**31)
+    (tmp_path / "u.npz").write_bytes(data)
+    refused(tmp_path / "u.npz", "more than its bytes can hold")
+
+
+def test_positions_are_given_the_names_that_fit(tmp_path):
+    trained = {"b": torch.ones(3), "a": torch.ones(2, 3)}
+    stored = trained | {"mean": torch.ones(3)}
+    assert named(dict(trained), "u.npz", trained, stored) == (trained, False)
+    values = [2 * v for v in stored.values()]
+    for count in (2, 3):
+        found, positional = named({f"arr_{i}": v for i, v in enumerate(values[:count])}, "u.npz", trained, stored)
+        assert positional
+        assert list(found) == ["b", "a", "mean"][:count]
+        assert torch.equal(found["a"], values[1])
+    with pytest.raises(InvalidFile, match="1 arrays for 2 trainable parameters"):
+        named({"arr_0": values[0]}, "u.npz", trained, stored)
+    with pytest.raises(InvalidFile, match=r"arr_0 has shape \(2, 3\) where 'b' has \(3,\)"):
+        named({"arr_0": values[1], "arr_1": values[0]}, "u.npz", trained, stored)
+
+
 class Hostile:
     def __init__(self, path):
         self.path = path
@@ -100,7 +169,7 @@ def test_pickles_do_not_run(tmp_path):
     files = sorted(tmp_path.glob("*.pt"))
     assert len(files) == 10
     for path in files:
-        refused(path, "pickled Python objects|neither a safetensors")
+        refused(path, "pickled Python objects|neither a safetensors, PyTorch nor")
     assert not ran.exists()
 
 
@@ -147,6 +216,7 @@ def header(text, body=b""):
         header(b"{}"),
         b"hello world, this is no tensor file",
         b"PK\x03\x04 and then nothing",
+        b"PK\x05\x06" + b"\0" * 18,
         b"\x80\x02.",
         b"\x80",
     ],
@@ -156,13 +226,15 @@ def test_hostile_files(tmp_path, data):
     refused(tmp_path / "u.safetensors")
 
 
-@given(where=st.integers(0, 400), value=st.integers(0, 255), old=st.booleans())
+@given(where=st.integers(0, 3000), value=st.integers(0, 255), old=st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_a_flipped_byte_never_ends_in_another_error(tmp_path_factory, where, value, old):
     path = tmp_path_factory.mktemp("flip") / "u.pt"
     buffer = io.BytesIO()
     torch.save(sample(), buffer, _use_new_zipfile_serialization=not old)
-    for data in (buffer.getvalue(), safetensors.torch.save(sample())):
+    arrays = io.BytesIO()
+    np.savez(arrays, **{k: v.numpy() for k, v in sample().items()})
+    for data in (buffer.getvalue(), safetensors.torch.save(sample()), arrays.getvalue()):
         changed = bytearray(data)
         changed[where % len(data)] = value
         path.write_bytes(bytes(changed))
