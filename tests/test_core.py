@@ -87,6 +87,58 @@ def test_client_leaves_its_model_untouched_and_shares_running_statistics() -> No
     assert seen.update.buffers is None
 
 
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5)).double()
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.model(x)}
+
+
+MISFITS = {
+    "class too large": ({"labels": torch.tensor([0, 1, 5])}, "class 5, but .* from 0 to 4"),
+    "class below 0": ({"labels": torch.tensor([0, -1, 4])}, "class -1, but .* from 0 to 4"),
+    "ignored class": ({"labels": torch.tensor([0, -100, 4])}, "class -100"),
+    "float classes": ({"labels": torch.tensor([0.0, 1.0, 2.0])}, r"probabilities of shape \(N, 5\).*labels\.long\(\)"),
+    "probabilities of others": ({"labels": torch.ones(3, 4) / 4}, r"\(N, 5\), not \(3, 4\)"),
+    "column": ({"labels": torch.tensor([[0], [1], [2]])}, r"of shape \(N,\), not int64 of shape \(3, 1\)"),
+    "short integers": ({"labels": torch.tensor([0, 1, 2], dtype=torch.int32)}, "not int32"),
+    "bytes": ({"inputs": torch.zeros(3, *SHAPE, dtype=torch.uint8)}, r"bytes .*inputs\.to\(torch\.float64\) / 255"),
+    "other precision": ({"inputs": torch.zeros(3, *SHAPE)}, r"are float32, the model is float64; pass batch\.to\("),
+    "other channels": ({"inputs": torch.zeros(3, 3, 8, 8).double()}, r"of shape \(3, 3, 8, 8\) \(.*\); pass inputs"),
+    "integers": ({"inputs": torch.zeros(3, *SHAPE, dtype=torch.int64)}, "does not take int64 inputs"),
+    "dictionary": ({"model": Wrapped()}, r"returns a dict .*\.logits"),
+    "no batch": (
+        {"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Flatten(0)).double()},
+        r"\(1[05],\) for [23]",
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [gl.FedSGD(), gl.FedAvg(lr=0.1, epochs=2, batch_size=2, checkpoint=True)])
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_batch_that_does_not_fit_its_model_ends_in_the_remedy(case: str, training: gl.LocalTraining) -> None:
+    changed, words = MISFITS[case]
+    client = victim()
+    model = changed.get("model", client.model)
+    batch = gl.Batch(changed.get("inputs", client.batch.inputs), changed.get("labels", client.batch.labels))
+    with pytest.raises(InvalidInput, match=words) as caught:
+        gl.Client(model, batch, training).send()
+    assert "\n" not in str(caught.value)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_losses_of_others_take_what_they_like() -> None:
+    def loss(outputs: dict[str, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
+        return nn.functional.mse_loss(outputs["logits"], targets)
+
+    batch = gl.Batch(victim().batch.inputs, torch.zeros(3, 5).double())
+    assert set(gl.Client(Wrapped(), batch, gl.FedSGD(loss)).send().tensors) == {"model.1.weight", "model.1.bias"}
+    with pytest.raises(KeyError):  # a mistake in a loss of one's own shows itself
+        gl.Client(Wrapped(), batch, gl.FedSGD(lambda outputs, targets: outputs["loss"])).send()
+
+
 def test_the_wall_shows_only_what_is_granted() -> None:
     client = victim()
     seen = gl.ThreatModel(gl.Knowledge.NOTHING).observe(

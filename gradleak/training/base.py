@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from gradleak.errors import InvalidInput, InvalidModel
+from gradleak.errors import GradleakError, InvalidInput, InvalidModel
 from gradleak.types import Batch, Update, UpdateKind
 
 __all__ = [
@@ -151,6 +152,81 @@ def gradient(
     return dict(zip(params, found, strict=True)), dict(after)
 
 
+@contextmanager
+def _explained(model: nn.Module, batch: Batch, loss: Loss) -> Iterator[None]:
+    """Turn PyTorch's errors about a batch that does not fit its model into one sentence with the remedy."""
+    passed = False
+
+    def look(module: nn.Module, arguments: tuple[Tensor, ...], outputs: object) -> None:
+        nonlocal passed
+        # In a hook: a pass of its own would cost time and draw dropout masks, and on a GPU a label out of range must
+        # not reach the loss. Labels are those of all steps, so once is enough.
+        if not passed and isinstance(loss, CrossEntropy):
+            _check_outputs(outputs, len(arguments[0]), batch.labels)
+        passed = True
+
+    hook = model.register_forward_hook(look)
+    try:
+        yield
+    except (GradleakError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if passed:
+            raise
+        raise InvalidInput(_misfit(model, batch.inputs, error)) from error
+    finally:
+        hook.remove()
+
+
+def _misfit(model: nn.Module, inputs: Tensor, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    like = next(model.parameters(), inputs)
+    shape, given, own = tuple(inputs.shape), str(inputs.dtype).split(".")[-1], str(like.dtype).split(".")[-1]
+    if inputs.device != like.device:
+        return f"The inputs are on {inputs.device}, the model is on {like.device}; pass batch.to({str(like.device)!r})."
+    if inputs.dtype == torch.uint8:
+        return f"The model does not take bytes ({reason}); pass inputs.to(torch.{own}) / 255."
+    if inputs.is_floating_point() and inputs.dtype != like.dtype:
+        return f"The inputs are {given}, the model is {own}; pass batch.to(torch.{own})."
+    return (
+        f"The model does not take {given} inputs of shape {shape} ({reason}); pass inputs of the type and shape that "
+        "it was made for, examples along the first axis."
+    )
+
+
+def _check_outputs(outputs: object, examples: int, labels: Tensor) -> None:
+    """Check that ``CrossEntropy`` can compare ``outputs`` with ``labels``."""
+    if not isinstance(outputs, Tensor) or outputs.ndim < 2 or len(outputs) != examples:
+        found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+        raise InvalidModel(
+            f"The model returns {found} for {examples} examples, where logits (examples, classes) are needed; wrap it "
+            "so that it returns them, such as the .logits of a Hugging Face model."
+        )
+    if outputs.ndim > 2:  # one label for each of many places: whatever the loss allows
+        return
+    classes = outputs.shape[1]
+    if labels.device != outputs.device:
+        raise InvalidInput(f"The labels are on {labels.device}, the outputs on {outputs.device}; move the whole batch.")
+    if labels.is_floating_point():
+        if tuple(labels.shape[1:]) != (classes,):
+            raise InvalidInput(
+                f"Float labels are probabilities of shape (N, {classes}), not {tuple(labels.shape)}; "
+                "pass those, or class indices as labels.long()."
+            )
+        return
+    if labels.ndim != 1 or labels.dtype not in (torch.int64, torch.uint8):
+        raise InvalidInput(
+            f"Class indices are int64 of shape (N,), not {str(labels.dtype).split('.')[-1]} of shape "
+            f"{tuple(labels.shape)}; pass labels.flatten().long(), or float probabilities."
+        )
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise InvalidInput(
+            f"The labels name class {low if low < 0 else high}, but the model's classes run from 0 to {classes - 1}; "
+            "correct the labels, or the model's number of classes."
+        )
+
+
 class LocalTraining(ABC):
     """What a client does with its batch between receiving a model and sending an update.
 
@@ -187,9 +263,17 @@ class LocalTraining(ABC):
         return self.tensors(model, params, inputs, labels, buffers=buffers), dict(buffers or {})
 
     def __call__(self, model: nn.Module, batch: Batch, *, params: Tensors | None = None) -> Update:
-        """Run local training on ``batch`` and return the update, detached; ``model`` is left untouched."""
+        """Run local training on ``batch`` and return the update, detached; ``model`` is left untouched.
+
+        Raises:
+            InvalidInput: the model does not take such inputs, or the loss is ``CrossEntropy`` and the labels are
+                neither class indices nor probabilities.
+            InvalidModel: the loss is ``CrossEntropy`` and the model does not return logits.
+
+        """
         params = parameters(model) if params is None else params
-        tensors, buffers = self.run(model, params, batch.inputs, batch.labels, dict(model.named_buffers()))
+        with _explained(model, batch, self.loss):
+            tensors, buffers = self.run(model, params, batch.inputs, batch.labels, dict(model.named_buffers()))
         shared = {k: b.detach().clone() for k, b in buffers.items()} if tracks_statistics(model) else None
         return Update({k: v.detach() for k, v in tensors.items()}, self.kind, shared)
 
