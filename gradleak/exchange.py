@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import nn
 
+from gradleak.errors import InvalidInput
 from gradleak.inputs import ImageSpace, InputSpace
 from gradleak.threat import Observation, ThreatModel
 from gradleak.training import FedSGD, LocalTraining
@@ -66,10 +67,18 @@ def simulate(
         seed: of the attack.
 
     Raises:
+        InvalidInput: the batch lies outside the space, or does not fit the model.
         GradleakError: whatever the attack raises.
 
     """
-    space = ImageSpace(tuple(client.batch.inputs.shape[1:])) if space is None else space
+    inputs = client.batch.inputs
+    if space is None:
+        shape = tuple(inputs.shape[1:])
+        if len(shape) != 3:
+            raise InvalidInput(f"Inputs of shape {shape} are no images; pass space=TensorSpace({shape}).")
+        space = ImageSpace(shape)
+    # Decoding clamps images: outside the space, the truth would be scored against something that no client had.
+    space.check(inputs)
     observation = (ThreatModel() if threat is None else threat).observe(
         client.model,
         client.send(),
@@ -79,5 +88,5 @@ def simulate(
         labels=client.batch.labels,
     )
     reconstruction = attack.reconstruct(observation, seed=seed)
-    truth = Batch(space.decode(client.batch.inputs), client.batch.labels)
+    truth = Batch(space.decode(inputs), client.batch.labels)
     return Exchange(truth, observation, reconstruction)

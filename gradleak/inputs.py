@@ -37,6 +37,19 @@ class InputSpace(ABC):
         """Return the nearest valid candidates."""
         return candidates
 
+    def check(self, inputs: Tensor) -> None:
+        """Check that model inputs (N, *shape) lie in this space, so that decoding them loses nothing.
+
+        Raises:
+            InvalidInput: they have another shape, or values that no candidate has.
+
+        """
+        if tuple(inputs.shape[1:]) != tuple(self.shape):
+            raise InvalidInput(
+                f"The inputs have shape {tuple(inputs.shape[1:])}, those of the space {tuple(self.shape)}; pass a "
+                "space of the inputs' shape."
+            )
+
 
 @dataclass(frozen=True)
 class ImageSpace(InputSpace):
@@ -93,6 +106,21 @@ class ImageSpace(InputSpace):
         """Clip candidates to the normalised box of valid images."""
         mean, std = self._stats(candidates)
         return torch.minimum(torch.maximum(candidates, -mean / std), (1 - mean) / std)
+
+    def check(self, inputs: Tensor) -> None:
+        """Check that ``inputs`` are images in [0, 1] after normalization is undone, up to rounding."""
+        super().check(inputs)
+        mean, std = self._stats(inputs.double())
+        images = inputs.double() * std + mean
+        rounding = 4 * torch.finfo(inputs.dtype).eps if inputs.is_floating_point() else 0.0
+        slack = max(1e-5, rounding)
+        if not bool(((images >= -slack) & (images <= 1 + slack)).all()):
+            normalized = " after normalization is undone" if self.mean or self.std else ""
+            raise InvalidInput(
+                f"The inputs have values from {float(images.min()):.4g} to {float(images.max()):.4g}{normalized}, "
+                "outside the [0, 1] of images; divide bytes by 255, describe normalized images with "
+                "space=ImageSpace(shape, mean=..., std=...), and other data with space=TensorSpace(shape)."
+            )
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,21 @@ class TokenSpace(InputSpace):
         cosine = torch.nan_to_num(candidates) @ directions.T  # a candidate's own norm changes no maximum
         return cosine.masked_fill(~self._usable().to(candidates.device), -torch.inf).argmax(-1)
 
+    def check(self, inputs: Tensor) -> None:
+        """Check the shape of embeddings, or the shape and range of ids (N, T)."""
+        if inputs.is_floating_point():
+            super().check(inputs)
+        elif tuple(inputs.shape[1:]) != (self.length,):
+            raise InvalidInput(
+                f"The inputs have shape {tuple(inputs.shape[1:])}, not {self.length} token ids each; pass a space of "
+                "their length."
+            )
+        elif not bool(((inputs >= 0) & (inputs < len(self.table))).all()):
+            raise InvalidInput(
+                f"The inputs have ids outside 0 to {len(self.table) - 1}, the rows of the embedding table; pass ids of "
+                "the model's own tokenizer."
+            )
+
     def encode(self, inputs: Tensor) -> Tensor:
         """Return the embeddings (..., T, d) of token ids (..., T)."""
         return self.table[inputs]

@@ -8,6 +8,7 @@ from torch import nn
 
 import gradleak as gl
 from gradleak.errors import InvalidInput, InvalidUpdate
+from gradleak.tokens import TokenSpace
 
 SHAPE = (1, 8, 8)
 
@@ -226,6 +227,55 @@ def test_batches_and_spaces_are_checked() -> None:
         gl.ImageSpace((8, 8))
     with pytest.raises(InvalidInput, match="positive"):
         gl.ImageSpace(SHAPE, std=(0.0,))
+
+
+class Nothing:
+    """An attack that must not be reached."""
+
+    def reconstruct(self, observation: gl.Observation, *, seed: int = 0) -> gl.Reconstruction:
+        raise AssertionError
+
+
+def outside() -> dict[str, tuple[torch.Tensor, gl.InputSpace | None, str]]:
+    images = victim().batch.inputs
+    normal = gl.ImageSpace(SHAPE, mean=(0.5,), std=(0.25,))
+    return {
+        "bytes": (255 * images, None, r"to 25\d.*, outside the \[0, 1\] of images; divide bytes by 255"),
+        "normalized": (normal.encode(images), None, r"describe normalized images with space=ImageSpace\(shape, mean"),
+        "bytes and normalization": (normal.encode(255 * images), normal, "after normalization is undone, outside"),
+        "NaN": (images + torch.nan, None, "outside"),
+        "other shape": (images, gl.ImageSpace((1, 4, 4)), r"\(1, 8, 8\), those of the space \(1, 4, 4\)"),
+        "other features": (images.flatten(1), gl.TensorSpace((8,)), r"\(64,\), those of the space \(8,\)"),
+        "rows": (images.flatten(1), None, r"no images; pass space=TensorSpace\(\(64,\)\)"),
+    }
+
+
+@pytest.mark.parametrize("case", outside())
+def test_a_batch_outside_its_space_is_refused_before_the_attack(case: str) -> None:
+    inputs, space, words = outside()[case]
+    client = victim()
+    with pytest.raises(InvalidInput, match=words):
+        gl.simulate(gl.Client(client.model, gl.Batch(inputs, client.batch.labels)), Nothing(), space=space)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rounding_of_normalized_images_stays_inside_their_space(dtype: torch.dtype) -> None:
+    space = gl.ImageSpace((3, 4, 4), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    for value in (0.0, 1.0):
+        space.check(space.encode(torch.full((2, 3, 4, 4), value)).to(dtype))
+
+
+def test_token_ids_are_checked() -> None:
+    space = TokenSpace(torch.eye(5), 3)
+    space.check(torch.tensor([[0, 4, 2]]))
+    space.check(torch.zeros(1, 3, 5))
+    for ids, words in (
+        (torch.tensor([[0, 5, 2]]), "ids outside 0 to 4"),
+        (torch.tensor([[0, 1]]), "not 3 token ids"),
+        (torch.zeros(1, 3), r"those of the space \(3, 5\)"),
+    ):
+        with pytest.raises(InvalidInput, match=words):
+            space.check(ids)
 
 
 def test_image_space_projects_to_what_decodes_to_valid_images() -> None:
