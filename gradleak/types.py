@@ -20,7 +20,7 @@ class Batch:
     """A private batch: model inputs of shape (N, ...) and labels, (N,) class indices or (N, C) probabilities.
 
     Raises:
-        InvalidInput: the numbers of inputs and labels differ, or the batch is empty.
+        InvalidInput: the numbers of inputs and labels differ, the batch is empty, or one of them has no batch axis.
 
     """
 
@@ -28,6 +28,11 @@ class Batch:
     labels: Tensor
 
     def __post_init__(self) -> None:
+        if self.inputs.ndim == 0 or self.labels.ndim == 0:
+            raise InvalidInput(
+                "A batch needs inputs and labels with examples along the first axis, also for one example; "
+                "pass for example inputs[None] and torch.tensor([3])."
+            )
         if self.inputs.shape[0] != self.labels.shape[0] or self.inputs.shape[0] == 0:
             raise InvalidInput(
                 f"A batch needs as many labels as inputs and at least one, but it has {self.inputs.shape[0]} inputs "

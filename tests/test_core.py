@@ -110,6 +110,7 @@ MISFITS = {
     "other channels": ({"inputs": torch.zeros(3, 3, 8, 8).double()}, r"of shape \(3, 3, 8, 8\) \(.*\); pass inputs"),
     "integers": ({"inputs": torch.zeros(3, *SHAPE, dtype=torch.int64)}, "does not take int64 inputs"),
     "dictionary": ({"model": Wrapped()}, r"returns a dict .*\.logits"),
+    "one logit": ({"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 1)).double()}, r"one logit.*FedSGD\(loss"),
     "no batch": (
         {"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Flatten(0)).double()},
         r"\(1[05],\) for [23]",
@@ -221,6 +222,8 @@ def test_buffers_in_an_update_are_named() -> None:
 def test_batches_and_spaces_are_checked() -> None:
     with pytest.raises(InvalidInput, match="as many labels"):
         gl.Batch(torch.zeros(2, 3), torch.zeros(1, dtype=torch.long))
+    with pytest.raises(InvalidInput, match=r"torch\.tensor\(\[3\]\)"):
+        gl.Batch(torch.zeros(1, 3), torch.tensor(3))
     with pytest.raises(InvalidInput, match="at least one"):
         gl.Batch(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long))
     with pytest.raises(InvalidInput, match="channels, height, width"):

@@ -205,6 +205,11 @@ def _check_outputs(outputs: object, examples: int, labels: Tensor) -> None:
     if outputs.ndim > 2:  # one label for each of many places: whatever the loss allows
         return
     classes = outputs.shape[1]
+    if classes == 1:
+        raise InvalidModel(
+            "The model returns one logit, over which cross-entropy is constant; give the training the client's own "
+            "loss, such as FedSGD(loss=...)."
+        )
     if labels.device != outputs.device:
         raise InvalidInput(f"The labels are on {labels.device}, the outputs on {outputs.device}; move the whole batch.")
     if labels.is_floating_point():
