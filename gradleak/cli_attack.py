@@ -42,7 +42,7 @@ from gradleak.errors import InvalidFile, InvalidInput, InvalidModel, InvalidUpda
 from gradleak.exchange import Client
 from gradleak.inputs import ImageSpace, InputSpace, TensorSpace
 from gradleak.metrics import Metric
-from gradleak.models import load, parse_options
+from gradleak.models import load, locate, parse_options
 from gradleak.report import picture, render
 from gradleak.threat import Knowledge, Observation, ThreatModel
 from gradleak.training import CrossEntropy, FedAvg, FedSGD, LocalTraining, check_reproducible
@@ -370,9 +370,15 @@ def _timed_attack(request: Request) -> tuple[Attack, dict[str, Any], float | Non
 
 def _build_attack(name: str, options: Mapping[str, Any]) -> tuple[Attack, dict[str, Any]]:
     """Return the attack and all its options, defaults included."""
-    if name not in gradleak.attacks.__all__:
-        raise UnknownName("attack", name, gradleak.attacks.__all__)
-    factory = getattr(gradleak.attacks, name)
+    factory: Any
+    if ":" in name:
+        factory = locate(name)
+        if not callable(factory):
+            raise InvalidInput(f"{name!r} is a {type(factory).__name__}; name a function that returns an Attack.")
+    elif name in gradleak.attacks.__all__:
+        factory = getattr(gradleak.attacks, name)
+    else:
+        raise UnknownName("attack", name, [*gradleak.attacks.__all__, "module:factory"])
     signature = inspect.signature(factory)
     hints = typing.get_type_hints(factory)
     given = {}
@@ -388,6 +394,8 @@ def _build_attack(name: str, options: Mapping[str, Any]) -> tuple[Attack, dict[s
         raise InvalidInput(
             f"The attack {name} cannot be built with {dict(options)} ({error}); correct the options."
         ) from error
+    if not isinstance(built, Attack):
+        raise InvalidInput(f"The factory {name!r} returned a {type(built).__name__}; it must return an Attack.")
     every = {k: p.default for k, p in signature.parameters.items() if p.default is not p.empty} | given
     return built, every
 

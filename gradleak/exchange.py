@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from gradleak.errors import InvalidInput
 from gradleak.inputs import ImageSpace, InputSpace
@@ -55,6 +55,7 @@ def simulate(
     *,
     threat: ThreatModel | None = None,
     space: InputSpace | None = None,
+    public: Tensor | None = None,
     seed: int = 0,
 ) -> Exchange:
     """Let ``client`` send its update and let ``attack`` reconstruct the batch from what ``threat`` shows.
@@ -64,6 +65,7 @@ def simulate(
         attack: sees only the observation.
         threat: defaults to an honest-but-curious server who knows batch size and training.
         space: shape and range of one input; defaults to images in [0, 1] of the batch's shape.
+        public: public model inputs (M, *shape), shown where ``threat`` grants PUBLIC_DATA.
         seed: of the attack.
 
     Raises:
@@ -86,6 +88,7 @@ def simulate(
         training=client.training,
         batch_size=len(client.batch),
         labels=client.batch.labels,
+        public=public,
     )
     reconstruction = attack.reconstruct(observation, seed=seed)
     truth = Batch(space.decode(inputs), client.batch.labels)

@@ -10,4 +10,5 @@ from gradleak.models.resnets import dlg_resnet, resnet18, resnet20, resnet32
 __all__ = ["dlg_resnet", "lenet", "perceptron", "resnet18", "resnet20", "resnet32"]
 
 from gradleak.models.loading import load as load
+from gradleak.models.loading import locate as locate
 from gradleak.models.loading import parse_options as parse_options

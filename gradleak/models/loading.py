@@ -72,24 +72,39 @@ def load(spec: str, options: Mapping[str, Option] | None = None) -> nn.Module:
 
     """
     options = dict(options or {})
-    module_name, colon, attribute = spec.rpartition(":")
-    if not colon:
+    if ":" not in spec:
         if spec not in gradleak.models.__all__:
             raise UnknownName("model", spec, [*gradleak.models.__all__, "module:factory"])
         return _call(spec, getattr(gradleak.models, spec), options)
-    if not module_name or not attribute:
-        raise InvalidModel(f"{spec!r} names no model; write module:factory, for example mymodels:make_net.")
     with _current_directory_importable():
-        module = _import(module_name)
-        factory: object = module
-        for part in attribute.split("."):
-            if not hasattr(factory, part):
-                names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-                close = difflib.get_close_matches(attribute, names, n=3, cutoff=0.5)
-                hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "name a function that it defines."
-                raise InvalidModel(f"Module {module_name!r} has no factory named {attribute!r}: {hint}")
-            factory = getattr(factory, part)
-        return _call(spec, factory, options)
+        return _call(spec, _find(spec), options)
+
+
+def locate(spec: str) -> object:
+    """Return what ``module:name`` names in the user's own code, which runs; see :func:`load` for where it may lie.
+
+    Raises:
+        InvalidModel: the module cannot be imported or has no such name.
+
+    """
+    with _current_directory_importable():
+        return _find(spec)
+
+
+def _find(spec: str) -> object:
+    module_name, _, attribute = spec.rpartition(":")
+    if not module_name or not attribute:
+        raise InvalidModel(f"{spec!r} names no factory; write module:factory, for example mymodels:make_net.")
+    module = _import(module_name)
+    found: object = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+            close = difflib.get_close_matches(attribute, names, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "name a function that it defines."
+            raise InvalidModel(f"Module {module_name!r} has no factory named {attribute!r}: {hint}")
+        found = getattr(found, part)
+    return found
 
 
 def _call(spec: str, factory: object, options: dict[str, Option]) -> nn.Module:
@@ -155,10 +170,10 @@ def _import(name: str) -> ModuleType:
 
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise InvalidModel(f"There is no file {str(path)!r}; give the path of the file that defines the model.")
+        raise InvalidModel(f"There is no file {str(path)!r}; give the path of the file that defines it.")
     found = importlib.util.spec_from_file_location(path.stem, path.resolve())
     if found is None or found.loader is None:
-        raise InvalidModel(f"{str(path)!r} is not a Python file; give a .py file that defines the model.")
+        raise InvalidModel(f"{str(path)!r} is not a Python file; give a .py file.")
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     return module

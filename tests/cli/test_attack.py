@@ -626,3 +626,28 @@ def test_report_of_nothing(run) -> None:
 def test_results_are_private_only_as_far_as_the_umask_says(case) -> None:
     assert case.attack(*QUICK).code == 0
     assert stat.S_IMODE((case.folder / "out" / "result.json").stat().st_mode) & 0o400
+
+
+def test_an_attack_of_ones_own(case) -> None:
+    (case.folder / "mine.py").write_text(
+        "import torch\n"
+        "from gradleak.attacks.base import Attack\n"
+        "from gradleak.threat import Knowledge\n"
+        "from gradleak.types import Reconstruction\n"
+        "class Guess(Attack):\n"
+        "    requires = Knowledge.BATCH_SIZE\n"
+        "    def __init__(self, level): self.level = level\n"
+        "    def _reconstruct(self, observations, seed, callback):\n"
+        "        shape = observations[0].space.shape\n"
+        "        return [Reconstruction(torch.full((o.batch_size, *shape), self.level), None, 1.0, status='stalled')"
+        " for o in observations]\n"
+        "def guess(*, level: float = 0.5): return Guess(level)\n"
+        "def broken(): return 3\n"
+    )
+    done = case.attack("--attack-option", "level=0.25", attack="mine:guess")
+    assert done.code == 0, done.err
+    assert record(case).attack.name == "mine:guess"
+    assert record(case).attack.options == {"level": 0.25}
+    assert "must return an Attack" in case.attack(attack="mine:broken").err
+    assert "no factory named" in case.attack(attack="mine:nothing").err
+    assert "module:factory" in case.attack(attack="nothing").err
