@@ -245,7 +245,14 @@ def _run(job: _Job) -> None:
     if reconstruction.trace is None:
         reconstruction = replace(reconstruction, trace=job.trace)
     images = isinstance(job.observation.space, ImageSpace)
-    scores = None if job.truth is None else score(reconstruction, job.truth, public=job.public, images=images)
+    truth, notes = job.truth, job.notes
+    if truth is not None and reconstruction.inputs.shape[1:] != truth.inputs.shape[1:]:
+        truth = None
+        notes = (
+            *notes,
+            "The attack recovers features, which cannot be scored against private inputs; --truth is unused.",
+        )
+    scores = None if truth is None else score(reconstruction, truth, public=job.public, images=images)
     folder = build_record(
         job.observation,
         reconstruction,
@@ -253,10 +260,10 @@ def _run(job: _Job) -> None:
         options=job.options,
         seed=job.seed,
         scores=scores,
-        truth=job.truth,
+        truth=truth,
         model=job.model,
         dtype=job.dtype,
-        notes=job.notes,
+        notes=notes,
         command=job.command,
         classes=job.classes,
     )

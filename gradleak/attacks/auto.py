@@ -440,7 +440,10 @@ class _Case:
         """Return the best, with the way that led to it."""
         if self.best is None:
             raise NotApplicable("No attack applies. " + " ".join(self.reasons))
-        notes = (f"Chosen by its certificate: {self.by}.", *self.notes, *self.best.notes)
+        proof = self.best.certificate
+        explained = proof is not None and proof.verdict != "unproved"
+        why = "Its equations are solved exactly" if self.solved and not explained else "Chosen by its certificate"
+        notes = (f"{why}: {self.by}.", *self.notes, *self.best.notes)
         return replace(self.best, notes=notes, seconds=self.seconds)
 
 

@@ -174,6 +174,7 @@ def _from_update(
             ),
         )
     if outcome.status == "exact":
+        why = next((f" {n}" for n in outcome.notes if n.startswith("The solved inputs run")), "")
         near = residual is not None and residual <= _CLOSE
         return Verdict(
             "solved",
@@ -181,7 +182,7 @@ def _from_update(
             + ("." if near else ", which does not fit the rest of what was stated."),
             f"The gradients determine the {nouns} by linear algebra, and fit down to rounding, whatever loss, label, "
             "sign or step size the client had. Simulated with the stated training, the reconstruction causes "
-            f"{'nearly the captured' if near else 'another'} update{f' ({figures})' if figures else ''}.",
+            f"{'nearly the captured' if near else 'another'} update{f' ({figures})' if figures else ''}.{why}",
             (
                 "Look at it: what is shown is what the client trained on, up to the range and normalization stated.",
                 "Check what was stated: normalization, loss and label smoothing, labels, gradient or weight delta, "

@@ -651,3 +651,15 @@ def test_an_attack_of_ones_own(case) -> None:
     assert "must return an Attack" in case.attack(attack="mine:broken").err
     assert "no factory named" in case.attack(attack="mine:nothing").err
     assert "module:factory" in case.attack(attack="nothing").err
+
+
+def test_features_are_reported_as_such(case) -> None:
+    truth = str(case.folder / "truth.safetensors")
+    done = case.attack("--truth", truth, attack="disaggregate")
+    assert done.code == 0, done.err
+    found = record(case)
+    assert found.outcome.shows == "features"
+    assert "last layer" in found.verdict.headline
+    assert found.examples is None
+    assert any("--truth is unused" in note for note in found.outcome.notes)
+    assert case.run("report", str(case.folder / "out")).code == 0
