@@ -78,7 +78,9 @@ def attack(
     lr: Annotated[float | None, typer.Option(help="Learning rate of the client's SGD, for a weight delta.")] = None,
     local_epochs: Annotated[int, typer.Option(min=1, help="The client's passes over its batch.")] = 1,
     local_batch_size: Annotated[int | None, typer.Option(min=1, help="The client's examples per step (all).")] = None,
-    mode: Annotated[str, typer.Option(help="The client's model mode: as-is, eval or train.")] = "as-is",
+    mode: Annotated[
+        str, typer.Option(help="The client's model mode: as-is, eval, train or batch (BatchNorm).")
+    ] = "as-is",
     reduction: Annotated[str, typer.Option(help="The client's loss over examples: mean or sum.")] = "mean",
     label_smoothing: Annotated[float, typer.Option(help="The client's label smoothing, in [0, 1).")] = 0.0,
     labels: Annotated[str | None, typer.Option(metavar="K,K,…", help="Classes the attacker is told.")] = None,

@@ -45,7 +45,7 @@ from gradleak.metrics import Metric
 from gradleak.models import load, locate, parse_options
 from gradleak.report import picture, render
 from gradleak.threat import Knowledge, Observation, ThreatModel
-from gradleak.training import CrossEntropy, FedAvg, FedSGD, LocalTraining, check_reproducible
+from gradleak.training import CrossEntropy, FedAvg, FedSGD, LocalTraining, batch_statistics, check_reproducible
 from gradleak.types import Batch, Reconstruction, Trace, Update, UpdateKind, name_prefix
 
 __all__ = ["Request", "attack", "demo", "list_names"]
@@ -497,8 +497,8 @@ def _model(request: Request, space: InputSpace) -> tuple[nn.Module, str, tuple[s
         if request.classes is not None:
             sizes["classes"] = request.classes
         options = {k: v for k, v in sizes.items() if k in accepted} | options
-    if request.mode not in ("as-is", "eval", "train"):
-        raise UnknownName("mode", request.mode, ["as-is", "eval", "train"])
+    if request.mode not in _MODES:
+        raise UnknownName("mode", request.mode, _MODES)
     if request.dtype not in _DTYPES:
         raise UnknownName("dtype", request.dtype, _DTYPES)
     model = load(request.model, options)
@@ -521,10 +521,15 @@ def _model(request: Request, space: InputSpace) -> tuple[nn.Module, str, tuple[s
     else:
         model = model.to(dtype=dtype) if dtype is not None else model
         notes = ("No weights were given: the values that the model factory sets were taken for those sent out.",)
-    if request.mode != "as-is":
+    if request.mode == "batch":
+        model = batch_statistics(model)
+    elif request.mode != "as-is":
         model.train(request.mode == "train")
     spec = request.model + (f" ({', '.join(f'{k}={v}' for k, v in shown.items())})" if shown else "")
     return model.to(_device(request.device)), spec, notes
+
+
+_MODES = ("as-is", "eval", "train", "batch")
 
 
 def _trainable(model: nn.Module) -> dict[str, Tensor]:

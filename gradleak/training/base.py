@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -100,10 +101,23 @@ def check_reproducible(model: nn.Module) -> None:
         if isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
             raise InvalidModel(
                 f"Module {name!r} is BatchNorm in training mode, whose running statistics an attack would change; if "
-                "the client trained in that mode, build the model with BatchNorm(..., track_running_stats=False), "
-                "which computes the same; else put it into evaluation mode with model.eval() (command line: "
-                "--mode eval)."
+                "the client trained in that mode, attack gradleak.training.batch_statistics(model), which computes "
+                "the same (command line: --mode batch); else put it into evaluation mode with model.eval() (command "
+                "line: --mode eval)."
             )
+
+
+def batch_statistics(model: nn.Module) -> nn.Module:
+    """Return a copy in training mode whose BatchNorm uses its batch's statistics and stores none.
+
+    It computes what the model in training mode computes, and can be attacked.
+    """
+    model = copy.deepcopy(model).train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+    return model
 
 
 def tracks_statistics(model: nn.Module) -> bool:
