@@ -53,8 +53,10 @@ _JOINT = 8
 """Moves along all weak directions at once by which their interplay is measured."""
 _STORED = 4e7
 """Numbers of the Jacobian kept at most; further rows are left out, which can only weaken the verdict."""
-_MANY = 8
-"""Equations per unknown from which on no batches are simulated to count them: only shallow models are short of them."""
+_NEAR = 1e-4
+"""How far from the solution examples are drawn to count independent numbers, relative to the inputs' size."""
+_SPAN = 1e-12
+"""Distance from a span, relative to an update, from which on an update counts as independent of it."""
 
 
 @final
@@ -67,6 +69,7 @@ class Construction:
         error: estimated root mean square error, model-input units.
         statement: one clause for the reader ("every layer's linear system has full rank").
         local: whether a step on the way was unique nearby only, as the solution of nonlinear equations is.
+        alone: whether the steps tell one example from a mixture of several; else only the update's scale does.
 
     """
 
@@ -74,6 +77,7 @@ class Construction:
     error: float
     statement: str
     local: bool = False
+    alone: bool = True
 
 
 @final
@@ -227,12 +231,14 @@ def _constructed(
     size = problem.scale(scale)
     count = len(problem.inputs)
     doubt = problem.reversed(fit)
+    if doubt is None and fit.free and not proof.alone:
+        doubt = "up to a factor a mixture of several examples would be explained as well (one output that can vary)"
     if problem.inputs.numel() <= _CHECKED:
         # The noise of this very update, where measuring it is cheap. Folds say nothing here, free directions do.
         own = _judge(problem, fit, floor, told, scale, tolerance, folds=False).errors
         bound = max([bound, *(math.inf if math.isnan(e) else e for e in own)])
         if doubt is None and bound <= tolerance * size:
-            doubt = problem.shortage(fit, sum(problem.sizes))
+            doubt = problem.shortage(fit)
     verdict = "proved" if bound <= tolerance * size and doubt is None else "matched"
     if verdict == "proved":
         tail = (
@@ -444,44 +450,52 @@ class _Problem:
         )
 
     @torch.no_grad()
-    def shortage(self, fit: _Fit, rows: int) -> str | None:
+    def shortage(self, fit: _Fit) -> str | None:
         """Return what speaks against a proof where any mixture of examples would be explained as well.
 
-        Updates of all batches lie in a space that may hardly be larger than the number of unknowns, as the two opposite
-        rows of a linear model with two classes: then one input and a factor explain the update of any batch. Its
-        dimension is the rank of updates of random examples.
+        Updates of all batches may lie in a space that is hardly larger than the number of unknowns: with two classes
+        and activations of the same slopes, one input and a factor explain the update of any batch. The dimension of
+        that space is the rank of updates near the solution, with random labels.
         """
-        unknowns = self.inputs.numel()
-        wanted = int(1.25 * unknowns) + 8 + (self.labels.numel() if self.labels.is_floating_point() else 0)
-        if rows >= _MANY * unknowns:
-            return None
+        unknowns = self.inputs.numel() + (self.labels.numel() if self.labels.is_floating_point() else 0)
+        # With the client's own scale, one equation more than unknowns is evidence to all the digits of that scale.
+        wanted = unknowns + 1 if not fit.free and self.known else int(1.25 * unknowns) + 9
         draw = torch.Generator().manual_seed(self.seed + 2)
         x = self.inputs.double()
-        middle, spread = x.mean(), max(float(x.std()), 0.1 * float(x.abs().max()), 1e-12)
-        shape = (wanted + 8, *x.shape)
-        others = middle + 2 * spread * torch.randn(shape, generator=draw, dtype=torch.float64).to(x)
+        count = wanted + 8
+        moves = torch.randn((count, *x.shape), generator=draw, dtype=torch.float64).to(x)
+        others = x + _NEAR * float(x.square().mean().sqrt()) * moves
         if self.labels.is_floating_point():
-            drawn = torch.rand((len(others), *self.labels.shape), generator=draw, dtype=torch.float64)
+            drawn = torch.rand((count, *self.labels.shape), generator=draw, dtype=torch.float64)
             labels = (drawn / drawn.sum(-1, keepdim=True)).to(self.labels)
         else:
-            with torch.no_grad():
-                params, buffers = self._wide
-                classes = int(functional_call(self.model, {**params, **buffers}, (x,)).shape[-1])
-            labels = torch.randint(0, classes, (len(others), *self.labels.shape), generator=draw).to(self.labels.device)
+            params, buffers = self._wide
+            classes = int(functional_call(self.model, {**params, **buffers}, (x,)).shape[-1])
+            labels = torch.randint(0, classes, (count, *self.labels.shape), generator=draw).to(self.labels.device)
         live = (fit.noise.weight > 0).nonzero().flatten()
-        order = torch.randperm(len(live), generator=draw)[: 4 * len(others)]
+        order = torch.randperm(len(live), generator=draw)[: 4 * count]
         live = live[order.to(live.device)]
-        updates = torch.stack([self.flat(self.simulate(o, y))[live] for o, y in zip(others, labels, strict=True)])
+
+        def one(o: Tensor, y: Tensor) -> Tensor:
+            return self.flat(self.simulate(o, y))[live]
+
+        try:
+            parts = [vmap(one)(o, y) for o, y in zip(others.split(64), labels.split(64), strict=True)]
+            updates = torch.cat(parts)
+        except RuntimeError:  # an operation that knows no batches of its own
+            updates = torch.stack([one(o, y) for o, y in zip(others, labels, strict=True)])
         updates = updates * fit.noise.weight[live]
         updates = updates / updates.norm(dim=1, keepdim=True).clamp_min(1e-300)
-        values = torch.linalg.svdvals(updates)
-        rank = int((values > 1e-10 * values[0]).sum())
-        # One of them goes to the common factor.
-        if rank - fit.free >= wanted:
+        if updates.shape[1] > count:
+            mixed = torch.randn(updates.shape[1], count, generator=draw, dtype=torch.float64).to(updates)
+            updates = updates @ mixed / math.sqrt(count)
+        # The diagonal of R is how far each is from the span of those before.
+        rank = int((torch.linalg.qr(updates.T, mode="r").R.diagonal().abs() > _SPAN).sum())
+        if rank >= wanted:
             return None
         return (
-            f"the updates of all batches have only {rank} independent numbers for {unknowns} unknowns"
-            f"{' and the factor' if fit.free else ''}, so mixtures of examples would be explained as well"
+            f"the updates of all batches nearby have only {rank} independent numbers for {unknowns} unknowns"
+            f"{' and a factor' if fit.free else ''}, so mixtures of examples would be explained as well"
         )
 
     def linear(self, fit: _Fit) -> tuple[Tensor, Callable[[Tensor], Tensor], int, Tensor]:
@@ -574,7 +588,7 @@ def _judge(
     if doubt is None and rows < 1.25 * unknowns + 8:
         doubt = f"{rows} equations for {unknowns} unknowns leave nothing to show that the update is undistorted"
     if doubt is None and bool(good.any()):
-        doubt = problem.shortage(fit, rows)
+        doubt = problem.shortage(fit)
     verdicts = tuple("proved" if bool(g) and doubt is None else "matched" for g in good)
     shown = tuple(float(b) if not bool(t) else math.inf for b, t in zip(bounds, touched, strict=True))
     weakest = float(values.min()) / top if top > 0 else 0.0

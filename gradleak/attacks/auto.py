@@ -23,7 +23,7 @@ from gradleak.attacks.gauss_newton import by_layers, gauss_newton, is_smooth
 from gradleak.attacks.labeling import read_labels
 from gradleak.attacks.linear_inversion import linear_inversion
 from gradleak.attacks.matching import dlg, idlg, inverting_gradients
-from gradleak.attacks.recursion import check, from_layers, hides, invert_batch, plain_gradient
+from gradleak.attacks.recursion import check, from_layers, hides, invert_batch, mixtures_fit, plain_gradient
 from gradleak.attacks.sentences import read_sentences
 from gradleak.errors import InvalidInput, InvalidModel, NotApplicable, ResourceLimit
 from gradleak.inputs import ImageSpace
@@ -35,13 +35,13 @@ from gradleak.types import Certificate, Reconstruction
 __all__ = ["Auto", "auto", "certificate"]
 
 _RANK = {"unproved": 0, "matched": 1, "proved": 2}
+_UNKNOWN = 0.1
+"""Residual with which a result counts whose update cannot be simulated."""
 _POLISHED = 1024
 """Unknowns up to which a Gauss–Newton polish is a matter of seconds."""
 _BACKWARD = "solved backward, every layer's linear system has full rank"
 _BATCHED = "solved backward from separated features, every layer's gradient determines its inputs for all examples"
 _TOGETHER = "solved for all layers together, whose linear system there has full rank"
-_SPARE = 8
-"""Equations beyond the unknowns that tell one example from a mixture, where the outer product itself cannot."""
 
 
 def certificate(
@@ -102,13 +102,14 @@ def _certified(
         if hard is None and soft is None:
             why = "The labels are not known, so the update cannot be re-simulated."
             return _unproved(len(found), why), None, None
-        best = None
+        best, used = None, hard
         for labels in (hard, soft):
             if labels is not None and (best is None or best.verdict == "unproved"):
                 other = examined(labels)
-                best = other if best is None or _order(other) > _order(best) else best
+                if best is None or _order(other) > _order(best):
+                    best, used = other, labels
         assert best is not None
-        return best, hard, soft
+        return best, hard, soft if used is soft else None
     except InvalidModel as reason:
         return _unproved(len(found), str(reason)), hard, soft
 
@@ -121,7 +122,8 @@ def _order(item: Certificate | None) -> tuple[int, float]:
     """Order by verdict, then by residual; both are the attacker's own."""
     if item is None:
         return (-1, float("-inf"))
-    return _RANK[item.verdict], -math.inf if math.isnan(item.residual) else -item.residual
+    # Nothing could be simulated: that loses against what explains the most, not against what explains little.
+    return _RANK[item.verdict], -_UNKNOWN if math.isnan(item.residual) else -item.residual
 
 
 @final
@@ -301,7 +303,10 @@ class _Case:
         size = float(found.inputs.double().square().mean().sqrt())
         error = max(found.objective**0.5, _rounding(self.observation)) * size
         proof = Construction(
-            found.inputs.numel(), error, "the first layer's gradient is the input times a known vector"
+            found.inputs.numel(),
+            error,
+            "the first layer's gradient is the input times a known vector",
+            alone=not any("only one output can vary" in n for n in found.notes),
         )
         return found, proof
 
@@ -325,9 +330,10 @@ class _Case:
                     self.notes.append(f"recursion: {note}; what lies behind is its best guess.")
                 proof = _determined(result, _rounding(observation), _BACKWARD)
                 found = from_layers(observation, result, value, self.chain, begin)
-                spare = sum(r.forward + r.gradient - r.unknowns for r in result.layers)
-                if hides(self.chain, value[None]) or (_outputs(self.chain) < 2 and spare < _SPARE):
+                if hides(self.chain, value[None]):
                     proof = None
+                elif proof is not None and mixtures_fit(observation, self.chain):
+                    proof = replace(proof, alone=False)
                 return found, proof
         raise NotApplicable(f"The recursion stops: {result.stopped_at}.")
 
@@ -465,11 +471,6 @@ def _match(name: str, attack: Attack, cases: list[_Case], seed: int, clock: _Clo
         # Its own uniqueness is asked once, at the end of the polish.
         case.offer(name, found, None)
         case.seconds += share
-
-
-def _outputs(chain: Chain) -> int:
-    """Return the independent outputs of the layer where the recursion starts; logits of a softmax sum to zero."""
-    return chain.anchor.outputs - chain.head
 
 
 def _determined(result: RecursionResult, rounding: float, why: str, *, local: bool = False) -> Construction | None:

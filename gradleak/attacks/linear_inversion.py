@@ -10,22 +10,15 @@ import torch
 from torch import Tensor
 
 from gradleak.analytic.certify import number_format, storage_deviation
-from gradleak.analytic.head import find_head
-from gradleak.analytic.linear import (
-    InputLayer,
-    agreement,
-    find_input_layer,
-    invert_linear,
-    single_example_inputs,
-)
+from gradleak.analytic.linear import agreement, find_input_layer, invert_linear, single_example_inputs
 from gradleak.attacks.base import Attack, Callback, Progress, is_signs
-from gradleak.attacks.labeling import distance, read_labels
+from gradleak.attacks.labeling import aligned, distance, hides_mixtures, read_labels
 from gradleak.errors import InvalidModel, NotApplicable
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import SGD, FedAvg
 from gradleak.types import Reconstruction, UpdateKind
 
-__all__ = ["LinearInversion", "linear_inversion", "live_rows"]
+__all__ = ["LinearInversion", "linear_inversion"]
 
 
 @final
@@ -66,22 +59,16 @@ def _invert(observation: Observation) -> Reconstruction:
     x = invert_linear(dw, db)
     explained = db.double()[:, None] * x
     misfit = float((explained - dw.double()).norm() / dw.double().norm().clamp_min(1e-300))
-    size, count = observation.batch_size, live_rows(observation, layer, dw)
+    size, several = observation.batch_size, hides_mixtures(observation, db)
     close = agreement(number_format(observation.update.tensors))  # What was rounded may be stored in a wider format.
     notes: list[str] = []
     if misfit <= max(close, _subtraction(observation, layer.weight_name)):
+        alone = "as of one example" if not several else "as any batch may give where only one output can vary"
+        notes.append(f"The layer's gradient is an outer product down to {misfit:.1e}, {alone}.")
+        inputs, status = x.expand(size or 1, -1), "exact" if (size or 1) == 1 and not several else "converged"
         if size is not None and size > 1:
-            notes.append(f"All {size} examples show the same input, or only one of them reaches the loss.")
-            inputs, status = x.expand(size, -1), "converged"
-        else:
-            inputs, status = x[None], "exact" if count > 1 else "converged"
-        if count > 1:
-            notes.append(f"The layer's gradient is an outer product down to {misfit:.1e}, as of one example.")
-        else:
-            notes.append(
-                "The layer has one independent output, so its gradient is an outer product for any batch: the input is "
-                "that of one example, or a mixture of several."
-            )
+            only = "one of them reaches the loss" if not several else "a mixture of them is shown"
+            notes.append(f"All {size} examples show the same input, or only {only}.")
     elif size == 1:
         inputs, status = x[None], "stalled"
         notes.append(
@@ -93,7 +80,11 @@ def _invert(observation: Observation) -> Reconstruction:
     inputs = inputs.reshape(-1, *shape)
     labels, soft = _labels(observation, inputs)
     if status == "exact" and len(inputs) > 1:
-        inputs, labels, status = _verified(observation, inputs, labels, soft, close, notes)
+        inputs, labels, soft, status = _verified(observation, inputs, labels, soft, close, notes)
+    elif several and size == 1 and status == "converged" and labels is not None and observation.training is not None:
+        # The scale of the update tells an example from a mixture; the direction cannot.
+        residual = distance(observation, inputs, labels if soft is None else soft)
+        status = "exact" if residual <= 10 * close else status
     wide = inputs.to(torch.promote_types(dw.dtype, torch.float32))
     decoded, why = observation.space.show(wide) if status == "exact" else (observation.space.decode(wide), None)
     return Reconstruction(
@@ -125,13 +116,6 @@ def _check(observation: Observation, dw: Tensor) -> None:
             "The entries of the first layer's update all have one size, as signs do and the first step of an adaptive "
             "optimizer; they show the input's signs only; use matching with what the client did stated."
         )
-
-
-def live_rows(observation: Observation, layer: InputLayer, dw: Tensor) -> int:
-    """Return how many outputs of a layer that reach the loss can vary on their own; logits of a softmax sum to zero."""
-    live = int((dw.double().abs().amax(1) > 0).sum())
-    head = find_head(observation.model, observation.params, tuple(observation.space.shape))
-    return live - (head is not None and head.weight_name == layer.weight_name)
 
 
 def _subtraction(observation: Observation, name: str) -> float:
@@ -188,22 +172,21 @@ def _verified(
     soft: Tensor | None,
     close: float,
     notes: list[str],
-) -> tuple[Tensor, Tensor | None, str]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, str]:
     """Re-simulate a batch that rows agree on: mixtures agree as well where examples activate the same units.
 
-    Returns inputs and labels, in the order of granted labels where these are the same, and the status.
+    Returns inputs, labels and probabilities, in the order of granted labels where these are the same, and the status.
     """
     training = observation.training
     if labels is None or training is None:
         notes.append("Their labels are not known, so they cannot be verified by simulating the client.")
-        return inputs, labels, "converged"
+        return inputs, labels, soft, "converged"
     residual = distance(observation, inputs, labels if soft is None else soft)
-    granted = observation.labels
-    if granted is not None and not granted.is_floating_point() and torch.equal(granted.sort().values, labels.sort()[0]):
-        order = labels.argsort(stable=True)[granted.argsort(stable=True).argsort()]
-        inputs, labels = inputs[order], labels[order]
+    order = aligned(observation.labels, labels, soft)
+    if order is not None:
+        inputs, labels, soft = inputs[order], labels[order], None if soft is None else soft[order]
     notes.append(f"The re-simulated update agrees to {residual:.1e}.")
-    return inputs, labels, "exact" if residual <= close else "stalled"
+    return inputs, labels, soft, "exact" if residual <= close else "stalled"
 
 
 def linear_inversion() -> LinearInversion:

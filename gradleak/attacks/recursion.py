@@ -16,14 +16,14 @@ from gradleak.analytic.peel import Peeled
 from gradleak.analytic.recursion import RecursionResult, invert_layers
 from gradleak.attacks.base import Attack, Callback, Progress, is_signs
 from gradleak.attacks.disaggregation import disaggregate
-from gradleak.attacks.labeling import distance, read_labels
+from gradleak.attacks.labeling import distance, hides_mixtures, read_labels
 from gradleak.attacks.peeling import Separated, separate_batch
 from gradleak.errors import InvalidModel, NotApplicable
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import SGD, CrossEntropy, FedAvg
 from gradleak.types import Reconstruction
 
-__all__ = ["Recursion", "check", "hides", "invert_batch", "plain_gradient", "recursion", "solved"]
+__all__ = ["Recursion", "check", "hides", "invert_batch", "mixtures_fit", "plain_gradient", "recursion", "solved"]
 
 
 @final
@@ -99,13 +99,18 @@ def from_layers(
         and result.residual <= _FLOOR * rounding
         and hidden is None
     )
-    shown = value[None].to(wide)
-    decoded, why = observation.space.show(shown) if exact else (observation.space.decode(shown), None)
     label, soft = None if result.label is None else torch.tensor([result.label]), None
     smoothed = observation.training is not None and label_smoothing(observation.training.loss) > 0
     if exact and (label is None or smoothed):  # Then the signs do not tell it.
         with suppress(InvalidModel):
             label, soft = read_labels(observation, value[None])
+    if exact and mixtures_fit(observation, chain):
+        # Then only the scale of the update tells one example from a mixture.
+        labels = label if soft is None else soft
+        exact = observation.training is not None and labels is not None
+        exact = exact and labels is not None and distance(observation, value[None], labels) <= _FLOOR * rounding
+    shown = value[None].to(wide)
+    decoded, why = observation.space.show(shown) if exact else (observation.space.decode(shown), None)
     return Reconstruction(
         decoded,
         label,
@@ -117,6 +122,14 @@ def from_layers(
         notes=tuple(n for n in (why, hidden, *map(str, result.layers)) if n is not None),
         features=result.features[None] if result.head else None,
     )
+
+
+def mixtures_fit(observation: Observation, chain: Chain | None) -> bool:
+    """Tell whether the layer where the recursion starts gives an outer product for several examples as well."""
+    if chain is None or chain.anchor.bias_name is None:
+        return False
+    bias = observation.update.tensors[chain.anchor.bias_name]
+    return len(bias) <= 2 if chain.head and len(bias) != 1 else hides_mixtures(observation, bias)
 
 
 def label_smoothing(loss: object) -> float:

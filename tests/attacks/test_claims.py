@@ -266,3 +266,98 @@ def test_features_behind_a_known_defense_are_not_proved() -> None:
 
 def test_certificates_keep_the_factor() -> None:
     assert {f.name for f in dataclasses.fields(gl.Certificate)} >= {"factor"}
+
+
+def test_examples_of_one_activation_pattern_are_no_proof_of_one() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 2)))
+    with torch.no_grad():
+        model[0].bias.fill_(3.0)
+    x, y = torch.rand(2, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1])
+    wrong = observe(model, x, y, size=1)
+    assert verdict(A.linear_inversion(), wrong)[0] != "exact"
+    assert verdict(A.recursion(), wrong)[0] != "exact"
+    found = A.auto(iterations=20).reconstruct(wrong)
+    assert found.certificate is not None
+    assert found.certificate.verdict != "proved"
+    for size, threat in ((2, None), (1, ThreatModel(Knowledge.TRAINING))):
+        seen = observe(model, x, y, size=size, threat=threat)
+        result = A.linear_inversion().reconstruct(seen)
+        assert result.status != "exact"
+        assert not any("of one example" in n or "one of them reaches" in n for n in result.notes)
+    # One example alone has the scale that the stated training gives.
+    assert verdict(A.auto(), observe(model, x[:1], y[:1])) == ("exact", "proved")
+
+
+def test_a_convolution_before_two_logits_is_no_proof_of_one_either() -> None:
+    layers = (nn.Conv2d(1, 8, 3), nn.LeakyReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+    model = seeded(lambda: nn.Sequential(*layers))
+    with torch.no_grad():
+        model[0].bias.fill_(3.0)
+    x, y = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1])
+    seen = observe(model, x, y, size=1, space=gl.ImageSpace((1, 8, 8)))
+    with contextlib.suppress(NotApplicable):
+        assert A.recursion().reconstruct(seen).status != "exact"
+    assert verdict(A.auto(iterations=20), seen)[1] != "proved"
+
+
+def test_binary_inputs_are_not_taken_for_signs() -> None:
+    x = (rows(1, 30) > 0).float()
+    for model in (
+        seeded(lambda: nn.Linear(30, 2)),
+        seeded(lambda: nn.Sequential(nn.Linear(30, 8), nn.ReLU(), nn.Linear(8, 10))),
+    ):
+        found = A.auto().reconstruct(observe(model, x, torch.tensor([1])))
+        assert float((found.inputs - x).abs().max()) < 1e-4
+        assert found.status == "exact"
+    several = A.linear_inversion().reconstruct(
+        observe(seeded(lambda: nn.Linear(30, 2)), x, torch.tensor([1]), gl.FedAvg(lr=0.01, epochs=5))
+    )
+    assert several.status == "exact"
+
+
+@pytest.mark.parametrize("factor", [-0.1, -0.01, 0.01, 0.05, 0.5])
+def test_scaled_gradients_keep_their_class(factor: float) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 10)))
+    x, y = rows(1, 10), torch.tensor([4])
+    update = Update({k: factor * v for k, v in gl.FedSGD()(model, Batch(x, y)).tensors.items()})
+    found = A.auto().reconstruct(observe(model, x, y, update=update))
+    assert float((found.inputs - x).abs().max()) < 1e-4
+    assert found.labels is not None
+    assert found.labels.tolist() == [4]
+    assert found.label_probabilities is None
+    assert found.certificate is not None
+    assert found.certificate.factor == pytest.approx(factor, rel=1e-3)
+    assert (found.certificate.verdict == "proved") == (factor > 0)
+
+
+def test_other_losses_get_no_class() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 1)))
+    x = rows(1, 10)
+    for loss, y in (
+        (nn.functional.mse_loss, torch.tensor([[0.7]])),
+        (nn.functional.binary_cross_entropy_with_logits, torch.tensor([[1.0]])),
+    ):
+        found = A.linear_inversion().reconstruct(observe(model, x, y, gl.FedSGD(loss)))
+        assert found.labels is None
+        assert float((found.inputs - x).abs().max()) < 1e-4
+
+
+def test_granted_probabilities_are_matched_to_their_examples() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(50, 512), nn.ReLU(), nn.Linear(512, 6)))
+    x, y = rows(3, 50).abs(), torch.tensor([5, 1, 3])
+    truth = 0.8 * torch.nn.functional.one_hot(y, 6) + 0.2 / 6
+    training, space = gl.FedSGD(), gl.TensorSpace((50,))
+    threat = ThreatModel(Knowledge.BATCH_SIZE | Knowledge.TRAINING | Knowledge.LABELS)
+    update = training(model, Batch(x, truth))
+    found = A.auto(budget=20.0).reconstruct(
+        threat.observe(model, update, space=space, training=training, batch_size=3, labels=truth)
+    )
+    assert found.status == "exact"
+    assert float((found.inputs - x).abs().max()) < 1e-3
+    assert found.certificate is not None
+    assert found.certificate.verdict != "unproved"
+
+
+def test_an_input_of_zeros_is_read_off() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Linear(40, 10)))
+    assert verdict(A.linear_inversion(), observe(model, torch.zeros(1, 30), torch.tensor([3])))[0] == "exact"
