@@ -587,7 +587,7 @@ def _judge(
     doubt = problem.reversed(fit)
     if doubt is None and rows < 1.25 * unknowns + 8:
         doubt = f"{rows} equations for {unknowns} unknowns leave nothing to show that the update is undistorted"
-    if doubt is None and bool(good.any()):
+    if doubt is None and folds and bool(good.any()):  # Without folds only the errors are wanted.
         doubt = problem.shortage(fit)
     verdicts = tuple("proved" if bool(g) and doubt is None else "matched" for g in good)
     shown = tuple(float(b) if not bool(t) else math.inf for b, t in zip(bounds, touched, strict=True))

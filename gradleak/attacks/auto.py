@@ -21,7 +21,7 @@ from gradleak.attacks.base import Attack, Callback, Progress, as_gradient
 from gradleak.attacks.feature_matching import feature_matching
 from gradleak.attacks.gauss_newton import by_layers, gauss_newton, is_smooth
 from gradleak.attacks.labeling import read_labels
-from gradleak.attacks.linear_inversion import linear_inversion
+from gradleak.attacks.linear_inversion import invert_first_layer
 from gradleak.attacks.matching import dlg, idlg, inverting_gradients
 from gradleak.attacks.recursion import check, from_layers, hides, invert_batch, mixtures_fit, plain_gradient
 from gradleak.attacks.sentences import read_sentences
@@ -297,7 +297,7 @@ class _Case:
         return read_sentences().reconstruct(self.observation, seed=self.seed), None
 
     def _linear(self) -> tuple[Reconstruction, Construction | None]:
-        found = linear_inversion().reconstruct(self.observation, seed=self.seed)
+        found, alone = invert_first_layer(self.observation)
         if found.status != "exact" or len(found) != 1:
             return found, None
         size = float(found.inputs.double().square().mean().sqrt())
@@ -306,7 +306,7 @@ class _Case:
             found.inputs.numel(),
             error,
             "the first layer's gradient is the input times a known vector",
-            alone=not any("only one output can vary" in n for n in found.notes),
+            alone=alone,
         )
         return found, proof
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from gradleak.errors import InvalidInput, MissingKnowledge
@@ -91,6 +92,13 @@ def as_gradient(observation: Observation) -> Mapping[str, Tensor]:
         return tensors
     factor = -training.rule.lr * training.count(observation.batch_size or 1)
     return {k: t / factor for k, t in tensors.items()}
+
+
+def present(observation: Observation, inputs: Tensor, *, exact: bool) -> tuple[Tensor, str | None]:
+    """Return solved model inputs (N, *shape) decoded, at least in float32, and what is wrong with exact ones."""
+    first = next(iter(observation.update.tensors.values()))
+    wide = inputs.to(torch.promote_types(first.dtype, torch.float32))
+    return observation.space.show(wide) if exact else (observation.space.decode(wide), None)
 
 
 def is_signs(tensors: Mapping[str, Tensor]) -> bool:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from gradleak.analytic.certify import number_format, storage_deviation
 from gradleak.analytic.linear import agreement, find_input_layer, invert_linear, single_example_inputs
-from gradleak.attacks.base import Attack, Callback, Progress, is_signs
+from gradleak.attacks.base import Attack, Callback, Progress, is_signs, present
 from gradleak.attacks.labeling import aligned, distance, hides_mixtures, read_labels
 from gradleak.errors import InvalidModel, NotApplicable
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import SGD, FedAvg
 from gradleak.types import Reconstruction, UpdateKind
 
-__all__ = ["LinearInversion", "linear_inversion"]
+__all__ = ["LinearInversion", "invert_first_layer", "linear_inversion"]
 
 
 @final
@@ -34,13 +34,14 @@ class LinearInversion(Attack):
         del seed
         results: list[Reconstruction] = []
         for number, observation in enumerate(observations):
-            results.append(_invert(observation))
+            results.append(invert_first_layer(observation)[0])
             if callback is not None:
                 callback(Progress(number + 1, len(observations), results[-1].objective, results[-1].status))
         return results
 
 
-def _invert(observation: Observation) -> Reconstruction:
+def invert_first_layer(observation: Observation) -> tuple[Reconstruction, bool]:
+    """Return what the first layer shows, and whether its gradient tells one example from a mixture of several."""
     begin = time.perf_counter()
     shape = tuple(observation.space.shape)
     layer = find_input_layer(observation.model, observation.params, shape)
@@ -85,9 +86,8 @@ def _invert(observation: Observation) -> Reconstruction:
         # The scale of the update tells an example from a mixture; the direction cannot.
         residual = distance(observation, inputs, labels if soft is None else soft)
         status = "exact" if residual <= 10 * close else status
-    wide = inputs.to(torch.promote_types(dw.dtype, torch.float32))
-    decoded, why = observation.space.show(wide) if status == "exact" else (observation.space.decode(wide), None)
-    return Reconstruction(
+    decoded, why = present(observation, inputs, exact=status == "exact")
+    found = Reconstruction(
         decoded,
         labels,
         misfit**2,
@@ -96,6 +96,7 @@ def _invert(observation: Observation) -> Reconstruction:
         seconds=time.perf_counter() - begin,
         notes=tuple(notes) if why is None else (why, *notes),
     )
+    return found, not several
 
 
 def _check(observation: Observation, dw: Tensor) -> None:

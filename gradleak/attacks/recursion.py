@@ -14,9 +14,9 @@ from torch import Tensor
 from gradleak.analytic.graph import Affine, Chain, Elementwise, trace_chain
 from gradleak.analytic.peel import Peeled
 from gradleak.analytic.recursion import RecursionResult, invert_layers
-from gradleak.attacks.base import Attack, Callback, Progress, is_signs
+from gradleak.attacks.base import Attack, Callback, Progress, is_signs, present
 from gradleak.attacks.disaggregation import disaggregate
-from gradleak.attacks.labeling import distance, hides_mixtures, read_labels
+from gradleak.attacks.labeling import aligned, distance, hides_mixtures, read_labels
 from gradleak.attacks.peeling import Separated, separate_batch
 from gradleak.errors import InvalidModel, NotApplicable
 from gradleak.threat import Knowledge, Observation
@@ -90,8 +90,7 @@ def from_layers(
 
     It is called exact where the layers' equations hold down to rounding and nothing before them hides the input.
     """
-    first = next(iter(observation.update.tensors.values()))
-    rounding, wide = torch.finfo(first.dtype).eps, torch.promote_types(first.dtype, torch.float32)
+    rounding = torch.finfo(next(iter(observation.update.tensors.values())).dtype).eps
     hidden = None if chain is None else hides(chain, value[None])
     exact = (
         result.input is not None
@@ -100,17 +99,20 @@ def from_layers(
         and hidden is None
     )
     label, soft = None if result.label is None else torch.tensor([result.label]), None
-    smoothed = observation.training is not None and label_smoothing(observation.training.loss) > 0
+    loss = None if observation.training is None else observation.training.loss
+    smoothed = isinstance(loss, CrossEntropy) and loss.label_smoothing > 0
     if exact and (label is None or smoothed):  # Then the signs do not tell it.
         with suppress(InvalidModel):
             label, soft = read_labels(observation, value[None])
     if exact and mixtures_fit(observation, chain):
         # Then only the scale of the update tells one example from a mixture.
         labels = label if soft is None else soft
-        exact = observation.training is not None and labels is not None
-        exact = exact and labels is not None and distance(observation, value[None], labels) <= _FLOOR * rounding
-    shown = value[None].to(wide)
-    decoded, why = observation.space.show(shown) if exact else (observation.space.decode(shown), None)
+        exact = (
+            labels is not None
+            and observation.training is not None
+            and distance(observation, value[None], labels) <= _FLOOR * rounding
+        )
+    decoded, why = present(observation, value[None], exact=exact)
     return Reconstruction(
         decoded,
         label,
@@ -130,10 +132,6 @@ def mixtures_fit(observation: Observation, chain: Chain | None) -> bool:
         return False
     bias = observation.update.tensors[chain.anchor.bias_name]
     return len(bias) <= 2 if chain.head and len(bias) != 1 else hides_mixtures(observation, bias)
-
-
-def label_smoothing(loss: object) -> float:
-    return loss.label_smoothing if isinstance(loss, CrossEntropy) else 0.0
 
 
 def hides(chain: Chain, inputs: Tensor) -> str | None:
@@ -184,16 +182,13 @@ def solved(observation: Observation, separated: Separated, begin: float) -> Reco
     assert peeled is not None and peeled.stop is None
     assert found.labels is not None and found.features is not None
     x = peeled.values.reshape(-1, *observation.space.shape)
-    residual, order = distance(observation, x, found.labels), torch.arange(len(x))
-    granted = observation.labels
-    if granted is not None and not granted.is_floating_point() and torch.equal(granted.sort().values, found.labels):
-        order = granted.argsort(stable=True).argsort()  # Recovered examples are sorted by label.
+    residual, order = distance(observation, x, found.labels), aligned(observation.labels, found.labels, None)
+    order = torch.arange(len(x)) if order is None else order
     first = next(iter(observation.update.tensors.values()))
     notes = (*found.notes[:1], *map(str, peeled.layers), f"The re-simulated update agrees to {residual:.1e}.")
     hidden = None if separated.chain is None else hides(separated.chain, x)
     status = "exact" if residual <= _FLOOR * torch.finfo(first.dtype).eps and hidden is None else "stalled"
-    shown = x[order].to(torch.promote_types(first.dtype, torch.float32))
-    decoded, why = observation.space.show(shown) if status == "exact" else (observation.space.decode(shown), None)
+    decoded, why = present(observation, x[order], exact=status == "exact")
     notes = (*(n for n in (why, hidden) if n is not None), *notes)
     return Reconstruction(
         decoded,
