@@ -45,7 +45,15 @@ from gradleak.metrics import Metric
 from gradleak.models import load, locate, parse_options
 from gradleak.report import picture, render
 from gradleak.threat import Knowledge, Observation, ThreatModel
-from gradleak.training import CrossEntropy, FedAvg, FedSGD, LocalTraining, batch_statistics, check_reproducible
+from gradleak.training import (
+    CrossEntropy,
+    FedAvg,
+    FedSGD,
+    LocalTraining,
+    batch_statistics,
+    check_reproducible,
+    parameters,
+)
 from gradleak.types import Batch, Reconstruction, Trace, Update, UpdateKind, name_prefix
 
 __all__ = ["Request", "attack", "demo", "list_names"]
@@ -169,7 +177,7 @@ def attack(request: Request) -> None:
     stored = read_tensors(request.update)
     device = _device(request.device)
     model, spec, notes = _model(request, space)
-    shared, positional = named(stored, request.update, _trainable(model), model.state_dict())
+    shared, positional = named(stored, request.update, parameters(model), model.state_dict())
     if positional:
         notes += ("The update's arrays have no names; they were taken in the order of the model's parameters.",)
     idle = [k for k in shared if k in _statistics(model)]
@@ -508,7 +516,7 @@ def _model(request: Request, space: InputSpace) -> tuple[nn.Module, str, tuple[s
     notes: tuple[str, ...] = ()
     if request.weights is not None:
         weights, positional = named(
-            read_tensors(request.weights), request.weights, _trainable(model), model.state_dict()
+            read_tensors(request.weights), request.weights, parameters(model), model.state_dict()
         )
         loaded = [v.dtype for v in weights.values() if v.is_floating_point()]
         dtype = dtype or (max(loaded, key=lambda d: torch.finfo(d).bits) if loaded else None)
@@ -530,10 +538,6 @@ def _model(request: Request, space: InputSpace) -> tuple[nn.Module, str, tuple[s
 
 
 _MODES = ("as-is", "eval", "train", "batch")
-
-
-def _trainable(model: nn.Module) -> dict[str, Tensor]:
-    return {k: p for k, p in model.named_parameters() if p.requires_grad}
 
 
 def _statistics(model: nn.Module) -> set[str]:

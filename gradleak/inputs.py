@@ -78,15 +78,17 @@ class ImageSpace(InputSpace):
         std = torch.tensor(self.std or (1.0,), dtype=like.dtype, device=like.device).view(-1, 1, 1)
         return mean, std
 
+    def _images(self, candidates: Tensor) -> Tensor:
+        mean, std = self._stats(candidates)
+        return candidates * std + mean
+
     def decode(self, candidates: Tensor) -> Tensor:
         """Undo the normalisation and clamp to [0, 1]."""
-        mean, std = self._stats(candidates)
-        return (candidates * std + mean).clamp(0, 1)
+        return self._images(candidates).clamp(0, 1)
 
     def show(self, candidates: Tensor) -> tuple[Tensor, str | None]:
         """Return images; where they leave [0, 1] by more than 1 %, rescaled to it, and a sentence that says so."""
-        mean, std = self._stats(candidates)
-        images = candidates * std + mean
+        images = self._images(candidates)
         low, high = float(images.min()), float(images.max())
         if low >= -0.01 and high <= 1.01:
             return images.clamp(0, 1), None
@@ -110,8 +112,7 @@ class ImageSpace(InputSpace):
     def check(self, inputs: Tensor) -> None:
         """Check that ``inputs`` are images in [0, 1] after normalization is undone, up to rounding."""
         super().check(inputs)
-        mean, std = self._stats(inputs.double())
-        images = inputs.double() * std + mean
+        images = self._images(inputs.double())
         rounding = 4 * torch.finfo(inputs.dtype).eps if inputs.is_floating_point() else 0.0
         slack = max(1e-5, rounding)
         if not bool(((images >= -slack) & (images <= 1 + slack)).all()):
