@@ -19,8 +19,9 @@ from gradleak.analytic.ranks import rank_bound
 from gradleak.analytic.recursion import RecursionResult, check_together, invert_layers
 from gradleak.attacks.base import Attack, Callback, Progress, as_gradient
 from gradleak.attacks.feature_matching import feature_matching
-from gradleak.attacks.gauss_newton import by_layers, gauss_newton, is_smooth
+from gradleak.attacks.gauss_newton import by_layers, gauss_newton
 from gradleak.attacks.labeling import read_labels
+from gradleak.attacks.least_squares import is_smooth
 from gradleak.attacks.linear_inversion import invert_first_layer
 from gradleak.attacks.matching import dlg, idlg, inverting_gradients
 from gradleak.attacks.recursion import check, from_layers, hides, invert_batch, mixtures_fit, plain_gradient

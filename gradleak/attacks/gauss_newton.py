@@ -2,99 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import final
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradleak.analytic.certify import jacobian, number_format, storage_deviation
+from gradleak.analytic.certify import number_format
 from gradleak.analytic.graph import Chain
-from gradleak.analytic.labels import recover_labels
 from gradleak.analytic.recursion import RecursionResult, fit_layers
-from gradleak.attacks.base import Attack, Callback, Progress, as_gradient
+from gradleak.attacks.base import Attack, Callback, Progress
+from gradleak.attacks.least_squares import LARGEST, Problem, State, search
 from gradleak.attacks.recursion import check, from_layers, plain_gradient
 from gradleak.errors import InvalidInput, NotApplicable, ResourceLimit
 from gradleak.inputs import ImageSpace
 from gradleak.threat import Knowledge, Observation
-from gradleak.training import check_reproducible
 from gradleak.types import Reconstruction
 
-__all__ = ["GaussNewton", "by_layers", "gauss_newton", "is_smooth"]
-
-Rows = Callable[[Tensor], Tensor]
-
-_DENSE = 2e7
-"""Numbers of a Jacobian that is kept whole; larger ones are sampled and only precondition."""
-_LARGEST = 4096
-"""Unknowns up to which the normal matrix is factorized."""
-_OVERSAMPLED = 4
-"""Sampled rows per unknown."""
-_POINTS = 9
-"""Points of a line, for Simpson's rule."""
-
-
-def is_smooth(model: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Tell whether ``model`` is smooth in its input, by behavior: no class names, no graph.
-
-    Along short lines, the integral of the second derivative must give the change of the first. At a kink (ReLU,
-    max-pooling) the first derivative jumps, which the second does not see.
-
-    Raises:
-        InvalidModel: the model cannot be evaluated reproducibly.
-
-    """
-    check_reproducible(model)
-    tensors = {k: p.detach().double() for k, p in model.named_parameters()}
-    tensors |= {k: b.double() if b.is_floating_point() else b for k, b in model.named_buffers()}
-    like = next(iter(tensors.values()))
-    draw = torch.Generator().manual_seed(0)
-    t = torch.linspace(0, 1, _POINTS, dtype=like.dtype, device=like.device)
-    simpson = torch.ones_like(t)
-    simpson[1:-1:2], simpson[2:-1:2] = 4, 2
-    simpson = simpson / (3 * (_POINTS - 1))
-
-    def derivatives(start: Tensor, way: Tensor) -> tuple[Tensor, Tensor]:
-        """Return first and second derivatives (lines, points) along lines (lines, *shape)."""
-        s = t.repeat(len(start)).requires_grad_()
-        grid = s.view(len(start), _POINTS, *(1,) * len(shape))
-        out = functional_call(model, tensors, ((start[:, None] + grid * way[:, None]).flatten(0, 1),)).flatten(1)
-        mixed = out @ torch.randn(out.shape[1], generator=draw, dtype=torch.float64).to(out)
-        (first,) = torch.autograd.grad(mixed.sum(), s, create_graph=True)
-        second = None
-        if first.requires_grad:
-            (second,) = torch.autograd.grad(first.sum(), s, allow_unused=True)
-        second = torch.zeros_like(s) if second is None else second
-        return first.detach().view(len(start), _POINTS), second.view(len(start), _POINTS)
-
-    # A large model has enough units for any line to meet a kink; a tiny one has few.
-    size = sum(p.numel() for p in model.parameters())
-    rounds, lines = (1, 2) if size >= 100_000 else (4, 8) if size >= 2_000 else (16, 16)
-    try:
-        for _ in range(rounds):
-            start, way = (torch.randn(lines, *shape, generator=draw, dtype=torch.float64).to(like) for _ in range(2))
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                first, second = derivatives(start, 0.2 * way)
-                if not bool(second.any()):  # affine, or linear in pieces, of which a long line meets several
-                    first, second = derivatives(start, 10 * way)
-            change = first[:, -1] - first[:, 0]
-            error = (second @ simpson - change).abs()
-            # Against the whole variation, not the net change, in which rises and falls may cancel.
-            if bool((error > 1e-3 * (second.abs() @ simpson) + 1e-9 * first.norm(dim=1)).any()):
-                return False
-    except (NotImplementedError, RuntimeError):
-        return False  # an operation without second derivatives cannot be judged, nor taken by this attack
-    return True
+__all__ = ["GaussNewton", "by_layers", "gauss_newton"]
 
 
 def by_layers(
     observation: Observation,
-    start: Tensor | None = None,
+    start: torch.Tensor | None = None,
     *,
     chain: Chain | None = None,
     seed: int = 0,
@@ -172,9 +103,9 @@ class GaussNewton(Attack):
             return self._layers(observation, None, seed, callback, begin)
         except (NotApplicable, ResourceLimit):
             pass  # no chain of layers; one of any other kind is taken as a whole
-        problem = _Problem.of(observation, None, seed)
+        problem = _problem(observation, None, seed)
         draw = torch.Generator().manual_seed(seed)
-        best: _State | None = None
+        best: State | None = None
         evaluations = 0
         for _ in range(self.restarts):
             start = self.init_std * torch.randn(problem.unknowns, generator=draw, dtype=torch.float64)
@@ -209,7 +140,7 @@ class GaussNewton(Attack):
                 return self._layers(observation, found, seed, callback, begin)
             except (NotApplicable, ResourceLimit):
                 pass
-        problem = _Problem.of(observation, found.labels, seed)
+        problem = _problem(observation, found.labels, seed)
         start = observation.space.encode(found.inputs.to(problem.like)).flatten()
         state = self._search(problem, start, callback, begin)
         polished = problem.result(state, state.evaluations, time.perf_counter() - begin)
@@ -253,339 +184,17 @@ class GaussNewton(Attack):
             features=None if found is None else found.features,
         )
 
-    def _search(self, problem: _Problem, z: Tensor, callback: Callback | None, begin: float) -> _State:
-        state = _State(z, problem.cost(z))
-        damping, grow = 1e-3, 2.0
-        factor: _System | None = None
-        try:
-            for step in range(self.iterations):
-                if self.budget is not None and time.perf_counter() - begin > self.budget:
-                    return state
-                system = problem.linearize(state.z, factor)
-                factor = system
-                state.evaluations += system.evaluations
-                moved = False
-                while not moved:
-                    change = system.step(damping)
-                    predicted = system.decrease(change)
-                    cost = problem.cost(state.z + change)
-                    state.evaluations += 1
-                    gain = (state.cost - cost) / max(predicted, 1e-300) if math.isfinite(cost) else -1.0
-                    if gain > 1e-3:
-                        fall = state.cost - cost
-                        state.z, state.cost, moved = state.z + change, cost, True
-                        damping = max(damping * max(1 / 3, 1 - (2 * gain - 1) ** 3), 1e-14)
-                        grow = 2.0
-                        state.steps = step + 1
-                        if fall <= 1e-4 * state.cost and damping < 1e-3:
-                            state.status = "converged"
-                            return state
-                        factor = None if gain < 0.9 else factor
-                    elif predicted <= 1e-7 * state.cost + 1e-300 or damping > 1e10:
-                        # What the linear model still promises is below the rounding of the cost.
-                        state.status = "converged" if predicted <= 1e-7 * state.cost + 1e-300 else "stalled"
-                        return state
-                    else:
-                        damping, grow = damping * grow, grow * 2
-                if callback is not None:
-                    callback(
-                        Progress(step + 1, self.iterations, problem.relative(state.cost), f"damping {damping:.0e}")
-                    )
-        except KeyboardInterrupt:
-            state.status = "interrupted"
-        return state
+    def _search(self, problem: Problem, z: torch.Tensor, callback: Callback | None, begin: float) -> State:
+        return search(problem, z, iterations=self.iterations, budget=self.budget, callback=callback, begin=begin)
 
 
-@dataclass
-class _State:
-    z: Tensor
-    cost: float
-    status: str = "budget"
-    steps: int = 0
-    evaluations: int = 0
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class _Problem:
-    """The weighted residual of one observation as a function of the inputs."""
-
-    observation: Observation
-    labels: Tensor
-    params: Mapping[str, Tensor]
-    buffers: Mapping[str, Tensor]
-    observed: Mapping[str, Tensor]
-    deviation: Mapping[str, Tensor]
-    weight: Tensor
-    notes: tuple[str, ...]
-    seed: int
-
-    @classmethod
-    def of(cls, observation: Observation, labels: Tensor | None, seed: int) -> _Problem:
-        model, space = observation.model, observation.space
-        assert observation.training is not None and observation.batch_size is not None
-        if not is_smooth(model, tuple(space.shape)):
-            raise NotApplicable(
-                "Gauss–Newton linearizes the update, which jumps with the activation pattern of a model with kinks "
-                "(ReLU, max-pooling); use recursion() for one example or inverting_gradients() for a batch."
-            )
-        unknowns = observation.batch_size * math.prod(space.shape)
-        if unknowns > _LARGEST:
-            raise ResourceLimit(
-                f"Gauss–Newton factorizes a matrix of {unknowns} rows, more than {_LARGEST}; use idlg() or dlg()."
-            )
-        params = {k: p.double() for k, p in observation.params.items()}
-        others = {k: p.detach() for k, p in model.named_parameters() if not p.requires_grad}
-        others |= dict(model.named_buffers())
-        buffers = {k: b.double() if b.is_floating_point() else b for k, b in others.items()}
-        tensors = observation.update.tensors
-        like = next(iter(params.values()))
-        observed = {k: t.to(like) for k, t in tensors.items()}
-        notes: list[str] = []
-        if observation.labels is not None:
-            labels = observation.labels
-        elif labels is None:
-            estimate = recover_labels(
-                model,
-                observation.params,
-                as_gradient(observation),
-                tuple(space.shape),
-                observation.batch_size,
-                observation.training.loss,
-                torch.Generator().manual_seed(seed),
-            )
-            labels = estimate.labels
-            if not estimate.exact:
-                notes.append(f"Labels were estimated, not proved: {estimate.reason}")
-        labels = labels.to(like.device)
-        deviation = {k: d.to(like) for k, d in observation.training.deviation(observed).items()}
-        weight = _weight(tensors, observed, deviation)
-        return cls(
-            observation,
-            labels.to(like) if labels.is_floating_point() else labels,
-            params,
-            buffers,
-            observed,
-            deviation,
-            weight,
-            tuple(notes),
-            seed,
+def _problem(observation: Observation, labels: torch.Tensor | None, seed: int) -> Problem:
+    problem = Problem.of(observation, labels, seed)
+    if problem.unknowns > LARGEST:
+        raise ResourceLimit(
+            f"Gauss–Newton factorizes a matrix of {problem.unknowns} rows, more than {LARGEST}; use idlg() or dlg()."
         )
-
-    @property
-    def like(self) -> Tensor:
-        return next(iter(self.params.values()))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        assert self.observation.batch_size is not None
-        return (self.observation.batch_size, *self.observation.space.shape)
-
-    @property
-    def unknowns(self) -> int:
-        return math.prod(self.shape)
-
-    def residual(self, z: Tensor) -> Tensor:
-        """Return the weighted residual (m,); traceable by torch.func."""
-        training = self.observation.training
-        assert training is not None
-        undefended = training.undefended
-        found = undefended.tensors(
-            self.observation.model, self.params, z.reshape(self.shape), self.labels, buffers=self.buffers
-        )
-        if undefended is training:
-            left = {k: found[k] - o for k, o in self.observed.items()}
-        else:
-            told = training.residual(found, self.observed)
-            # Where the loss of information is known as a spread, the center of it is the best guess.
-            left = {
-                k: torch.where((d > 0) & torch.isfinite(d), found[k] - self.observed[k], told[k])
-                for k, d in self.deviation.items()
-            }
-        return torch.cat([left[k].flatten() for k in self.observed]) * self.weight
-
-    @torch.no_grad()
-    def cost(self, z: Tensor) -> float:
-        """Return the sum of squares."""
-        return float(self.residual(z).square().sum())
-
-    def relative(self, cost: float) -> float:
-        """Return the cost relative to that of explaining nothing."""
-        seen = torch.cat([o.flatten() for o in self.observed.values()]) * self.weight
-        return cost / max(float(seen.square().sum()), 1e-300)
-
-    def linearize(self, z: Tensor, former: _System | None) -> _System:
-        """Return the system at ``z``; a large one keeps the preconditioner of ``former`` where it still serves."""
-        rows = len(self.weight)
-        if rows * self.unknowns <= _DENSE:
-            return _Dense(self, z)
-        return _Sampled(self, z, former if isinstance(former, _Sampled) else None)
-
-    def columns(self, z: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Return the Jacobian's ``rows``, transposed: (n, len(rows))."""
-        return jacobian(self.residual if rows is None else lambda v: self.residual(v)[rows], z, dtype)
-
-    def result(self, state: _State, evaluations: int, seconds: float) -> Reconstruction:
-        labels = self.labels
-        hard = labels.argmax(-1) if labels.is_floating_point() else labels
-        return Reconstruction(
-            self.observation.space.decode(state.z.reshape(self.shape)),
-            hard,
-            self.relative(state.cost),
-            label_probabilities=labels if labels.is_floating_point() else None,
-            status=state.status,
-            iterations=state.steps,
-            evaluations=evaluations,
-            seconds=seconds,
-            notes=(*self.notes, f"{state.steps} Gauss–Newton steps."),
-        )
-
-
-def _weight(tensors: Mapping[str, Tensor], observed: Mapping[str, Tensor], deviation: Mapping[str, Tensor]) -> Tensor:
-    """Return one over the standard deviation of every number: rounding, number format, known defense."""
-    fmt = number_format(tensors)
-    parts = []
-    for k, o in observed.items():
-        # Accumulated rounding is about equal for the numbers of one tensor.
-        eps = max(torch.finfo(tensors[k].dtype).eps, 2.0**-40)
-        noise = torch.full_like(o, float(o.square().mean().sqrt()) * eps)
-        coarse = storage_deviation(o, fmt) if fmt in (torch.float16, torch.bfloat16) else torch.zeros_like(o)
-        known = deviation[k]
-        # Both describe the same rounding where the defense is the number format.
-        parts.append(torch.hypot(noise, torch.where(known > 0, known, coarse)).flatten())
-    tau = torch.cat(parts)
-    least = float(tau[tau > 0].min()) if bool((tau > 0).any()) else 1.0
-    return torch.where(torch.isfinite(tau), 1 / tau.clamp(min=least), 0.0)
-
-
-class _System:
-    """The linearized problem at one point."""
-
-    evaluations = 0
-
-    def step(self, damping: float) -> Tensor:
-        """Return the damped step."""
-        raise NotImplementedError
-
-    def decrease(self, change: Tensor) -> float:
-        """Return by how much the linear model falls."""
-        raise NotImplementedError
-
-
-class _Dense(_System):
-    """The whole Jacobian, factorized once: every damping costs two products."""
-
-    def __init__(self, problem: _Problem, z: Tensor) -> None:
-        self.J = problem.columns(z, None, z.dtype).T
-        with torch.no_grad():
-            self.r = problem.residual(z)
-        self.evaluations = len(z)
-        if self.J.shape[0] > self.J.shape[1]:
-            Q, R = torch.linalg.qr(self.J)
-            self.U, self.s, self.Vh = torch.linalg.svd(R)
-            self.right = self.U.T @ (Q.T @ self.r)
-        else:
-            U, self.s, self.Vh = torch.linalg.svd(self.J, full_matrices=False)
-            self.right = U.T @ self.r
-
-    def step(self, damping: float) -> Tensor:
-        """Return −(JᵀJ + damping · mean(s²))⁻¹ Jᵀ r."""
-        shift = damping * float(self.s.square().mean())
-        return -self.Vh.T @ (self.s / (self.s.square() + shift).clamp(min=1e-300) * self.right)
-
-    def decrease(self, change: Tensor) -> float:
-        """Return ‖r‖² − ‖r + J change‖²."""
-        moved = self.s * (self.Vh @ change)
-        return float(-(2 * self.right * moved + moved.square()).sum())
-
-
-class _Sampled(_System):
-    """Products by automatic differentiation; a factor of sampled rows preconditions (Avron et al. 2010)."""
-
-    def __init__(self, problem: _Problem, z: Tensor, former: _Sampled | None) -> None:
-        with torch.enable_grad():
-            self.leaf = z.detach().clone().requires_grad_()
-            self.left = problem.residual(self.leaf)
-            self.dummy = torch.zeros_like(self.left, requires_grad=True)
-            (self.pulled,) = torch.autograd.grad(self.left, self.leaf, self.dummy, create_graph=True)
-        self.r = self.left.detach()
-        self.gradient = self._pull(self.r)
-        if former is None or former.slow:
-            self.gram = self._sample(problem, z)
-            self.evaluations = len(z)
-        else:
-            self.gram = former.gram
-        self.mean = float(self.gram.diagonal().mean())
-        self.slow: bool = False
-        self.factors: dict[float, Tensor] = {}
-
-    def _sample(self, problem: _Problem, z: Tensor) -> Tensor:
-        """Return an estimate of JᵀJ (n, n) in float32 from rows of every tensor."""
-        draw = torch.Generator().manual_seed(problem.seed)
-        budget = _OVERSAMPLED * len(z)
-        sizes = [t.numel() for t in problem.observed.values()]
-        share = max(1, budget // len(sizes))
-        rows, scales, offset = [], [], 0
-        spare = budget - sum(min(n, share) for n in sizes)
-        wanting = sum(n for n in sizes if n > share)
-        for n in sizes:
-            count = n if n <= share else min(n, share + spare * n // max(wanting, 1))
-            chosen = torch.randperm(n, generator=draw)[:count]
-            rows.append(chosen + offset)
-            scales.append(torch.full((count,), math.sqrt(n / count)))
-            offset += n
-        index, scale = torch.cat(rows).to(z.device), torch.cat(scales).to(z.device)
-        columns = problem.columns(z, index, torch.float32) * scale
-        return columns @ columns.T
-
-    def _pull(self, u: Tensor) -> Tensor:
-        return torch.autograd.grad(self.left, self.leaf, u, retain_graph=True)[0]
-
-    def _push(self, v: Tensor) -> Tensor:
-        return torch.autograd.grad(self.pulled, self.dummy, v, retain_graph=True)[0]
-
-    def step(self, damping: float) -> Tensor:
-        """Return the damped step by preconditioned conjugate gradients."""
-        shift = damping * self.mean
-        lower = self.factors.get(damping)
-        if lower is None:
-            matrix = self.gram.clone()
-            jitter = max(shift, 1e-6 * self.mean)
-            matrix.diagonal().add_(jitter)
-            lower, info = torch.linalg.cholesky_ex(matrix)
-            while int(info) != 0:
-                matrix.diagonal().add_(9 * jitter)
-                jitter *= 10
-                lower, info = torch.linalg.cholesky_ex(matrix)
-            self.factors = {damping: lower}
-
-        def precondition(v: Tensor) -> Tensor:
-            return torch.cholesky_solve(v.to(lower)[:, None], lower)[:, 0].to(v)
-
-        x = torch.zeros_like(self.gradient)
-        residual = -self.gradient
-        y = precondition(residual)
-        direction, energy = y, float(residual @ y)
-        first = energy
-        for count in range(_INNER):
-            if not energy > 1e-8 * first:
-                break
-            image = self._pull(self._push(direction)) + shift * direction
-            length = energy / max(float(direction @ image), 1e-300)
-            x, residual = x + length * direction, residual - length * image
-            y = precondition(residual)
-            new = float(residual @ y)
-            direction, energy = y + (new / energy) * direction, new
-            self.slow = count > _INNER // 2
-        return x
-
-    def decrease(self, change: Tensor) -> float:
-        """Return ‖r‖² − ‖r + J change‖²."""
-        moved = self._push(change)
-        return float(-(2 * self.r * moved + moved.square()).sum())
-
-
-_INNER = 60
+    return problem
 
 
 def gauss_newton(

@@ -13,7 +13,8 @@ import gradleak as gl
 from gradleak import defenses
 from gradleak.attacks import gauss_newton as factory
 from gradleak.attacks.base import Progress
-from gradleak.attacks.gauss_newton import GaussNewton, _Problem, _Sampled, by_layers, gauss_newton, is_smooth
+from gradleak.attacks.gauss_newton import GaussNewton, by_layers, gauss_newton
+from gradleak.attacks.least_squares import Problem, Sampled, is_smooth
 from gradleak.errors import InvalidInput, InvalidModel, NotApplicable, ResourceLimit
 from gradleak.models import lenet, resnet18
 
@@ -161,9 +162,9 @@ def test_what_all_layers_leave_open_is_not_called_converged() -> None:
 
 def test_sampled_rows_precondition_the_whole() -> None:
     sender = client()
-    problem = _Problem.of(observe(sender), None, 0)
+    problem = Problem.of(observe(sender), None, 0)
     z = sender.batch.inputs.flatten() + 0.01 * torch.randn(64, generator=torch.Generator().manual_seed(0)).double()
-    dense, sampled = problem.linearize(z, None), _Sampled(problem, z, None)
+    dense, sampled = problem.linearize(z, None), Sampled(problem, z, None)
     for damping in (1e-2, 1e-9):
         # The means that scale the damping differ, so compare what the steps achieve.
         exact, found = dense.decrease(dense.step(damping)), dense.decrease(sampled.step(damping))
