@@ -115,8 +115,8 @@ def disaggregate(
         )
     means = _class_means(gw, gb, head, estimate, loss)
     bound = min(head.classes - 1, head.width)
-    if size > bound:
-        return _unidentifiable(gw, head, estimate, means, loss, bound)
+    if size > bound or not bool(gw.any()):
+        return _unidentifiable(gw, head, estimate, means, loss, bound if bool(gw.any()) else 0)
     if size > _LARGEST:
         raise ResourceLimit(
             f"Separating {size} examples takes a dense system of {size**2} unknowns; "
@@ -185,6 +185,8 @@ def _unidentifiable(
         f"The head's gradient has rank at most {bound} (classes less one, or features), so {size} examples cannot be "
         "told apart from it; only class means are estimated."
     )
+    if bound == 0:
+        reason = "The head's weight gradient is zero: the features that reach it are, and show nothing."
     return Disaggregation(
         features,
         estimate.labels,

@@ -8,11 +8,13 @@ gradients δ_i of all examples are known, and the shared weight gradient is line
 
 with one matrix [M(δ_1), …, M(δ_N)] for every input channel: for a convolution with O output channels and T taps, O·T
 equations for the N·p values of a channel (p positions). Where that is enough, the inputs of the layer follow by linear
-least squares, each example's for itself. The forward equations, which a saturated activation spoils, are not needed.
+least squares, each example's for itself. Where it is not, the recovered outputs of the layer are equations as well
+(:mod:`gradleak.analytic.joint`).
 
 The least squares' own residual tells the noise, and the normal matrix what it does to each example.
 
-Relative: R-CONV (arXiv 2406.04227), for one example. Deviations: a batch, no forward equations, errors that are stated.
+Relative: R-CONV (arXiv 2406.04227), for one example. Deviations: a batch, forward equations only where they are needed,
+errors that are stated.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from gradleak.analytic.dense import cholesky
 from gradleak.analytic.graph import Affine, Chain, Elementwise, Fixed
+from gradleak.analytic.joint import Outputs, solve_jointly
 
 __all__ = ["Peeled", "PeeledLayer", "obstacle", "peel"]
 
@@ -36,10 +39,16 @@ _LARGEST = 4096
 """Values of one channel, of all examples, up to which the normal matrix is factorized."""
 _TOLERANCE = 1e-3
 """Predicted error (three standard errors), relative to the spread between examples, up to which a layer is peeled."""
+_ROUGH = 2e-2
+"""The same where forward equations helped: for a start of steps on all layers together."""
 _ODD = 6.0
 """Misfit of an output's equations, in medians, from which on they do not fit the others."""
 _FLIPS = 6
 """How often the signs that a solution implies are taken for another one."""
+_MARGIN = 1.02
+"""Equations for an unknown from which on forward and gradient equations are solved together."""
+_WORK = 1 << 28
+"""Multiplications of a layer, for all examples, up to which they are: some thousand passes, minutes at most."""
 
 
 @final
@@ -53,8 +62,9 @@ class PeeledLayer:
         equations: gradient equations that these values share.
         rank_bound: the most that their rank can be, known before solving.
         error: predicted root mean square error of the values (three standard errors), relative to the spread between
-            examples; of the worst example. Infinite where nothing was solved.
+            examples; of the worst example. Infinite where nothing was solved, NaN where some direction did not show.
         determined: whether the error is small enough to go on.
+        forward: forward equations that were used as well, for each input channel; zero where they were not needed.
 
     """
 
@@ -64,16 +74,24 @@ class PeeledLayer:
     rank_bound: int
     error: float
     determined: bool
+    forward: int = 0
 
     def __str__(self) -> str:
-        if math.isinf(self.error):
+        more = f" and {self.forward} forward equations" if self.forward else ""
+        if math.isnan(self.error):
             return (
-                f"{self.name}: {self.equations} gradient equations of rank at most {self.rank_bound} do not determine "
+                f"{self.name}: solving {self.equations} gradient{more} did not show every direction of "
                 f"{self.unknowns} values of a channel"
             )
+        if math.isinf(self.error):
+            return (
+                f"{self.name}: {self.equations} gradient equations of rank at most {self.rank_bound}{more} do not "
+                f"determine {self.unknowns} values of a channel"
+            )
         state = "determined" if self.determined else "not determined well enough"
+        what = f"gradient{more}" if self.forward else "equations"
         return (
-            f"{self.name}: {state}, {self.unknowns} values of a channel from {self.equations} equations, "
+            f"{self.name}: {state}, {self.unknowns} values of a channel from {self.equations} {what}, "
             f"relative error at most {self.error:.1e}"
         )
 
@@ -105,20 +123,23 @@ def obstacle(chain: Chain, params: Tensors, names: Collection[str], count: int) 
     """Return what keeps the walk from the model's input for ``count`` examples, as counting alone can tell."""
     if chain.stop is not None:
         return chain.stop
-    averaged = "the model's input"
+    averaged, outputs = "the model's input", True
     for step in reversed(chain.steps):
         if isinstance(step, Fixed) and not step.reorders:
-            averaged = f"what {step.name!r} averages"
+            averaged, outputs = f"what {step.name!r} averages", False
         elif isinstance(step, Elementwise) and averaged.startswith("what"):
             return f"{averaged} passes an activation before, which takes single values"
         elif isinstance(step, Affine):
             averaged = "the model's input"
-            rows, rank, unknowns = _counts(step, params[step.weight_name], count)
+            weight = params[step.weight_name]
+            rows, rank, unknowns = _counts(step, weight, count)
             shared = step.weight_name in names
-            if not shared or rank < unknowns:
-                return str(PeeledLayer(step.name, unknowns, rows * shared, rank * shared, math.inf, False))
-            if unknowns > _LARGEST:
-                return f"{step.name}: {unknowns} values of a channel are more than {_LARGEST}"
+            rows, rank = rows * shared, rank * shared
+            known = count * step.outputs if outputs else 0
+            if (rank < unknowns or unknowns > _LARGEST) and not _together(step, weight, rank, count, known):
+                forward = known // step.channels
+                return str(PeeledLayer(step.name, unknowns, rows, rank, math.inf, False, forward))
+            outputs = True
     return None if averaged == "the model's input" else f"{averaged} is the input itself"
 
 
@@ -137,6 +158,12 @@ def _counts(step: Affine, weight: Tensor, count: int) -> tuple[int, int, int]:
         axes.append([(taps.count(a), len(range(a, size, stride))) for a in range(stride)])
     pairs = [(outs * t * u, count * p * q) for t, p in axes[0] for u, q in axes[1]]
     return sum(r for r, _ in pairs), sum(min(pair) for pair in pairs), sum(v for _, v in pairs)
+
+
+def _together(step: Affine, weight: Tensor, rank: int, count: int, forward: int) -> bool:
+    """Tell whether gradient equations of ``rank`` for each channel and ``forward`` outputs may do, and are feasible."""
+    work = count * weight.numel() * math.prod(step.out_shape[1:])
+    return work <= _WORK and rank * step.channels + forward >= _MARGIN * count * step.inputs
 
 
 def peel(chain: Chain, params: Tensors, seen: Tensors, features: Tensor, cotangents: Tensor) -> Peeled:
@@ -160,6 +187,8 @@ def peel(chain: Chain, params: Tensors, seen: Tensors, features: Tensor, cotange
     rounding = max((torch.finfo(t.dtype).eps for t in seen.values()), default=0.0)
     doubt = 16 * rounding * float(values.square().mean().sqrt())
     above, error = None, math.nan
+    # What is known of the tensor that the walk has reached, as outputs of the layer before it.
+    outputs: Outputs | None = _plain(values, doubt, pull)
     for index in range(len(chain.steps) - 1, -1, -1):
         step = chain.steps[index]
         if isinstance(step, Elementwise):
@@ -167,18 +196,21 @@ def peel(chain: Chain, params: Tensors, seen: Tensors, features: Tensor, cotange
                 stop = f"what {step.name!r} puts out is averaged before the next layer"
                 break
             above = pull if step.rectifies else None
-            values, slope = _activation(step, values, doubt)
+            values, slope, bend = _activation(step, values, doubt)
+            outputs = None if outputs is None else outputs.before(values, slope, bend)
             pull, error = pull * slope, float(error / slope.abs().min())
         elif isinstance(step, Fixed):
             pull = step.adjoint(pull)
             if not step.reorders:
-                values = above = None
+                values = above = outputs = None
         elif isinstance(step, Affine):
             gradient = seen.get(step.weight_name)
             if above is None:
                 solved, report = _solve(step, params[step.weight_name], gradient, pull)
             else:
                 solved, report, pull = _solve_behind_kinks(step, params, gradient, pull, above)
+            if solved is None and outputs is not None:
+                solved, report = _solve_together(step, params, gradient, replace(outputs, pull=pull), rounding, report)
             above = None
             layers.append(report)
             if solved is None:
@@ -187,6 +219,7 @@ def peel(chain: Chain, params: Tensors, seen: Tensors, features: Tensor, cotange
             values, error = solved
             doubt = max(doubt, 3 * error)
             pull = step.adjoint(pull, params[step.weight_name])
+            outputs = _plain(values, max(error / 3, rounding * float(values.square().mean().sqrt())), pull)
             best = Peeled(index, values, pull, error, (), None)
     else:
         # What stands before the first layer is undone exactly, if it can be.
@@ -197,15 +230,20 @@ def peel(chain: Chain, params: Tensors, seen: Tensors, features: Tensor, cotange
     return replace(best, layers=tuple(layers), stop=stop)
 
 
-def _activation(step: Elementwise, values: Tensor, doubt: float) -> tuple[Tensor, Tensor]:
-    """Return what comes before an activation, and its derivative there; values below ``doubt`` may be zero."""
+def _plain(values: Tensor, deviation: float, pull: Tensor) -> Outputs:
+    """Return values of one standard deviation as outputs."""
+    return Outputs(values, torch.full_like(values, 1 / deviation**2), pull, torch.zeros_like(pull))
+
+
+def _activation(step: Elementwise, values: Tensor, doubt: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what comes before an activation, and two derivatives there; values below ``doubt`` may be zero."""
     before = step.inverse(values.reshape(-1, *step.in_shape)).flatten(1)
     if step.rectifies:
         # A ReLU is never negative: the most negative recovered value measures the error of the others.
         slope = (values > max(3 * float((-values).max()), doubt)).to(values)
-    else:
-        slope = torch.stack([step.derivatives(row)[0] for row in before])
-    return before, slope
+        return before, slope, torch.zeros_like(slope)
+    slopes, bends = zip(*(step.derivatives(row) for row in before), strict=True)
+    return before, torch.stack(slopes), torch.stack(bends)
 
 
 Solved = tuple[Tensor, float] | None
@@ -231,6 +269,36 @@ def _solve_behind_kinks(
         pull = right
         solved, report = _solve(step, weight, gradient, pull)
     return solved, report, pull
+
+
+def _solve_together(
+    step: Affine,
+    params: Tensors,
+    gradient: Tensor | None,
+    outputs: Outputs,
+    rounding: float,
+    report: PeeledLayer,
+) -> tuple[Solved, PeeledLayer]:
+    """Solve a layer that its gradient equations do not determine with those of its outputs; ``report`` is theirs."""
+    weight, count = params[step.weight_name], len(outputs.values)
+    known = int((outputs.weights > 0).sum())
+    report = replace(report, forward=known // step.channels)
+    if not _together(step, weight, report.rank_bound, count, known):
+        return None, report
+    bias = None if step.bias_name is None else params[step.bias_name]
+    found = solve_jointly(step, weight, bias, gradient, outputs, rounding)
+    if not found.complete:
+        return None, replace(report, error=math.nan)
+    error, relative = _relative(found.values, found.deviation)
+    report = replace(report, error=relative, determined=relative <= _ROUGH)
+    return ((found.values, error) if report.determined else None), report
+
+
+def _relative(values: Tensor, deviation: float) -> tuple[float, float]:
+    """Return three standard errors, and the same relative to the spread between examples (one example: its size)."""
+    around = values - values.mean(0) if len(values) > 1 else values
+    error = 3 * deviation
+    return error, error / max(float(around.square().mean().sqrt()), 1e-300)
 
 
 def _solve(
@@ -275,8 +343,6 @@ def _solve(
         values[:, g] = found.view(per, count, -1).transpose(0, 1)
         variance[:, g] = noise * inverse.diagonal().view(count, -1).mean(1)
     flat = values.flatten(1)
-    spread = (flat - flat.mean(0)).square().mean().sqrt() if count > 1 else flat.square().mean().sqrt()
-    error = 3 * float(variance.mean(1).max().sqrt())
-    relative = error / max(float(spread), 1e-300)
+    error, relative = _relative(flat, float(variance.mean(1).max().sqrt()))
     report = PeeledLayer(step.name, unknowns, rows, rank, relative, relative <= _TOLERANCE)
     return ((flat, error) if report.determined else None), report

@@ -41,7 +41,7 @@ _UNKNOWN = 0.1
 _POLISHED = 1024
 """Unknowns up to which a Gauss–Newton polish is a matter of seconds."""
 _BACKWARD = "solved backward, every layer's linear system has full rank"
-_BATCHED = "solved backward from separated features, every layer's gradient determines its inputs for all examples"
+_BATCHED = "solved backward from separated features, every layer's equations determine its inputs for all examples"
 _TOGETHER = "solved for all layers together, whose linear system there has full rank"
 
 

@@ -275,6 +275,8 @@ class Problem:
     def linearize(self, z: Tensor, former: _System | None) -> _System:
         """Return the system at ``z``; a large one keeps the preconditioner of ``former`` where it still serves."""
         rows = len(self.weight)
+        if self.unknowns > LARGEST:
+            return Iterated(self, z)
         if rows * self.unknowns <= _DENSE:
             return _Dense(self, z)
         return Sampled(self, z, former if isinstance(former, Sampled) else None)
@@ -358,10 +360,10 @@ class _Dense(_System):
         return float(-(2 * self.right * moved + moved.square()).sum())
 
 
-class Sampled(_System):
-    """Products by automatic differentiation; a factor of sampled rows preconditions (Avron et al. 2010)."""
+class _Products(_System):
+    """Products with the Jacobian by automatic differentiation."""
 
-    def __init__(self, problem: Problem, z: Tensor, former: Sampled | None) -> None:
+    def __init__(self, problem: Problem, z: Tensor) -> None:
         with torch.enable_grad():
             self.leaf = z.detach().clone().requires_grad_()
             self.left = problem.residual(self.leaf)
@@ -369,6 +371,54 @@ class Sampled(_System):
             (self.pulled,) = torch.autograd.grad(self.left, self.leaf, self.dummy, create_graph=True)
         self.r = self.left.detach()
         self.gradient = self._pull(self.r)
+
+    def _pull(self, u: Tensor) -> Tensor:
+        return torch.autograd.grad(self.left, self.leaf, u, retain_graph=True)[0]
+
+    def _push(self, v: Tensor) -> Tensor:
+        return torch.autograd.grad(self.pulled, self.dummy, v, retain_graph=True)[0]
+
+    def decrease(self, change: Tensor) -> float:
+        """Return ‖r‖² − ‖r + J change‖²."""
+        moved = self._push(change)
+        return float(-(2 * self.r * moved + moved.square()).sum())
+
+
+class Iterated(_Products):
+    """Conjugate gradients without preconditioner, for more unknowns than a matrix can have: from a good start only.
+
+    Far from the solution they stall. Near it, what stands out in the residual goes first, and they end where the rest
+    falls no longer, which regularizes as well as damping does.
+    """
+
+    def __init__(self, problem: Problem, z: Tensor) -> None:
+        super().__init__(problem, z)
+        signs = torch.randint(0, 2, z.shape, generator=torch.Generator().manual_seed(problem.seed))
+        self.mean = float(self._push((2 * signs - 1).to(z)).square().sum()) / len(z)  # of the normal matrix' diagonal
+
+    def step(self, damping: float) -> Tensor:
+        """Return the step that conjugate gradients reach, damped little."""
+        shift, left = damping**3 * self.mean, float(self.r.square().sum())
+        x, residual = torch.zeros_like(self.gradient), -self.gradient
+        direction, energy, gained = residual.clone(), float(residual @ residual), [0.0]
+        for count in range(_PATIENT):
+            if not energy > 0 or (count > _STALE and gained[-1] - gained[-1 - _STALE] < _GAIN * (left - gained[-1])):
+                break
+            image = self._pull(self._push(direction)) + shift * direction
+            self.evaluations += 2
+            length = energy / max(float(direction @ image), 1e-300)
+            x, residual = x + length * direction, residual - length * image
+            gained.append(gained[-1] + length * energy)
+            new = float(residual @ residual)
+            direction, energy = residual + (new / energy) * direction, new
+        return x
+
+
+class Sampled(_Products):
+    """A factor of sampled rows preconditions conjugate gradients (Avron et al. 2010)."""
+
+    def __init__(self, problem: Problem, z: Tensor, former: Sampled | None) -> None:
+        super().__init__(problem, z)
         if former is None or former.slow:
             self.gram = self._sample(problem, z)
             self.evaluations = len(z)
@@ -396,12 +446,6 @@ class Sampled(_System):
         index, scale = torch.cat(rows).to(z.device), torch.cat(scales).to(z.device)
         columns = problem.columns(z, index, torch.float32) * scale
         return columns @ columns.T
-
-    def _pull(self, u: Tensor) -> Tensor:
-        return torch.autograd.grad(self.left, self.leaf, u, retain_graph=True)[0]
-
-    def _push(self, v: Tensor) -> Tensor:
-        return torch.autograd.grad(self.pulled, self.dummy, v, retain_graph=True)[0]
 
     def step(self, damping: float) -> Tensor:
         """Return the damped step by preconditioned conjugate gradients."""
@@ -438,10 +482,9 @@ class Sampled(_System):
             self.slow = count > _INNER // 2
         return x
 
-    def decrease(self, change: Tensor) -> float:
-        """Return ‖r‖² − ‖r + J change‖²."""
-        moved = self._push(change)
-        return float(-(2 * self.r * moved + moved.square()).sum())
-
 
 _INNER = 60
+_PATIENT = 400
+"""Conjugate gradient steps without a preconditioner."""
+_STALE, _GAIN = 25, 0.02
+"""They end when so many steps lower what is left by no more than this share."""

@@ -17,6 +17,7 @@ from gradleak.analytic.recursion import RecursionResult, invert_layers
 from gradleak.attacks.base import Attack, Callback, Progress, is_signs, present
 from gradleak.attacks.disaggregation import disaggregate
 from gradleak.attacks.labeling import aligned, distance, hides_mixtures, read_labels
+from gradleak.attacks.least_squares import Problem, search
 from gradleak.attacks.peeling import Separated, separate_batch
 from gradleak.errors import InvalidModel, NotApplicable
 from gradleak.threat import Knowledge, Observation
@@ -181,13 +182,17 @@ def solved(observation: Observation, separated: Separated, begin: float) -> Reco
     peeled, found = separated.peeled, separated.found
     assert peeled is not None and peeled.stop is None
     assert found.labels is not None and found.features is not None
-    x = peeled.values.reshape(-1, *observation.space.shape)
+    x, steps = peeled.values.reshape(-1, *observation.space.shape), 0
     residual, order = distance(observation, x, found.labels), aligned(observation.labels, found.labels, None)
     order = torch.arange(len(x)) if order is None else order
-    first = next(iter(observation.update.tensors.values()))
+    rounding = torch.finfo(next(iter(observation.update.tensors.values())).dtype).eps
+    if residual > _ROUGH * rounding:
+        # Layer by layer, errors add up; all equations together take most of them back.
+        x, steps = _sharpened(observation, x, found.labels)
+        residual = distance(observation, x, found.labels)
     notes = (*found.notes[:1], *map(str, peeled.layers), f"The re-simulated update agrees to {residual:.1e}.")
     hidden = None if separated.chain is None else hides(separated.chain, x)
-    status = "exact" if residual <= _FLOOR * torch.finfo(first.dtype).eps and hidden is None else "stalled"
+    status = "exact" if residual <= _FLOOR * rounding and hidden is None else "stalled"
     decoded, why = present(observation, x[order], exact=status == "exact")
     notes = (*(n for n in (why, hidden) if n is not None), *notes)
     return Reconstruction(
@@ -195,12 +200,27 @@ def solved(observation: Observation, separated: Separated, begin: float) -> Reco
         found.labels[order],
         residual**2,
         status=status,
-        iterations=found.iterations,
+        iterations=found.iterations + steps,
         seconds=time.perf_counter() - begin,
         notes=notes,
         features=found.features[order],
     )
 
+
+def _sharpened(observation: Observation, inputs: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """Return model inputs (N, *shape) after Gauss–Newton steps on the whole update, and how many."""
+    try:
+        problem = Problem.of(replace(observation, labels=None), labels, 0)
+    except NotApplicable:
+        return inputs, 0  # The model has kinks, where such steps stall.
+    state = search(problem, inputs.to(problem.like).flatten(), iterations=_STEPS)
+    return state.z.reshape(inputs.shape), state.steps
+
+
+_ROUGH = 8.0
+"""Residual of a batch, in rounding units, above which steps on the whole update follow."""
+_STEPS = 4
+"""That many."""
 
 _FLOOR = 100.0
 """Rounding accumulates over the layers: measured, residuals are one to five times the rounding unit."""

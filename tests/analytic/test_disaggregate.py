@@ -166,6 +166,14 @@ def test_dead_features_are_zero() -> None:
     assert bool((found.features[:, ::4] == 0).all())
 
 
+def test_a_head_that_sees_nothing_shows_nothing() -> None:
+    head, features, y = batch([0, 1, 2])
+    gw, gb = gradients(head, torch.zeros_like(features), y, CrossEntropy())
+    found = disaggregate(gw, gb, head, known(y, head.classes))
+    assert set(found.verdicts) == {NOT_IDENTIFIABLE}
+    assert "zero" in found.reason
+
+
 def test_same_seed_same_result() -> None:
     first, second = (solve([4, 4, 4, 9, 21], dtype=torch.float32)[0] for _ in range(2))
     assert torch.equal(first.features, second.features)
