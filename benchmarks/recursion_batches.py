@@ -1,11 +1,12 @@
-"""Whole batches by linear algebra: ``recursion()`` on perceptrons with two hidden layers, errors and time.
+"""Whole batches by linear algebra: ``recursion()`` on perceptrons and on LeNets, errors and time.
 
-Random CIFAR-100 test images with their own labels (classes may repeat), a fresh random model per batch
-(3,072-256-256-100, PyTorch's initialization), float32 gradients. A batch counts as solved where the attack returns it;
-errors are mean squared errors of the worst example, in images of [0, 1]. There is no target: the table says how far it
-leads.
+Random CIFAR-100 test images with their own labels (classes may repeat), a fresh random model per batch, float32
+gradients. Models are perceptrons with two hidden layers (3,072-256-256-100, PyTorch's initialization) and the paper's
+LeNet (its initialization) of several widths, whose layers take both gradient and forward equations. A batch counts as
+solved where the attack calls it exact; errors are mean squared errors of the worst example, in images of [0, 1]. There
+is no target: the table says how far it leads.
 
-Run: ``python benchmarks/recursion_batches.py [--data DIR] [--threads N] [--batches 20] [--largest 48]``.
+Run: ``python benchmarks/recursion_batches.py [--data DIR] [--threads N] [--batches 20] [--largest 48] [--lenets 1]``.
 """
 
 from __future__ import annotations
@@ -25,11 +26,25 @@ from gradleak.models.building import Activation
 
 ACTIVATIONS: tuple[Activation, ...] = ("relu", "tanh", "sigmoid")
 SIZES = (2, 8, 16, 32, 48)
+LENETS: tuple[tuple[Activation, int, int], ...] = (
+    ("sigmoid", 24, 2),
+    ("sigmoid", 32, 2),
+    ("sigmoid", 32, 3),
+    ("sigmoid", 64, 4),
+    ("tanh", 24, 2),
+    ("tanh", 32, 2),
+    ("relu", 24, 2),
+    ("relu", 32, 2),
+)
+"""Activation, width, examples."""
 
 
-def measure(act: Activation, size: int, seed: int, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Return error and time of one batch."""
-    model = gl.models.perceptron(activation=act, seed=seed)
+def measure(act: Activation, width: int | None, size: int, seed: int, images: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Return error and time of one batch, on the LeNet of ``width`` or the perceptron."""
+    if width is None:
+        model = gl.models.perceptron(activation=act, seed=seed)
+    else:
+        model = gl.models.lenet(width=width, activation=act, seed=seed)
     pick = torch.randperm(len(images), generator=torch.Generator().manual_seed(1000 * size + seed))[:size]
     truth = images[pick]
     _, seen = observe(gl.Client(model, gl.Batch(truth.float(), labels[pick])))
@@ -39,46 +54,56 @@ def measure(act: Activation, size: int, seed: int, images: Tensor, labels: Tenso
     except NotApplicable as reason:
         return {"stopped": str(reason), "seconds": time.process_time() - began}
     seconds = time.process_time() - began
+    if found.status != "exact":
+        return {"stopped": "the update is not explained", "seconds": seconds}
     inputs = found.inputs.double()[assign(found.inputs, truth)]
     return {"error": float((inputs - truth).square().mean((1, 2, 3)).max()), "seconds": seconds}
 
 
 def main() -> None:
     """Measure and store the table."""
-    options = arguments(__doc__ or "", batches=20, largest=SIZES[-1])
+    options = arguments(__doc__ or "", batches=20, largest=SIZES[-1], lenets=1)
     images, labels = cifar100(options.data)
+    cases = [(act, None, s) for act in ACTIVATIONS for s in SIZES if s <= options.largest]
     rows = []
-    for act in ACTIVATIONS:
-        for size in (s for s in SIZES if s <= options.largest):
-            found = [measure(act, size, seed, images, labels) for seed in range(options.batches)]
-            errors = [f["error"] for f in found if "error" in f]
-            rows.append(
-                {
-                    "activation": act,
-                    "examples": size,
-                    "batches": len(found),
-                    "solved": len(errors),
-                    "features not proved": sum("proved features" in f.get("stopped", "") for f in found),
-                    "median of the worst MSE": statistics.median(errors) if errors else None,
-                    "worst MSE": max(errors) if errors else None,
-                    "processor s": statistics.median(f["seconds"] for f in found),
-                }
-            )
-            print(rows[-1])
-    solved = {act: [r for r in rows if r["activation"] == act] for act in ACTIVATIONS}
+    for act, width, size in [*cases, *(LENETS if options.lenets else ())]:
+        found = [measure(act, width, size, seed, images, labels) for seed in range(options.batches)]
+        errors = [f["error"] for f in found if "error" in f]
+        rows.append(
+            {
+                "model": "perceptron" if width is None else f"LeNet of width {width}",
+                "activation": act,
+                "examples": size,
+                "batches": len(found),
+                "solved": len(errors),
+                "features not proved": sum("proved features" in f.get("stopped", "") for f in found),
+                "median of the worst MSE": statistics.median(errors) if errors else None,
+                "worst MSE": max(errors) if errors else None,
+                "processor s": statistics.median(f["seconds"] for f in found),
+            }
+        )
+        print(rows[-1], flush=True)
+    groups = {
+        (kind, act): [r for r in rows if str(r["model"]).startswith(kind) and r["activation"] == act]
+        for kind in ("perceptron", "LeNet")
+        for act in ACTIVATIONS
+    }
+    named = {"perceptron": "perceptron with two hidden layers", "LeNet": "LeNet"}
     summary = [
         {
-            "what": f"whole batches by linear algebra, perceptron with two hidden layers, {name}: batches solved",
+            "what": f"whole batches by linear algebra, {named[kind]}, {act}: batches solved",
             "target": "–",
             "measured": "; ".join(
-                f"{r['examples']} images: {r['solved']} of {r['batches']}"
-                + (f", MSE ≤ {r['worst MSE']:.0e}, {r['processor s']:.2f} s" if r["solved"] else "")
+                ("" if kind == "perceptron" else f"width {str(r['model']).split()[-1]}, ")
+                + f"{r['examples']} images: {r['solved']} of {r['batches']}"
+                + (f", MSE ≤ {r['worst MSE']:.0e}, {r['processor s']:.2g} s" if r["solved"] else "")
                 for r in group
             ),
-            "short": name == "relu",
+            "short": kind == "LeNet" and act == "sigmoid",
             "met": None,
         }
-        for name, group in solved.items()
+        for (kind, act), group in groups.items()
+        if group
     ]
     write_result("recursion_batches", rows, summary=summary)
 

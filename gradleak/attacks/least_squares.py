@@ -175,8 +175,10 @@ class Problem:
     seed: int
 
     @classmethod
-    def of(cls, observation: Observation, labels: Tensor | None, seed: int) -> Problem:
+    def of(cls, observation: Observation, labels: Tensor | None, seed: int, *, kinks: bool = False) -> Problem:
         """Return the problem of an observation; labels are granted, given, or recovered, in this order.
+
+        ``kinks`` admits a model with kinks, for a start so near that the activation pattern is known.
 
         Raises:
             NotApplicable: the model has kinks, where the update jumps.
@@ -184,7 +186,7 @@ class Problem:
         """
         model, space = observation.model, observation.space
         assert observation.training is not None and observation.batch_size is not None
-        if not is_smooth(model, tuple(space.shape)):
+        if not kinks and not is_smooth(model, tuple(space.shape)):
             raise NotApplicable(
                 "Gauss–Newton linearizes the update, which jumps with the activation pattern of a model with kinks "
                 "(ReLU, max-pooling); use recursion() for one example or inverting_gradients() for a batch."

@@ -209,17 +209,14 @@ def solved(observation: Observation, separated: Separated, begin: float) -> Reco
 
 def _sharpened(observation: Observation, inputs: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     """Return model inputs (N, *shape) after Gauss–Newton steps on the whole update, and how many."""
-    try:
-        problem = Problem.of(replace(observation, labels=None), labels, 0)
-    except NotApplicable:
-        return inputs, 0  # The model has kinks, where such steps stall.
+    problem = Problem.of(replace(observation, labels=None), labels, 0, kinks=True)
     state = search(problem, inputs.to(problem.like).flatten(), iterations=_STEPS)
     return state.z.reshape(inputs.shape), state.steps
 
 
 _ROUGH = 8.0
 """Residual of a batch, in rounding units, above which steps on the whole update follow."""
-_STEPS = 4
+_STEPS = 3
 """That many."""
 
 _FLOOR = 100.0
