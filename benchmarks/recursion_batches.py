@@ -6,7 +6,7 @@ LeNet (its initialization) of several widths, whose layers take both gradient an
 solved where the attack calls it exact; errors are mean squared errors of the worst example, in images of [0, 1]. There
 is no target: the table says how far it leads.
 
-Run: ``python benchmarks/recursion_batches.py [--data DIR] [--threads N] [--batches 20] [--largest 48] [--lenets 1]``.
+Run: ``python benchmarks/recursion_batches.py [--data DIR] [--threads N] [--batches 20] [--largest 48] [--lenets 8]``.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ def measure(act: Activation, width: int | None, size: int, seed: int, images: Te
 
 def main() -> None:
     """Measure and store the table."""
-    options = arguments(__doc__ or "", batches=20, largest=SIZES[-1], lenets=1)
+    options = arguments(__doc__ or "", batches=20, largest=SIZES[-1], lenets=len(LENETS))
     images, labels = cifar100(options.data)
     cases = [(act, None, s) for act in ACTIVATIONS for s in SIZES if s <= options.largest]
     rows = []
-    for act, width, size in [*cases, *(LENETS if options.lenets else ())]:
+    for act, width, size in [*cases, *LENETS[: options.lenets]]:
         found = [measure(act, width, size, seed, images, labels) for seed in range(options.batches)]
         errors = [f["error"] for f in found if "error" in f]
         rows.append(

@@ -34,7 +34,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "inverting_gradients": ("--pairs", "1", "--steps", "1"),
     "recursion": ("--images", "2", "--auto", "1", "--published", "0", "--double", "1"),
     "disaggregate": ("--batches", "1", "--large", "0"),
-    "recursion_batches": ("--batches", "1", "--largest", "8"),
+    "recursion_batches": ("--batches", "1", "--largest", "8", "--lenets", "1"),
     "resnet_batches": ("--size", "4", "--batches", "1", "--steps", "4"),
     "certificate": ("--trials", "20"),
     "fedavg_memory": ("--steps", "4"),

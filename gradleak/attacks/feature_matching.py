@@ -172,7 +172,7 @@ def feature_matching(
     """Separate the batch at the head first, then match one feature target per example beside the body's gradient.
 
     With exact features and logit gradients the head drops out of the problem: no softmax couples the examples, their
-    order is fixed, and every example has its own target. So do the layers before it whose inputs their own gradients
+    order is fixed, and every example has its own target. So do the layers before it whose inputs their own equations
     determine for all examples (:mod:`gradleak.analytic.peel`); the targets are then those inputs, and where that leads
     to the first layer nothing is left to match. The rest is squared-error matching as in :func:`dlg`, in its
     coordinates and for smooth models; published relative: gradient inversion with embeddings (GIE, ICME 2024).

@@ -52,7 +52,7 @@ class Separated:
 def separate_batch(
     observation: Observation, separate: FeatureDisaggregation, *, seed: int = 0, whole: bool = False
 ) -> Separated:
-    """Separate the examples at the head, and peel the layers before it that their gradients determine.
+    """Separate the examples at the head, and peel the layers before it that their equations determine.
 
     Args:
         observation: of a batch.
