@@ -3,8 +3,8 @@
 The paper: larger batches need more iterations and show few artifacts, in any order. Here: PSNR and evaluations against
 the batch size for LeNets of width 12 to 64 and for the paper's ResNet (sigmoid, no strides), with the bound on the rank
 of the gradient's Jacobian in the same plot: below one no attacker without a prior can be exact, however long he runs.
-Our attacker separates the batch at the head first, where its features come out exact, and solves the layers before it as
-far as they are determined; what is left is matched with one target an image.
+Our attacker separates the batch at the head first, where its features come out exact, and solves the layers before it
+as far as they are determined; what is left is matched with one target an image.
 Cost of the default scale: about twenty-five minutes of one core, most of it at width 64.
 """
 

@@ -267,8 +267,8 @@ def recursion(*, polish: bool = True, quick: bool = True) -> Recursion:
     the update is scaled, so a weight delta of one plain step will do.
 
     A batch takes more: the loss must be known cross-entropy, ``disaggregate`` must prove every example's features, and
-    then each layer must determine its inputs for all examples (:mod:`gradleak.analytic.peel`): by its gradient alone, as
-    a linear layer does up to as many examples as it has outputs, or together with its recovered outputs
+    then each layer must determine its inputs for all examples (:mod:`gradleak.analytic.peel`): by its gradient alone,
+    as a linear layer does up to as many examples as it has outputs, or together with its recovered outputs
     (:mod:`gradleak.analytic.joint`), where both kinds of equation are more than the values. Gauss–Newton steps on the
     whole update finish.
 
