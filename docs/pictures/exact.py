@@ -175,16 +175,24 @@ class Whole:
 
 def perceptron() -> Whole:
     """Recover the eight tiles from one gradient of a perceptron with two hidden ReLU layers."""
-    model = gl.models.perceptron(seed=0)
-    images = tiles()
-    sender = gl.Client(model, gl.Batch(images, torch.tensor(LABELS)))
+    return solve(gl.models.perceptron(seed=0), tiles(), "body.1.weight", 8, SHAPE)
+
+
+def convolutions() -> Whole:
+    """Recover four tiles from one gradient of a LeNet with 64 channels: three convolutions, sigmoids."""
+    return solve(gl.models.lenet(width=64, seed=0), tiles()[:4], "body.0.weight", 32, (3, 5, 5))
+
+
+def solve(model: nn.Module, images: Tensor, name: str, count: int, shape: tuple[int, int, int]) -> Whole:
+    """Recover a batch with :func:`auto`; ``count`` outputs of the gradient ``name``, each of ``shape``, go along."""
+    sender = gl.Client(model, gl.Batch(images, torch.tensor(LABELS[: len(images)])))
     seen = gl.ThreatModel().observe(
         model, sender.send(), space=gl.ImageSpace(SHAPE), training=sender.training, batch_size=len(images)
     )
     found = gl.attacks.auto().reconstruct(seen)
     assert found.certificate is not None
-    first = seen.update.tensors["body.1.weight"].double()
-    rows = first[first.norm(dim=1).argsort(descending=True)[:8]].view(8, *SHAPE)
+    first = seen.update.tensors[name].double().flatten(1)
+    rows = first[first.norm(dim=1).argsort(descending=True)[:count]].view(count, *shape)
     order = gl.metrics.assign(found.inputs, images)
     reports = tuple(n for n in found.notes if "values of a channel" in n)
     return Whole(rows, found.inputs[order], images, found.certificate.verdict, reports, found.seconds)
@@ -282,27 +290,27 @@ def draw_batch(batch: Separated) -> None:
 
 
 def sheet(images: Tensor) -> np.ndarray:
-    """Return eight images (8, 3, H, W) as two rows of four."""
+    """Return images (N, 3, H, W) as two rows, or four of many."""
     shown = np.pad(images.permute(0, 2, 3, 1).double().numpy(), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=1)
-    return np.vstack([np.hstack(list(shown[:4])), np.hstack(list(shown[4:]))])
+    return np.vstack([np.hstack(list(row)) for row in np.split(shown, 2 if len(shown) <= 8 else 4)])
 
 
-def draw_perceptron(one: Whole) -> None:
+def draw_whole(one: Whole, below: str, name: str, width: float) -> None:
     """Draw what the first layer's gradient shows, what the layers together show, and what was sent."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(10.4, 2.2), dpi=100, facecolor="white")
+    figure, axes = plt.subplots(1, 3, figsize=(width, 2.2), dpi=100, facecolor="white")
     low, high = one.rows.amin((1, 2, 3), keepdim=True), one.rows.amax((1, 2, 3), keepdim=True)
     panels = (
-        ((one.rows - low) / (high - low), "What is shared", "eight rows of the first layer's gradient"),
+        ((one.rows - low) / (high - low), "What is shared", below),
         (one.found.clamp(0, 1), "Solved backward", f"worst mean squared error {one.error:.0e}, {one.seconds:.1f} s"),
         (one.truth, "The batch", "never left the client"),
     )
-    for axis, (value, title, below) in zip(axes, panels, strict=True):
+    for axis, (value, title, text) in zip(axes, panels, strict=True):
         axis.imshow(sheet(value), interpolation="nearest")
-        bare(axis, title, below)
+        bare(axis, title, text)
     figure.subplots_adjust(left=0.005, right=0.995, top=0.88, bottom=0.1, wspace=0.04)
-    finish(figure, "perceptron.png")
+    finish(figure, name)
 
 
 def draw_ranks(found: dict[tuple[int, int], tuple[int, int]]) -> None:
@@ -392,7 +400,15 @@ def main() -> None:
     for report in whole.reports:
         name, _, rest = report.partition(": ")
         figures[f"its layer `{name}`"] = rest
-    draw_perceptron(whole)
+    draw_whole(whole, "eight rows of the first layer's gradient", "perceptron.png", 10.4)
+    deep = convolutions()
+    figures["B = 4, LeNet of width 64, float32 update: worst mean squared error, certificate"] = (
+        f"{deep.error:.1e}, {deep.verdict}"
+    )
+    for report in deep.reports:
+        name, _, rest = report.partition(": ")
+        figures[f"its convolution `{name}`"] = rest
+    draw_whole(deep, "32 of the first layer's 64 kernels", "convolutions.png", 7.4)
 
     found = bounds()
     for width, count in ((12, 1), (12, 2), (12, 4), (24, 4), (32, 8)):

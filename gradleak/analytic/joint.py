@@ -21,6 +21,7 @@ weights, no explicit matrix.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from gradleak.analytic.graph import Affine
 from gradleak.analytic.layers import conjugate_gradients
+from gradleak.errors import NotApplicable
 
 __all__ = ["Joint", "Outputs", "solve_jointly"]
 
@@ -94,7 +96,14 @@ class Joint:
 
 
 def solve_jointly(
-    step: Affine, weight: Tensor, bias: Tensor | None, gradient: Tensor | None, outputs: Outputs, rounding: float
+    step: Affine,
+    weight: Tensor,
+    bias: Tensor | None,
+    gradient: Tensor | None,
+    outputs: Outputs,
+    rounding: float,
+    *,
+    going: Callable[[], bool] | None = None,
 ) -> Joint:
     """Return the inputs of ``step`` for all examples.
 
@@ -105,9 +114,14 @@ def solve_jointly(
         gradient: its weight gradient, None where it is not shared.
         outputs: what is known of its outputs.
         rounding: unit of the update's number format.
+        going: whether to go on, asked in every iteration.
+
+    Raises:
+        NotApplicable: ``going`` said no.
 
     """
     system = _System(step, weight, gradient, outputs, rounding)
+    system.going = going
     zero = torch.zeros(1, *step.in_shape).to(weight)
     named = {step.weight_name: weight} | ({} if step.bias_name is None or bias is None else {step.bias_name: bias})
     seen = outputs.values - step.forward(zero, named).flatten()
@@ -147,6 +161,8 @@ def _doubt(outputs: Outputs, rounding: float) -> float:
 
 class _System:
     """Kᵀ W K + Mᵀ M / τ² for rows (k, N, n); gradients are rows (k, groups, channels, equations)."""
+
+    going: Callable[[], bool] | None = None
 
     def __init__(
         self, step: Affine, weight: Tensor, gradient: Tensor | None, outputs: Outputs, rounding: float
@@ -217,6 +233,10 @@ class _System:
 
     def product(self, v: Tensor) -> Tensor:
         """Return the matrix times rows (k, N, n)."""
+        if self.going is not None and not self.going():
+            raise NotApplicable(
+                f"The time ended before the inputs of {self.step.name!r} were solved for all examples; allow more."
+            )
         found = self._adjoint(self._apply(v) * self.weights)
         if self.parts:
             rows = self._channels(v)

@@ -20,7 +20,7 @@ errors that are stated.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -166,7 +166,15 @@ def _together(step: Affine, weight: Tensor, rank: int, count: int, forward: int)
     return work <= _WORK and rank * step.channels + forward >= _MARGIN * count * step.inputs
 
 
-def peel(chain: Chain, params: Tensors, seen: Tensors, features: Tensor, cotangents: Tensor) -> Peeled:
+def peel(
+    chain: Chain,
+    params: Tensors,
+    seen: Tensors,
+    features: Tensor,
+    cotangents: Tensor,
+    *,
+    going: Callable[[], bool] | None = None,
+) -> Peeled:
     """Return the activations of every example as far back as gradient equations determine them.
 
     Args:
@@ -175,6 +183,10 @@ def peel(chain: Chain, params: Tensors, seen: Tensors, features: Tensor, cotange
         seen: gradients of the batch's loss by name.
         features: (N, d) inputs of the head.
         cotangents: (N, d) gradients of the loss with respect to them.
+        going: whether to go on, asked where a layer takes long.
+
+    Raises:
+        NotApplicable: ``going`` said no.
 
     """
     params = {k: p.detach().double() for k, p in params.items()}
@@ -210,7 +222,8 @@ def peel(chain: Chain, params: Tensors, seen: Tensors, features: Tensor, cotange
             else:
                 solved, report, pull = _solve_behind_kinks(step, params, gradient, pull, above)
             if solved is None and outputs is not None:
-                solved, report = _solve_together(step, params, gradient, replace(outputs, pull=pull), rounding, report)
+                known = replace(outputs, pull=pull)
+                solved, report = _solve_together(step, params, gradient, known, rounding, report, going)
             above = None
             layers.append(report)
             if solved is None:
@@ -278,6 +291,7 @@ def _solve_together(
     outputs: Outputs,
     rounding: float,
     report: PeeledLayer,
+    going: Callable[[], bool] | None,
 ) -> tuple[Solved, PeeledLayer]:
     """Solve a layer that its gradient equations do not determine with those of its outputs; ``report`` is theirs."""
     weight, count = params[step.weight_name], len(outputs.values)
@@ -286,7 +300,7 @@ def _solve_together(
     if not _together(step, weight, report.rank_bound, count, known):
         return None, report
     bias = None if step.bias_name is None else params[step.bias_name]
-    found = solve_jointly(step, weight, bias, gradient, outputs, rounding)
+    found = solve_jointly(step, weight, bias, gradient, outputs, rounding, going=going)
     if not found.complete:
         return None, replace(report, error=math.nan)
     error, relative = _relative(found.values, found.deviation)

@@ -273,7 +273,7 @@ class _Case:
         begin = time.perf_counter()
         images = (
             ("linear_inversion", self._linear),
-            ("recursion", self._recursion),
+            ("recursion", lambda: self._recursion(clock)),
             ("gauss_newton", lambda: self._together(clock)),
         )
         for name, attempt in (("read_sentences", self._sentences),) if self.text else images:
@@ -311,10 +311,10 @@ class _Case:
         )
         return found, proof
 
-    def _recursion(self) -> tuple[Reconstruction, Construction | None]:
+    def _recursion(self, clock: _Clock) -> tuple[Reconstruction, Construction | None]:
         observation = self.observation
         if observation.batch_size != 1:
-            found, peeled = invert_batch(observation, seed=self.seed)
+            found, peeled = invert_batch(observation, seed=self.seed, going=lambda: not clock.over)
             size = float(peeled.values.square().mean().sqrt())
             error = max(peeled.error, _rounding(observation) * size)
             return found, Construction(peeled.values.numel(), error, _BATCHED, local=True)

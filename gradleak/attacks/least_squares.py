@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -173,6 +173,7 @@ class Problem:
     weight: Tensor
     notes: tuple[str, ...]
     seed: int
+    going: Callable[[], bool] | None = None
 
     @classmethod
     def of(cls, observation: Observation, labels: Tensor | None, seed: int, *, kinks: bool = False) -> Problem:
@@ -395,6 +396,7 @@ class Iterated(_Products):
 
     def __init__(self, problem: Problem, z: Tensor) -> None:
         super().__init__(problem, z)
+        self.going = problem.going
         signs = torch.randint(0, 2, z.shape, generator=torch.Generator().manual_seed(problem.seed))
         self.mean = float(self._push((2 * signs - 1).to(z)).square().sum()) / len(z)  # of the normal matrix' diagonal
 
@@ -405,6 +407,8 @@ class Iterated(_Products):
         direction, energy, gained = residual.clone(), float(residual @ residual), [0.0]
         for count in range(_PATIENT):
             if not energy > 0 or (count > _STALE and gained[-1] - gained[-1 - _STALE] < _GAIN * (left - gained[-1])):
+                break
+            if self.going is not None and not self.going():
                 break
             image = self._pull(self._push(direction)) + shift * direction
             self.evaluations += 2

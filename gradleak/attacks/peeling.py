@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -50,7 +50,12 @@ class Separated:
 
 
 def separate_batch(
-    observation: Observation, separate: FeatureDisaggregation, *, seed: int = 0, whole: bool = False
+    observation: Observation,
+    separate: FeatureDisaggregation,
+    *,
+    seed: int = 0,
+    whole: bool = False,
+    going: Callable[[], bool] | None = None,
 ) -> Separated:
     """Separate the examples at the head, and peel the layers before it that their equations determine.
 
@@ -59,9 +64,11 @@ def separate_batch(
         separate: finds features and labels.
         seed: of its starts.
         whole: refuse, before anything is solved, where counting excludes that all layers are peeled.
+        going: whether to go on, asked where a layer takes long.
 
     Raises:
-        NotApplicable: some example's features are not proved, or the update is not one gradient of cross-entropy.
+        NotApplicable: some example's features are not proved, the update is not one gradient of cross-entropy, or
+            ``going`` said no.
 
     """
     head = find_head(observation.model, observation.params, tuple(observation.space.shape))
@@ -80,7 +87,7 @@ def separate_batch(
     with torch.enable_grad():
         leaf = features.clone().requires_grad_()
         (cotangents,) = torch.autograd.grad(observation.training.loss(head.logits(leaf), found.labels), leaf)
-    peeled = None if chain is None else peel(chain, params, gradient, features, cotangents)
+    peeled = None if chain is None else peel(chain, params, gradient, features, cotangents, going=going)
     return Separated(found, head, gradient, cotangents, chain, peeled)
 
 

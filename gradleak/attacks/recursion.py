@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import final
@@ -153,12 +153,16 @@ _FLAT = 1e-4
 """Derivative of an activation on the input below which float32 does not tell the input any longer."""
 
 
-def invert_batch(observation: Observation, *, seed: int = 0) -> tuple[Reconstruction, Peeled]:
-    """Return every example of a batch where the gradients of all layers determine them, and how.
+def invert_batch(
+    observation: Observation, *, seed: int = 0, going: Callable[[], bool] | None = None
+) -> tuple[Reconstruction, Peeled]:
+    """Return every example of a batch where the equations of all layers determine them, and how.
+
+    ``going`` says whether to go on, and is asked where a layer takes long.
 
     Raises:
         NotApplicable: they do not, as counted beforehand or as solved; the update is not one gradient of
-            cross-entropy, or how the client trained is not known.
+            cross-entropy, how the client trained is not known, or ``going`` said no.
 
     """
     begin = time.perf_counter()
@@ -166,7 +170,7 @@ def invert_batch(observation: Observation, *, seed: int = 0) -> tuple[Reconstruc
         raise NotApplicable(
             "The recursion of a batch takes the client's loss (TRAINING); grant it in the threat model."
         )
-    separated = separate_batch(observation, disaggregate(), seed=seed, whole=True)
+    separated = separate_batch(observation, disaggregate(), seed=seed, whole=True, going=going)
     peeled = separated.peeled
     assert peeled is not None  # Or counting would have refused.
     if peeled.stop is not None:
@@ -174,11 +178,13 @@ def invert_batch(observation: Observation, *, seed: int = 0) -> tuple[Reconstruc
             f"The recursion of {observation.batch_size} examples stops: {peeled.stop}; use feature_matching, which "
             "goes on from there."
         )
-    return solved(observation, separated, begin), peeled
+    return solved(observation, separated, begin, going), peeled
 
 
-def solved(observation: Observation, separated: Separated, begin: float) -> Reconstruction:
-    """Return the batch whose layers were all peeled; ``begin`` is when the work began."""
+def solved(
+    observation: Observation, separated: Separated, begin: float, going: Callable[[], bool] | None = None
+) -> Reconstruction:
+    """Return the batch whose layers were all peeled; ``begin`` is when the work began, ``going`` whether to go on."""
     peeled, found = separated.peeled, separated.found
     assert peeled is not None and peeled.stop is None
     assert found.labels is not None and found.features is not None
@@ -188,7 +194,7 @@ def solved(observation: Observation, separated: Separated, begin: float) -> Reco
     rounding = torch.finfo(next(iter(observation.update.tensors.values())).dtype).eps
     if residual > _ROUGH * rounding:
         # Layer by layer, errors add up; all equations together take most of them back.
-        x, steps = _sharpened(observation, x, found.labels)
+        x, steps = _sharpened(observation, x, found.labels, going)
         residual = distance(observation, x, found.labels)
     notes = (*found.notes[:1], *map(str, peeled.layers), f"The re-simulated update agrees to {residual:.1e}.")
     hidden = None if separated.chain is None else hides(separated.chain, x)
@@ -207,9 +213,11 @@ def solved(observation: Observation, separated: Separated, begin: float) -> Reco
     )
 
 
-def _sharpened(observation: Observation, inputs: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+def _sharpened(
+    observation: Observation, inputs: Tensor, labels: Tensor, going: Callable[[], bool] | None
+) -> tuple[Tensor, int]:
     """Return model inputs (N, *shape) after Gauss–Newton steps on the whole update, and how many."""
-    problem = Problem.of(replace(observation, labels=None), labels, 0, kinks=True)
+    problem = replace(Problem.of(replace(observation, labels=None), labels, 0, kinks=True), going=going)
     state = search(problem, inputs.to(problem.like).flatten(), iterations=_STEPS)
     return state.z.reshape(inputs.shape), state.steps
 

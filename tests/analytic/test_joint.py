@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gradleak.analytic.graph import Affine, trace_chain
 from gradleak.analytic.joint import Outputs, solve_jointly
+from gradleak.errors import NotApplicable
 
 N, SIDE = 3, 8
 
@@ -116,3 +117,10 @@ def test_the_predicted_error_is_that_of_the_worst_example() -> None:
     # One standard error each: three cover, and a tenth would be an idle warning.
     assert max(ratios) <= 3
     assert min(ratios) >= 0.1
+
+
+def test_it_ends_when_it_is_told_to() -> None:
+    step, weight, bias = layer(8)
+    _, gradient, outputs = problem(step, weight, bias)
+    with pytest.raises(NotApplicable, match="time ended before the inputs of '0' were solved"):
+        solve_jointly(step, weight, bias, gradient, outputs, 1e-15, going=lambda: False)
