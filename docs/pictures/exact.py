@@ -362,6 +362,14 @@ def write_table(figures: dict[str, str]) -> None:
     PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
 
 
+def solved_whole(figures: dict[str, str], one: Whole, what: str, part: str) -> None:
+    """Write how a batch was solved, layer by layer."""
+    figures[f"{what}, float32 update: worst mean squared error, certificate"] = f"{one.error:.1e}, {one.verdict}"
+    for report in one.reports:
+        name, _, rest = report.partition(": ")
+        figures[f"its {part} `{name}`"] = rest
+
+
 def main() -> None:
     """Measure, draw, print."""
     figures: dict[str, str] = {}
@@ -393,21 +401,10 @@ def main() -> None:
     finer = separate((4, 4, 4, 1, 9, 3, 2, 0), 10, torch.float64)
     figures["the same, float64 update"] = verdicts(finer)
     figures["B = 8, C = 8"] = refusal((0, 1, 2, 3, 4, 5, 6, 7), 8)
-    whole = perceptron()
-    figures["B = 8, perceptron 3,072-256-256-100 with ReLU, float32 update: worst mean squared error, certificate"] = (
-        f"{whole.error:.1e}, {whole.verdict}"
-    )
-    for report in whole.reports:
-        name, _, rest = report.partition(": ")
-        figures[f"its layer `{name}`"] = rest
+    whole, deep = perceptron(), convolutions()
+    solved_whole(figures, whole, "B = 8, perceptron 3,072-256-256-100 with ReLU", "layer")
     draw_whole(whole, "eight rows of the first layer's gradient", "perceptron.png", 10.4)
-    deep = convolutions()
-    figures["B = 4, LeNet of width 64, float32 update: worst mean squared error, certificate"] = (
-        f"{deep.error:.1e}, {deep.verdict}"
-    )
-    for report in deep.reports:
-        name, _, rest = report.partition(": ")
-        figures[f"its convolution `{name}`"] = rest
+    solved_whole(figures, deep, "B = 4, LeNet of width 64", "convolution")
     draw_whole(deep, "32 of the first layer's 64 kernels", "convolutions.png", 7.4)
 
     found = bounds()
