@@ -245,7 +245,7 @@ def peel(
 
 def _plain(values: Tensor, deviation: float, pull: Tensor) -> Outputs:
     """Return values of one standard deviation as outputs."""
-    return Outputs(values, torch.full_like(values, 1 / deviation**2), pull, torch.zeros_like(pull))
+    return Outputs(values, torch.full_like(values, max(deviation, 1e-150) ** -2), pull, torch.zeros_like(pull))
 
 
 def _activation(step: Elementwise, values: Tensor, doubt: float) -> tuple[Tensor, Tensor, Tensor]:
