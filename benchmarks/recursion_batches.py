@@ -64,9 +64,12 @@ def main() -> None:
     """Measure and store the table."""
     options = arguments(__doc__ or "", batches=20, largest=SIZES[-1], lenets=len(LENETS))
     images, labels = cifar100(options.data)
-    cases = [(act, None, s) for act in ACTIVATIONS for s in SIZES if s <= options.largest]
+    cases: list[tuple[Activation, int | None, int]] = [
+        (act, None, s) for act in ACTIVATIONS for s in SIZES if s <= options.largest
+    ]
+    cases += LENETS[: options.lenets]
     rows = []
-    for act, width, size in [*cases, *LENETS[: options.lenets]]:
+    for act, width, size in cases:
         found = [measure(act, width, size, seed, images, labels) for seed in range(options.batches)]
         errors = [f["error"] for f in found if "error" in f]
         rows.append(
@@ -83,26 +86,30 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
-    groups = {
-        (kind, act): [r for r in rows if str(r["model"]).startswith(kind) and r["activation"] == act]
-        for kind in ("perceptron", "LeNet")
+    groups = [
+        (
+            lenets,
+            act,
+            [(w, row) for (a, w, _), row in zip(cases, rows, strict=True) if (w is not None, a) == (lenets, act)],
+        )
+        for lenets in (False, True)
         for act in ACTIVATIONS
-    }
-    named = {"perceptron": "perceptron with two hidden layers", "LeNet": "LeNet"}
+    ]
     summary = [
         {
-            "what": f"whole batches by linear algebra, {named[kind]}, {act}: batches solved",
+            "what": "whole batches by linear algebra, "
+            f"{'LeNet' if lenets else 'perceptron with two hidden layers'}, {act}: batches solved",
             "target": "–",
             "measured": "; ".join(
-                ("" if kind == "perceptron" else f"width {str(r['model']).split()[-1]}, ")
+                (f"width {width}, " if lenets else "")
                 + f"{r['examples']} images: {r['solved']} of {r['batches']}"
                 + (f", MSE ≤ {r['worst MSE']:.0e}, {r['processor s']:.2g} s" if r["solved"] else "")
-                for r in group
+                for width, r in group
             ),
-            "short": kind == "LeNet" and act == "sigmoid",
+            "short": lenets and act == "sigmoid",
             "met": None,
         }
-        for (kind, act), group in groups.items()
+        for lenets, act, group in groups
         if group
     ]
     write_result("recursion_batches", rows, summary=summary)

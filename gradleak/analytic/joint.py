@@ -21,7 +21,7 @@ weights, no explicit matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from gradleak.analytic.graph import Affine
-from gradleak.analytic.layers import conjugate_gradients
+from gradleak.analytic.layers import Composite, conjugate_gradients
 from gradleak.errors import NotApplicable
 
 __all__ = ["Joint", "Outputs", "solve_jointly"]
@@ -97,8 +97,7 @@ class Joint:
 
 def solve_jointly(
     step: Affine,
-    weight: Tensor,
-    bias: Tensor | None,
+    params: Mapping[str, Tensor],
     gradient: Tensor | None,
     outputs: Outputs,
     rounding: float,
@@ -109,8 +108,7 @@ def solve_jointly(
 
     Args:
         step: the layer.
-        weight: float64.
-        bias: float64, None where it has none.
+        params: float64 parameters by name.
         gradient: its weight gradient, None where it is not shared.
         outputs: what is known of its outputs.
         rounding: unit of the update's number format.
@@ -120,17 +118,14 @@ def solve_jointly(
         NotApplicable: ``going`` said no.
 
     """
-    system = _System(step, weight, gradient, outputs, rounding)
-    system.going = going
-    zero = torch.zeros(1, *step.in_shape).to(weight)
-    named = {step.weight_name: weight} | ({} if step.bias_name is None or bias is None else {step.bias_name: bias})
-    seen = outputs.values - step.forward(zero, named).flatten()
+    system = _System(step, params[step.weight_name], gradient, outputs, rounding, going)
+    seen = outputs.values - Composite((step,), params).constant(outputs.values)
     target = system.target
     value = system.solve(system.pull(seen[None], target[None]))
     draw = torch.Generator().manual_seed(0)  # Always the same noise, so that a verdict is not a matter of luck.
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=draw, dtype=torch.float64).to(weight)
+        return torch.randn(shape, generator=draw, dtype=torch.float64).to(seen)
 
     slips = outputs.deviation * normal(_SAMPLES, *seen.shape)
     drawn = system.noise * normal(_SAMPLES, *target.shape) - system.change(value[0], outputs.bend * slips)
@@ -159,57 +154,65 @@ def _doubt(outputs: Outputs, rounding: float) -> float:
 class _System:
     """Kᵀ W K + Mᵀ M / τ² for rows (k, N, n); gradients are rows (k, groups, channels, equations)."""
 
-    going: Callable[[], bool] | None = None
-
     def __init__(
-        self, step: Affine, weight: Tensor, gradient: Tensor | None, outputs: Outputs, rounding: float
+        self,
+        step: Affine,
+        weight: Tensor,
+        gradient: Tensor | None,
+        outputs: Outputs,
+        rounding: float,
+        going: Callable[[], bool] | None,
     ) -> None:
-        self.step, self.weight, self.weights = step, weight, outputs.weights
+        self.step, self.weight, self.weights, self.going = step, weight, outputs.weights, going
         self.count, self.per = len(outputs.pull), step.channels // step.groups
-        rows = weight.shape[0] // step.groups * weight[0, 0].numel()
-        self.block = weight.new_zeros(step.groups, 0, self.count * step.positions)
+        rows, size = weight.shape[0] // step.groups * weight[0, 0].numel(), self.count * step.positions
+        phases = self._phases()
+        self.block = weight.new_zeros(step.groups, 0, size)
         self.target, self.noise = weight.new_zeros(step.groups, self.per, 0), 1.0
-        if gradient is not None and rows * self.block.shape[-1] <= _NUMBERS and bool((gradient != 0).any()):
+        self.shared = (
+            gradient is not None
+            and rows * size <= _NUMBERS
+            and max(map(len, phases)) <= _BLOCK
+            and bool((gradient != 0).any())
+        )
+        if self.shared:
+            assert gradient is not None
             self.block = torch.cat([step.gradient_block(row, weight) for row in outputs.pull], 2)  # (g, r, N p)
             self.target = gradient.to(weight).reshape(step.groups, -1, self.per, rows * step.groups // len(weight))
             self.target = self.target.transpose(1, 2).flatten(2)  # (g, c, r)
             self.noise = max(_doubt(outputs, rounding) * float(self.target.square().mean().sqrt()), 1e-300)
-        self.parts = self._parts()
         diagonal = step.adjoint(self.weights, weight.square()).view(self.count, step.groups, self.per, -1)
         pooled = diagonal.mean(2).transpose(0, 1).reshape(step.groups, -1)  # (g, N p)
-        floor = pooled.mean(1, keepdim=True) + self._gram().mean(1, keepdim=True)
+        own = (self.block / self.noise).square().sum(1)
+        floor = pooled.mean(1, keepdim=True) + own.mean(1, keepdim=True)
+        self.diagonal = diagonal + 1e-12 * floor.mean() + 1e-300
+        self.grams: list[tuple[Tensor, Tensor]] = []
+        self.inverses: list[tuple[Tensor, Tensor]] = []
         pooled = pooled + 1e-12 * floor + 1e-300
-        self.inverses = [
-            torch.cholesky_inverse(torch.linalg.cholesky_ex(gram + torch.diag_embed(pooled[:, index]))[0])
-            for index, gram in self.parts
-        ]
-        self.alone = diagonal + 1e-12 * floor.mean() + 1e-300  # where there are no gradient equations
+        for index in phases if self.shared else ():
+            some = self.block[:, :, index] / self.noise
+            gram = some.mT @ some
+            factor = torch.linalg.cholesky_ex(gram + torch.diag_embed(pooled[:, index]))[0]
+            self.grams.append((index, gram))
+            self.inverses.append((index, torch.cholesky_inverse(factor)))
 
-    def _parts(self) -> list[tuple[Tensor, Tensor]]:
-        """Return (positions of all examples, MᵀM / τ² there) for every phase of the stride."""
+    def _phases(self) -> list[Tensor]:
+        """Return the positions, of all examples, of every phase of the stride: no weight sees two of them."""
         step, n = self.step, self.step.positions
-        if not self.block.shape[1]:
-            return []
-        places = torch.arange(n, device=self.block.device)
+        places = torch.arange(n, device=self.weight.device)
         phase = torch.zeros_like(places)
         if not step.linear:
             width = step.in_shape[2]
             phase = (places // width % step.stride[0]) * step.stride[1] + places % width % step.stride[1]
-        parts = []
-        for p in phase.unique().tolist():
-            index = torch.cat([places[phase == p] + n * i for i in range(self.count)])
-            if len(index) > _BLOCK:
-                self.block, self.target = self.block[:, :0], self.target[..., :0]
-                return []
-            some = self.block[:, :, index] / self.noise
-            parts.append((index, some.mT @ some))
-        return parts
+        return [torch.cat([places[phase == p] + n * i for i in range(self.count)]) for p in phase.unique().tolist()]
 
-    def _gram(self) -> Tensor:
-        whole = self.weight.new_zeros(self.step.groups, self.count * self.step.positions)
-        for index, gram in self.parts:
-            whole[:, index] = gram.diagonal(dim1=1, dim2=2)
-        return whole
+    def _blocks(self, v: Tensor, blocks: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Apply one symmetric block for every phase, shared by the channels of a group, to rows (k, N, n)."""
+        rows = self._channels(v)
+        found = torch.empty_like(rows)
+        for index, block in blocks:
+            found[:, :, index] = rows[:, :, index] @ block
+        return self._examples(found)
 
     def _channels(self, v: Tensor) -> Tensor:
         """Return (k, N, n) as (g, k · channels, N · p)."""
@@ -235,18 +238,12 @@ class _System:
                 f"The time ended before the inputs of {self.step.name!r} were solved for all examples; allow more."
             )
         found = self._adjoint(self._apply(v) * self.weights)
-        if self.parts:
-            rows = self._channels(v)
-            more = torch.zeros_like(rows)
-            for index, gram in self.parts:
-                more[:, :, index] = rows[:, :, index] @ gram
-            found += self._examples(more)
-        return found
+        return found + self._blocks(v, self.grams) if self.shared else found
 
     def pull(self, forward: Tensor, gradient: Tensor) -> Tensor:
         """Return Kᵀ W u + Mᵀ w / τ² for rows u (k, N, m) and w (k, g, c, r)."""
         found = self._adjoint(forward * self.weights)
-        if self.parts:
+        if self.shared:
             rows = gradient.transpose(0, 1).flatten(1, 2) / self.noise**2
             found += self._examples(rows @ self.block)
         return found
@@ -255,7 +252,7 @@ class _System:
         """Return the gradient's change (k, g, c, r) at inputs (N, n) for changes (k, N, m) of the output gradients."""
         step, outs = self.step, self.step.out_shape[0] // self.step.groups
         found = torch.zeros(len(pulls), *self.target.shape).to(value)
-        if not self.parts:
+        if not self.shared:
             return found
         for i, own in enumerate(value):
             patches = step.patches(own, self.weight)  # (g, c t, L)
@@ -265,10 +262,10 @@ class _System:
         return found
 
     def left(self, forward: Tensor, gradient: Tensor, solved: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean squared residual of the weighted forward and of the gradient equations, per row."""
+        """Return the mean squared residual of the weighted forward and of the gradient equations."""
         apart = (forward - self._apply(solved)).square() * self.weights
         own = gradient
-        if self.parts:
+        if self.shared:
             own = gradient - (self._channels(solved) @ self.block.mT).unflatten(1, (len(solved), -1)).transpose(0, 1)
         return apart.mean(), own.square().sum() / max(own.numel(), 1)
 
@@ -281,13 +278,7 @@ class _System:
 
         def precondition(v: Tensor) -> Tensor:
             v = v.view(-1, *shape)
-            if not self.parts:
-                return (v / self.alone.reshape(shape)).flatten(1)
-            rows = self._channels(v)
-            found = torch.empty_like(rows)
-            for (index, _), inverse in zip(self.parts, self.inverses, strict=True):
-                found[:, :, index] = rows[:, :, index] @ inverse
-            return self._examples(found).flatten(1)
+            return (self._blocks(v, self.inverses) if self.shared else v / self.diagonal.reshape(shape)).flatten(1)
 
         found, _, _ = conjugate_gradients(product, rights.flatten(1), precondition, tolerance=_TOLERANCE, limit=_LIMIT)
         return found.view(-1, *shape)

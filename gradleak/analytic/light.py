@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gradleak.analytic.dense import cholesky, cholesky_solve
 from gradleak.analytic.graph import Affine, Chain, Elementwise, Fixed, convolve
-from gradleak.analytic.layers import Image, Rows, conjugate_gradients
+from gradleak.analytic.layers import Composite, Image, Rows, conjugate_gradients
 
 __all__ = ["LightLayer", "LightResult", "solve_light"]
 
@@ -203,9 +203,8 @@ class _System:
     """Kᵀ D K + Mᵀ M of one layer, D the weights of the forward equations, M the gradient equations'."""
 
     def __init__(self, step: Affine, params: Tensors, delta: Tensor, gradient: Tensor, variance: Tensor) -> None:
-        self.step, self.gradient = step, gradient
+        self.step, self.params, self.gradient = step, params, gradient
         self.weight = params[step.weight_name]
-        self.bias = None if step.bias_name is None else params[step.bias_name]
         self.inverse_variance = 1 / variance
         self.trust = 1 / float(gradient.square().mean())
         self.block = step.gradient_block(delta, self.weight)[0]  # (r, p)
@@ -366,8 +365,7 @@ class _System:
     ) -> tuple[LightLayer, Tensor] | None:
         """Return the solved layer and samples of its input's error (k, n); None without convergence."""
         step, scale = self.step, self.gradient.square().mean().sqrt()
-        zero = torch.zeros(1, *step.in_shape).to(value)
-        constant = step.forward(zero, {step.weight_name: self.weight, **self._bias()}).flatten()
+        constant = Composite((step,), self.params).constant(value)
         narrow, wide = self.product(torch.float32), self.product(torch.float64)
         right = self.pull((value - constant)[None], self.gradient[None])
         x, total = torch.zeros_like(right), 0
@@ -404,9 +402,6 @@ class _System:
         spread = float(samples.square().mean())
         layer = LightLayer(index, step, self.join(x)[0], self.rank, condition, spread, steps + total)
         return layer, self.join(samples)
-
-    def _bias(self) -> Tensors:
-        return {} if self.bias is None or self.step.bias_name is None else {self.step.bias_name: self.bias}
 
 
 def _solve(product: Rows, right: Tensor, precondition: _Preconditioner, tolerance: float) -> tuple[Tensor, int, bool]:

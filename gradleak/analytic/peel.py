@@ -299,8 +299,7 @@ def _solve_together(
     report = replace(report, forward=known // step.channels)
     if not _together(step, weight, report.rank_bound, count, known):
         return None, report
-    bias = None if step.bias_name is None else params[step.bias_name]
-    found = solve_jointly(step, weight, bias, gradient, outputs, rounding, going=going)
+    found = solve_jointly(step, params, gradient, outputs, rounding, going=going)
     if not found.complete:
         return None, replace(report, error=math.nan)
     error, relative = _relative(found.values, found.deviation)

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradleak.analytic.certify import jacobian, number_format, storage_deviation
 from gradleak.analytic.labels import recover_labels
+from gradleak.analytic.layers import conjugate_gradients
 from gradleak.attacks.base import Callback, Progress, as_gradient
 from gradleak.errors import NotApplicable
 from gradleak.threat import Observation
@@ -403,21 +404,22 @@ class Iterated(_Products):
     def step(self, damping: float) -> Tensor:
         """Return the step that conjugate gradients reach, damped little."""
         shift, left = damping**3 * self.mean, float(self.r.square().sum())
-        x, residual = torch.zeros_like(self.gradient), -self.gradient
-        direction, energy, gained = residual.clone(), float(residual @ residual), [0.0]
-        for count in range(_PATIENT):
-            if not energy > 0 or (count > _STALE and gained[-1] - gained[-1 - _STALE] < _GAIN * (left - gained[-1])):
-                break
-            if self.going is not None and not self.going():
-                break
-            image = self._pull(self._push(direction)) + shift * direction
-            self.evaluations += 2
-            length = energy / max(float(direction @ image), 1e-300)
-            x, residual = x + length * direction, residual - length * image
-            gained.append(gained[-1] + length * energy)
-            new = float(residual @ residual)
-            direction, energy = residual + (new / energy) * direction, new
-        return x
+        gained: list[float] = []
+
+        def on(fallen: float) -> bool:
+            gained.append(fallen)
+            stale = len(gained) > _STALE + 1 and fallen - gained[-1 - _STALE] < _GAIN * (left - fallen)
+            return not stale and (self.going is None or self.going())
+
+        x, _, _ = conjugate_gradients(
+            lambda v: self._pull(self._push(v[0]))[None] + shift * v,
+            -self.gradient[None],
+            lambda r: r,
+            tolerance=0.0,
+            limit=_PATIENT,
+            going=on,
+        )
+        return x[0]
 
 
 class Sampled(_Products):
@@ -468,25 +470,15 @@ class Sampled(_Products):
                 lower, info = torch.linalg.cholesky_ex(matrix)
             self.factors = {damping: lower}
 
-        def precondition(v: Tensor) -> Tensor:
-            return torch.cholesky_solve(v.to(lower)[:, None], lower)[:, 0].to(v)
-
-        x = torch.zeros_like(self.gradient)
-        residual = -self.gradient
-        y = precondition(residual)
-        direction, energy = y, float(residual @ y)
-        first = energy
-        for count in range(_INNER):
-            if not energy > 1e-8 * first:
-                break
-            image = self._pull(self._push(direction)) + shift * direction
-            length = energy / max(float(direction @ image), 1e-300)
-            x, residual = x + length * direction, residual - length * image
-            y = precondition(residual)
-            new = float(residual @ y)
-            direction, energy = y + (new / energy) * direction, new
-            self.slow = count > _INNER // 2
-        return x
+        x, steps, _ = conjugate_gradients(
+            lambda v: self._pull(self._push(v[0]))[None] + shift * v,
+            -self.gradient[None],
+            lambda r: torch.cholesky_solve(r.to(lower).mT, lower).mT.to(r),
+            tolerance=1e-4,
+            limit=_INNER,
+        )
+        self.slow = steps > _INNER // 2 + 1
+        return x[0]
 
 
 _INNER = 60

@@ -23,6 +23,10 @@ def layer(outs: int, groups: int = 1, stride: int = 2, channels: int = 4) -> tup
     return step, conv.weight.detach(), conv.bias.detach()  # type: ignore[union-attr]
 
 
+def named(step: Affine, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    return {step.weight_name: weight, str(step.bias_name): bias}
+
+
 def problem(
     step: Affine, weight: Tensor, bias: Tensor, noise: float = 0.0, seed: int = 0
 ) -> tuple[Tensor, Tensor, Outputs]:
@@ -33,8 +37,8 @@ def problem(
         return torch.randn(shape, generator=draw, dtype=torch.float64)
 
     x = torch.rand(N, *step.in_shape, generator=draw, dtype=torch.float64)
-    named = {step.weight_name: weight, str(step.bias_name): bias}
-    z = step.forward(x, named).flatten(1)
+    params = named(step, weight, bias)
+    z = step.forward(x, params).flatten(1)
     above = normal(*z.shape)  # gradient behind a sigmoid
 
     def pull(z: Tensor) -> Tensor:
@@ -42,7 +46,7 @@ def problem(
         return above * s * (1 - s)
 
     live = weight.clone().requires_grad_()
-    out = step.forward(x, named | {step.weight_name: live}).flatten(1)
+    out = step.forward(x, params | {step.weight_name: live}).flatten(1)
     (gradient,) = torch.autograd.grad((out * pull(z)).sum(), live)
     gradient = gradient + noise * gradient.square().mean().sqrt() * normal(*gradient.shape)
     s = torch.sigmoid(z)
@@ -59,7 +63,7 @@ def test_both_kinds_of_equation_determine_what_neither_does(outs: int, groups: i
     x, gradient, outputs = problem(step, weight, bias)
     # The outputs are fewer than the inputs, or as many in an ill-conditioned map.
     assert step.outputs <= step.inputs
-    found = solve_jointly(step, weight, bias, gradient, outputs, 1e-15)
+    found = solve_jointly(step, named(step, weight, bias), gradient, outputs, 1e-15)
     assert found.complete
     assert float((found.values - x).square().mean().sqrt()) <= 1e-4
 
@@ -67,7 +71,7 @@ def test_both_kinds_of_equation_determine_what_neither_does(outs: int, groups: i
 def test_outputs_alone_where_they_are_more() -> None:
     step, weight, bias = layer(40)
     x, _, outputs = problem(step, weight, bias)
-    found = solve_jointly(step, weight, bias, None, outputs, 1e-15)
+    found = solve_jointly(step, named(step, weight, bias), None, outputs, 1e-15)
     assert found.complete
     assert float((found.values - x).square().mean().sqrt()) <= 1e-6
 
@@ -78,7 +82,7 @@ def test_a_direction_that_no_equation_touches_is_noticed(outs: int) -> None:
     x, gradient, outputs = problem(step, weight, bias)
     unknown = step.inputs * N
     assert outs * 25 * step.channels + step.outputs * N < unknown
-    found = solve_jointly(step, weight, bias, gradient, outputs, 1e-15)
+    found = solve_jointly(step, named(step, weight, bias), gradient, outputs, 1e-15)
     assert not found.complete
     assert float((found.values - x).square().mean().sqrt()) > 1e-3
 
@@ -87,7 +91,7 @@ def test_a_single_input_without_any_weight_is_noticed() -> None:
     step, weight, bias = layer(40, channels=2)
     weight[:, 0] = 0  # The layer ignores a channel, and no gradient is shared.
     x, _, outputs = problem(step, weight, bias)
-    assert not solve_jointly(step, weight, bias, None, outputs, 1e-15).complete
+    assert not solve_jointly(step, named(step, weight, bias), None, outputs, 1e-15).complete
     assert x.shape[1] == step.inputs
 
 
@@ -101,7 +105,7 @@ def test_outputs_that_a_saturated_activation_hides_cost_only_their_own_equation(
         outputs.pull,
         outputs.bend,
     )
-    found = solve_jointly(step, weight, bias, gradient, wrong, 1e-15)
+    found = solve_jointly(step, named(step, weight, bias), gradient, wrong, 1e-15)
     assert found.complete
     assert float((found.values - x).square().mean().sqrt()) <= 1e-5
 
@@ -111,7 +115,7 @@ def test_the_predicted_error_is_that_of_the_worst_example() -> None:
     for seed in range(16):
         step, weight, bias = layer(8)
         x, gradient, outputs = problem(step, weight, bias, noise=1e-7, seed=seed)
-        found = solve_jointly(step, weight, bias, gradient, outputs, 1e-7)
+        found = solve_jointly(step, named(step, weight, bias), gradient, outputs, 1e-7)
         assert found.complete
         ratios.append(float((found.values - x).square().mean(1).max().sqrt()) / found.deviation)
     # One standard error each: three cover, and a tenth would be an idle warning.
@@ -123,4 +127,4 @@ def test_it_ends_when_it_is_told_to() -> None:
     step, weight, bias = layer(8)
     _, gradient, outputs = problem(step, weight, bias)
     with pytest.raises(NotApplicable, match="time ended before the inputs of '0' were solved"):
-        solve_jointly(step, weight, bias, gradient, outputs, 1e-15, going=lambda: False)
+        solve_jointly(step, named(step, weight, bias), gradient, outputs, 1e-15, going=lambda: False)
