@@ -129,23 +129,6 @@ class Affine(Step):
             self._scatter(u[start : start + _CHUNK], kernel, pads, out[start : start + _CHUNK])
         return out
 
-    def transposed(self, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return u ↦ Kᵀ u for few rows (k, m) and many calls: what depends on the weight alone is made once."""
-        if self.linear:
-            return lambda u: u @ weight
-        kernel, pads = self._phases(weight)
-        kernel = kernel.contiguous()
-
-        def adjoint(u: Tensor) -> Tensor:
-            u = u.reshape(-1, *self.out_shape)
-            if self.stride == (1, 1):
-                return convolve(u, kernel, pads, self.groups).flatten(1)
-            out = u.new_empty(len(u), self.inputs)
-            self._scatter(u, kernel, pads, out)
-            return out
-
-        return adjoint
-
     def _phases(self, weight: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
         """Return the adjoint's kernels, one per position modulo the stride, and how to pad for them.
 
@@ -227,10 +210,26 @@ class Affine(Step):
         wanted = self.out_shape[1] * self.out_shape[2]
         return columns[:, :wanted].reshape(self.groups, -1, wanted)
 
+    def folded(self, columns: Tensor, weight: Tensor) -> Tensor:
+        """Return the transpose of :meth:`patches`, (1, n)."""
+        if self.linear:
+            return columns.view(1, -1)
+        top, bottom, left, right = self.padding
+        _, height, width = self.in_shape
+        size = (height + top + bottom, width + left + right)
+        rows = columns.reshape(1, -1, columns.shape[-1])
+        full = F.fold(rows, size, tuple(weight.shape[2:]), self.dilation, 0, self.stride)
+        return full[:, :, top : top + height, left : left + width].reshape(1, -1)
+
 
 def convolve(x: Tensor, kernel: Tensor, pads: tuple[int, int, int, int], groups: int = 1) -> Tensor:
     """Return the convolution with zeros added (or, if negative, lines cut) at (left, right, top, bottom)."""
     left, right, top, bottom = pads
+    if len(x) == groups == 1 and x.dtype == torch.float32 and max(kernel.shape[2:]) > 3 and x.device.type == "cpu":
+        # PyTorch would change the layout of so little for its optimized kernels, which takes longer than to convolve.
+        padded, taps = F.pad(x, pads), (kernel.shape[2], kernel.shape[3])
+        sizes = (padded.shape[2] - taps[0] + 1, padded.shape[3] - taps[1] + 1)
+        return (kernel.flatten(1) @ F.unfold(padded, taps)).view(1, -1, *sizes)
     if (left, top) == (right, bottom) and min(pads) >= 0:
         return F.conv2d(x, kernel, padding=(top, left), groups=groups)
     return F.conv2d(F.pad(x, pads), kernel, groups=groups)
