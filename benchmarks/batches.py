@@ -16,10 +16,10 @@ from _journal import Journal
 from torch import Tensor
 
 import gradleak as gl
-from gradleak.analytic.ranks import rank_bound
 from gradleak.attacks.base import Attack
 from gradleak.audit.scores import wilson
 from gradleak.metrics import assign, psnr
+from gradleak.structure.ranks import rank_bound
 from gradleak.training import parameters
 
 FEATURE_CASES = ((24, 4), (32, 8), (64, 8), (64, 16))

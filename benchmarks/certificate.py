@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from gradleak import defenses
-from gradleak.analytic.certify import Evidence, examine
 from gradleak.attacks import auto, gauss_newton
 from gradleak.errors import NotApplicable
-from gradleak.inputs import TensorSpace
+from gradleak.proof.certify import Evidence, examine
+from gradleak.spaces import TensorSpace
 from gradleak.threat import Knowledge, Observation, ThreatModel
 from gradleak.training import CrossEntropy, FedAvg, FedSGD, LocalTraining
 from gradleak.types import Batch, Reconstruction, Update

@@ -31,9 +31,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 import gradleak as gl
-from gradleak.analytic import features_and_logits, find_head
 from gradleak.attacks import disaggregate
 from gradleak.errors import NotApplicable
+from gradleak.structure.head import features_and_logits, find_head
 from gradleak.training import parameters
 
 TOLERANCE = 1e-2

@@ -35,10 +35,10 @@ from _journal import Journal
 from torch import Tensor, nn
 
 import gradleak as gl
-from gradleak.analytic import features_and_logits, find_head
 from gradleak.attacks.matching import Cosine, TotalVariation
 from gradleak.attacks.matching.convolutions import LeanConvolutions
 from gradleak.metrics import assign, psnr
+from gradleak.structure.head import features_and_logits, find_head
 from gradleak.training import parameters
 
 SIZES = (4, 8, 16)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gradleak import attacks, defenses, errors, metrics, models
     from gradleak.exchange import Client, Exchange, simulate
-    from gradleak.inputs import ImageSpace, InputSpace, TensorSpace
+    from gradleak.spaces import ImageSpace, InputSpace, TensorSpace, TokenSpace
     from gradleak.threat import Knowledge, Observation, ThreatModel
     from gradleak.training import CrossEntropy, FedAvg, FedSGD, LocalTraining
     from gradleak.types import Batch, Certificate, Reconstruction, Trace, Update, UpdateKind
@@ -31,6 +31,7 @@ __all__ = [
     "Reconstruction",
     "TensorSpace",
     "ThreatModel",
+    "TokenSpace",
     "Trace",
     "Update",
     "UpdateKind",
@@ -47,7 +48,7 @@ __all__ = [
 _PACKAGES = ("attacks", "defenses", "errors", "metrics", "models")
 _HOMES = {
     "exchange": ("Client", "Exchange", "simulate"),
-    "inputs": ("ImageSpace", "InputSpace", "TensorSpace"),
+    "spaces": ("ImageSpace", "InputSpace", "TensorSpace", "TokenSpace"),
     "threat": ("Knowledge", "Observation", "ThreatModel"),
     "training": ("CrossEntropy", "FedAvg", "FedSGD", "LocalTraining"),
     "types": ("Batch", "Certificate", "Reconstruction", "Trace", "Update", "UpdateKind"),

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from gradleak.errors import InvalidInput
-from gradleak.inputs import ImageSpace, InputSpace
+from gradleak.spaces import ImageSpace, InputSpace
 from gradleak.threat import Observation, ThreatModel
 from gradleak.training import FedSGD, LocalTraining
 from gradleak.types import Batch, Reconstruction, Update

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from gradleak.errors import InvalidInput
-from gradleak.inputs import InputSpace
+from gradleak.spaces import InputSpace
 from gradleak.training import LocalTraining, Tensors, parameters
 from gradleak.types import Update
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import gradleak as gl
 from gradleak.errors import InvalidInput, InvalidUpdate
-from gradleak.tokens import TokenSpace
+from gradleak.spaces import TokenSpace
 
 SHAPE = (1, 8, 8)
 

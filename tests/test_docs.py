@@ -121,9 +121,9 @@ def test_defenses_that_the_readme_names_exist() -> None:
 
 
 def test_options_that_the_pages_name_exist() -> None:
-    from gradleak import cli, cli_reproduce
+    from gradleak.cli import commands
 
-    functions = (cli.demo, cli.attack, cli.report, cli.list_names, cli_reproduce.reproduce)
+    functions = (commands.demo, commands.attack, commands.report, commands.list_names, commands.reproduce)
     known = {"--help", "--version"} | {
         "--" + name.replace("_", "-") for f in functions for name in inspect.signature(f).parameters
     }

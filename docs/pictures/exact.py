@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import gradleak as gl
-from gradleak.analytic import features_and_logits, find_head, rank_bound
-from gradleak.analytic.recursion import invert_layers
 from gradleak.data import demo_image
 from gradleak.errors import NotApplicable
+from gradleak.exact.recursion import invert_layers
+from gradleak.structure.head import features_and_logits, find_head
+from gradleak.structure.ranks import rank_bound
 from gradleak.training import parameters
 
 matplotlib.use("Agg")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 
-from gradleak.audit.experiment import Lab
 from gradleak.integrations.huggingface import MaskedLanguageModel, TokenCrossEntropy, WordPiece
+from gradleak.papers.experiment import Lab
 
 PAGE = (
     "Registration, volunteer applications, and student travel application open the first week of September. "

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import gradleak as gl
-from gradleak.audit.experiment import Lab
 from gradleak.metrics import mse
 from gradleak.metrics.assignment import assign
+from gradleak.papers.experiment import Lab
 
 from . import _ours, _published  # noqa: TID252
 

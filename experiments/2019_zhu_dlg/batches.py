@@ -17,8 +17,8 @@ from typing import Any
 from torch import nn
 
 import gradleak as gl
-from gradleak.analytic.ranks import rank_bound
-from gradleak.audit.experiment import Figure, Lab, Measured, Result, Row, mean, share
+from gradleak.papers.experiment import Figure, Lab, Measured, Result, Row, mean, share
+from gradleak.structure.ranks import rank_bound
 from gradleak.training import parameters
 
 from . import _shared  # noqa: TID252

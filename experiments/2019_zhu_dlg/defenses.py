@@ -27,8 +27,8 @@ from torch import Tensor
 import gradleak as gl
 from gradleak import cohort
 from gradleak.attacks.matching import LBFGS, GradientMatching, SquaredError, TotalVariation
-from gradleak.audit.experiment import Estimate, Figure, Lab, Measured, Result, Row, median, share
 from gradleak.errors import InvalidUpdate, NotApplicable
+from gradleak.papers.experiment import Estimate, Figure, Lab, Measured, Result, Row, median, share
 from gradleak.training import Adam
 
 from . import _shared  # noqa: TID252

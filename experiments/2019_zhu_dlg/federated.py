@@ -18,8 +18,8 @@ from typing import Any
 from torch import nn
 
 import gradleak as gl
-from gradleak.analytic.ranks import rank_bound
-from gradleak.audit.experiment import Figure, Lab, Measured, Result, Row, median, share
+from gradleak.papers.experiment import Figure, Lab, Measured, Result, Row, median, share
+from gradleak.structure.ranks import rank_bound
 from gradleak.training import SGD, Adam, parameters
 
 from . import _shared  # noqa: TID252

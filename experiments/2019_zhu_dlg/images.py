@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gradleak.audit.experiment import Figure, Lab, Measured, Result, Row, median, share
+from gradleak.papers.experiment import Figure, Lab, Measured, Result, Row, median, share
 
 from . import _shared  # noqa: TID252
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradleak.analytic.ranks import rank_bound
-from gradleak.audit.experiment import Figure, Lab, Measured, Result, Row, median, share
+from gradleak.papers.experiment import Figure, Lab, Measured, Result, Row, median, share
+from gradleak.structure.ranks import rank_bound
 from gradleak.training import parameters
 
 from . import _shared  # noqa: TID252

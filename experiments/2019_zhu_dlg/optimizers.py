@@ -18,7 +18,7 @@ import torch
 
 import gradleak as gl
 from gradleak.attacks.matching import LBFGS, Adam, GradientDescent, GradientMatching, Solver
-from gradleak.audit.experiment import Estimate, Figure, Lab, Measured, Result, Row, median, share
+from gradleak.papers.experiment import Estimate, Figure, Lab, Measured, Result, Row, median, share
 
 from . import _ours, _published, _shared  # noqa: TID252
 

@@ -28,7 +28,7 @@ from torch.func import vmap
 
 import gradleak as gl
 from gradleak import cohort
-from gradleak.audit.experiment import Estimate, Figure, Lab, Measured, Result, Row, median
+from gradleak.papers.experiment import Estimate, Figure, Lab, Measured, Result, Row, median
 from gradleak.training import Adam, gradient, parameters
 
 from . import _ours, _shared  # noqa: TID252

@@ -17,10 +17,10 @@ from torch import Tensor
 
 import gradleak as gl
 from gradleak.attacks.matching import LBFGS, BalancedError, GradientMatching
-from gradleak.audit.experiment import Figure, Lab, Measured, Result, Row, mean, median, share
 from gradleak.errors import NotApplicable
 from gradleak.integrations.huggingface import MaskedLanguageModel, TokenCrossEntropy
 from gradleak.metrics import assign
+from gradleak.papers.experiment import Figure, Lab, Measured, Result, Row, mean, median, share
 from gradleak.threat import Knowledge, Observation, ThreatModel
 from gradleak.training import FedSGD, parameters
 from gradleak.types import Batch

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradleak.audit.experiment import Figure, Lab, Measured, Result, Row, median, share
 from gradleak.cohort import accuracy, fit
+from gradleak.papers.experiment import Figure, Lab, Measured, Result, Row, median, share
 from gradleak.training import Adam
 
 from . import _shared  # noqa: TID252

@@ -12,11 +12,6 @@ from typing import final
 import torch
 from torch import Tensor
 
-from gradleak.analytic.certify import Construction, certify
-from gradleak.analytic.graph import Chain, trace_chain
-from gradleak.analytic.labels import recover_labels
-from gradleak.analytic.ranks import rank_bound
-from gradleak.analytic.recursion import RecursionResult, check_together, invert_layers
 from gradleak.attacks.base import Attack, Callback, Progress, as_gradient
 from gradleak.attacks.feature_matching import feature_matching
 from gradleak.attacks.gauss_newton import by_layers, gauss_newton
@@ -27,9 +22,14 @@ from gradleak.attacks.matching import dlg, idlg, inverting_gradients
 from gradleak.attacks.recursion import check, from_layers, hides, invert_batch, mixtures_fit, plain_gradient
 from gradleak.attacks.sentences import read_sentences
 from gradleak.errors import InvalidInput, InvalidModel, NotApplicable, ResourceLimit
-from gradleak.inputs import ImageSpace
+from gradleak.exact.labels import recover_labels
+from gradleak.exact.recursion import RecursionResult, check_together, invert_layers
+from gradleak.proof.certify import Construction, certify
+from gradleak.spaces import ImageSpace, TokenSpace
+from gradleak.structure.chain import Chain
+from gradleak.structure.ranks import rank_bound
+from gradleak.structure.reader import trace_chain
 from gradleak.threat import Knowledge, Observation
-from gradleak.tokens import TokenSpace
 from gradleak.training import FedSGD
 from gradleak.types import Certificate, Reconstruction
 

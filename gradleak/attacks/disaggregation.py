@@ -10,12 +10,12 @@ from typing import final
 import torch
 from torch import Tensor
 
-from gradleak.analytic.disaggregate import EXACT, NOT_IDENTIFIABLE, Disaggregation
-from gradleak.analytic.disaggregate import disaggregate as separate
-from gradleak.analytic.head import find_head
-from gradleak.analytic.labels import neighbors, recover_labels
 from gradleak.attacks.base import Attack, Callback, Progress
 from gradleak.errors import NotApplicable
+from gradleak.exact.features import EXACT, NOT_IDENTIFIABLE, Disaggregation
+from gradleak.exact.features import disaggregate as separate
+from gradleak.exact.labels import neighbors, recover_labels
+from gradleak.structure.head import find_head
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import SGD, CrossEntropy, FedAvg
 from gradleak.types import Certificate, Reconstruction, UpdateKind
@@ -175,7 +175,7 @@ def disaggregate(*, restarts: int = 4, iterations: int = 150, tolerance: float =
     """Separate a batch at the classification head: exact features and labels of every example, where they show.
 
     Source: the published relative is gradient inversion with embeddings (GIE, ICME 2024); see
-    :mod:`gradleak.analytic.disaggregate` for the equations. Batches up to the number of classes less one (and of
+    :mod:`gradleak.exact.features` for the equations. Batches up to the number of classes less one (and of
     features); softmax cross-entropy with hard labels and known smoothing; gradients, or the delta of one step of SGD.
     ``Reconstruction.inputs`` are the features themselves unless the model is its own head, ``certificate.examples``
     holds one verdict per example.

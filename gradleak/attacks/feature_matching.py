@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradleak.analytic.graph import Affine, Step
 from gradleak.attacks.base import Attack, Callback
 from gradleak.attacks.disaggregation import FeatureDisaggregation
 from gradleak.attacks.matching import LBFGS, GradientMatching
@@ -20,6 +19,7 @@ from gradleak.attacks.matching.coordinates import NaturalImages
 from gradleak.attacks.peeling import Separated, separate_batch
 from gradleak.attacks.recursion import solved
 from gradleak.errors import NotApplicable
+from gradleak.structure.chain import Affine, Step
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import CrossEntropy, LocalTraining, Loss, Tensors
 from gradleak.types import Reconstruction, Update, UpdateKind
@@ -173,7 +173,7 @@ def feature_matching(
 
     With exact features and logit gradients the head drops out of the problem: no softmax couples the examples, their
     order is fixed, and every example has its own target. So do the layers before it whose inputs their own equations
-    determine for all examples (:mod:`gradleak.analytic.peel`); the targets are then those inputs, and where that leads
+    determine for all examples (:mod:`gradleak.exact.peel`); the targets are then those inputs, and where that leads
     to the first layer nothing is left to match. The rest is squared-error matching as in :func:`dlg`, in its
     coordinates and for smooth models; published relative: gradient inversion with embeddings (GIE, ICME 2024).
 

@@ -9,14 +9,14 @@ from typing import final
 
 import torch
 
-from gradleak.analytic.certify import number_format
-from gradleak.analytic.graph import Chain
-from gradleak.analytic.recursion import RecursionResult, fit_layers
 from gradleak.attacks.base import Attack, Callback, Progress
 from gradleak.attacks.least_squares import LARGEST, Problem, State, search
 from gradleak.attacks.recursion import check, from_layers, plain_gradient
 from gradleak.errors import InvalidInput, NotApplicable, ResourceLimit
-from gradleak.inputs import ImageSpace
+from gradleak.exact.recursion import RecursionResult, fit_layers
+from gradleak.proof.certify import number_format
+from gradleak.spaces import ImageSpace
+from gradleak.structure.chain import Chain
 from gradleak.threat import Knowledge, Observation
 from gradleak.types import Reconstruction
 

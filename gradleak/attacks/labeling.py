@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from gradleak.analytic.head import features_and_logits, find_head, probe_inputs, run_quietly
-from gradleak.analytic.labels import solve_labels
 from gradleak.attacks.disaggregation import one_gradient
 from gradleak.errors import InvalidModel, NotApplicable
+from gradleak.exact.labels import solve_labels
+from gradleak.structure.head import features_and_logits, find_head
+from gradleak.structure.probe import probe_inputs, run_quietly
 from gradleak.threat import Observation
 from gradleak.training import CrossEntropy, FedSGD, check_reproducible
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradleak.analytic.certify import jacobian, number_format, storage_deviation
-from gradleak.analytic.labels import recover_labels
-from gradleak.analytic.layers import conjugate_gradients
 from gradleak.attacks.base import Callback, Progress, as_gradient
 from gradleak.errors import NotApplicable
+from gradleak.exact.labels import recover_labels
+from gradleak.proof.certify import jacobian, number_format, storage_deviation
+from gradleak.solve.conjugate_gradients import conjugate_gradients
 from gradleak.threat import Observation
 from gradleak.training import check_reproducible
 from gradleak.types import Reconstruction

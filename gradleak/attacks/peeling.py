@@ -9,12 +9,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from gradleak.analytic.disaggregate import EXACT
-from gradleak.analytic.graph import Chain, trace_chain
-from gradleak.analytic.head import Head, find_head
-from gradleak.analytic.peel import Peeled, obstacle, peel
 from gradleak.attacks.disaggregation import FeatureDisaggregation, one_gradient
 from gradleak.errors import NotApplicable
+from gradleak.exact.features import EXACT
+from gradleak.exact.peel import Peeled, obstacle, peel
+from gradleak.structure.chain import Chain
+from gradleak.structure.head import Head, find_head
+from gradleak.structure.reader import trace_chain
 from gradleak.threat import Observation
 from gradleak.types import Reconstruction
 

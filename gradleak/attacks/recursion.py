@@ -11,15 +11,16 @@ from typing import final
 import torch
 from torch import Tensor
 
-from gradleak.analytic.graph import Affine, Chain, Elementwise, trace_chain
-from gradleak.analytic.peel import Peeled
-from gradleak.analytic.recursion import RecursionResult, invert_layers
 from gradleak.attacks.base import Attack, Callback, Progress, is_signs, present
 from gradleak.attacks.disaggregation import disaggregate
 from gradleak.attacks.labeling import aligned, distance, hides_mixtures, read_labels
 from gradleak.attacks.least_squares import Problem, search
 from gradleak.attacks.peeling import Separated, separate_batch
 from gradleak.errors import InvalidModel, NotApplicable
+from gradleak.exact.peel import Peeled
+from gradleak.exact.recursion import RecursionResult, invert_layers
+from gradleak.structure.chain import Affine, Chain, Elementwise
+from gradleak.structure.reader import trace_chain
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import SGD, CrossEntropy, FedAvg
 from gradleak.types import Reconstruction
@@ -271,13 +272,13 @@ def recursion(*, polish: bool = True, quick: bool = True) -> Recursion:
     """Solve the network backward, layer by layer: exact where every layer is determined, and said so where not.
 
     Sources: Zhu & Blaschko, *R-GAP*, ICLR 2021, Section 3; *R-CONV*, arXiv 2406.04227. Deviations: see
-    :mod:`gradleak.analytic.recursion`. Neither label nor loss nor step size is needed: the system does not change when
+    :mod:`gradleak.exact.recursion`. Neither label nor loss nor step size is needed: the system does not change when
     the update is scaled, so a weight delta of one plain step will do.
 
     A batch takes more: the loss must be known cross-entropy, ``disaggregate`` must prove every example's features, and
-    then each layer must determine its inputs for all examples (:mod:`gradleak.analytic.peel`): by its gradient alone,
+    then each layer must determine its inputs for all examples (:mod:`gradleak.exact.peel`): by its gradient alone,
     as a linear layer does up to as many examples as it has outputs, or together with its recovered outputs
-    (:mod:`gradleak.analytic.joint`), where both kinds of equation are more than the values. Gauss–Newton steps on the
+    (:mod:`gradleak.exact.joint`), where both kinds of equation are more than the values. Gauss–Newton steps on the
     whole update finish.
 
     Args:

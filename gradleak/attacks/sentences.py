@@ -15,8 +15,8 @@ from torch.func import functional_call
 
 from gradleak.attacks.base import Attack, Callback, Progress
 from gradleak.errors import NotApplicable
+from gradleak.spaces import TokenSpace
 from gradleak.threat import Knowledge, Observation
-from gradleak.tokens import TokenSpace
 from gradleak.types import Certificate, Reconstruction, UpdateKind
 
 __all__ = ["ReadSentences", "read_sentences"]

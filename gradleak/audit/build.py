@@ -33,7 +33,7 @@ from gradleak.audit.records import (
 )
 from gradleak.audit.scores import ExampleScore, Scores, error_curve
 from gradleak.audit.verdict import judge
-from gradleak.inputs import ImageSpace
+from gradleak.spaces import ImageSpace
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import CrossEntropy, FedAvg, FedSGD
 from gradleak.types import Batch, Reconstruction, Trace

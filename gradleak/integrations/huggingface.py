@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradleak.errors import InvalidFile, InvalidInput, InvalidModel
-from gradleak.tokens import TokenSpace
+from gradleak.spaces import TokenSpace
 
 __all__ = ["MaskedLanguageModel", "TokenCrossEntropy", "WordPiece", "from_pretrained"]
 

@@ -10,11 +10,11 @@ from torch import nn
 
 import gradleak as gl
 from gradleak import defenses
-from gradleak.analytic.recursion import RecursionResult
 from gradleak.attacks import auto
 from gradleak.attacks.auto import _determined, certificate
 from gradleak.attacks.base import Progress
 from gradleak.errors import InvalidInput, NotApplicable
+from gradleak.exact.recursion import RecursionResult
 from gradleak.models import lenet
 
 SHAPE = (1, 8, 8)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import gradleak as gl
-from gradleak.analytic.head import features_and_logits, find_head
 from gradleak.attacks import disaggregate
 from gradleak.attacks.disaggregation import FeatureDisaggregation
 from gradleak.errors import MissingKnowledge, NotApplicable
 from gradleak.models import lenet, resnet20
+from gradleak.structure.head import features_and_logits, find_head
 from gradleak.training import SGD, Adam, CrossEntropy, FedAvg, FedSGD, LocalTraining, parameters
 from gradleak.types import Reconstruction
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from gradleak.analytic import layers
 from gradleak.attacks import auto, recursion
 from gradleak.errors import MissingKnowledge, NotApplicable, ResourceLimit
+from gradleak.exact import layers
 from gradleak.exchange import Client, simulate
 from gradleak.metrics import assign
 from gradleak.models import dlg_resnet, lenet, resnet18

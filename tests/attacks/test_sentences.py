@@ -11,8 +11,8 @@ transformers = pytest.importorskip("transformers", reason="the extra 'text' is n
 import gradleak as gl  # noqa: E402
 from gradleak.attacks.sentences import ReadSentences  # noqa: E402
 from gradleak.errors import NotApplicable  # noqa: E402
-from gradleak.inputs import TensorSpace  # noqa: E402
 from gradleak.integrations.huggingface import MaskedLanguageModel, TokenCrossEntropy, from_pretrained  # noqa: E402
+from gradleak.spaces import TensorSpace  # noqa: E402
 from gradleak.threat import Observation, ThreatModel  # noqa: E402
 from gradleak.training import FedSGD  # noqa: E402
 from gradleak.types import Batch, Update, UpdateKind  # noqa: E402

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from gradleak import cli_attack
 from gradleak.attacks.matching.engine import GradientMatching
 from gradleak.audit.records import from_json
+from gradleak.cli import attack as cli_attack
 
 FILES = ["reconstruction.safetensors", "report.html", "result.json", "trace.safetensors"]
 QUICK = ("--attack-option", "iterations=40")

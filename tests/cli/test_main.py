@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import gradleak
-from gradleak import cli_attack
 from gradleak.audit.records import from_json
+from gradleak.cli import attack as cli_attack
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,7 +84,7 @@ def test_list_everything_and_nothing(run) -> None:
 
 
 PAPER = '''"""A toy."""
-from gradleak.audit.experiment import Result, Row, median
+from gradleak.papers.experiment import Result, Row, median
 NAME, SMOKE, DEFAULT, FULL = "toy", 3, 3, 3
 
 def one(lab, *, number):
@@ -99,7 +99,7 @@ def run(config, lab):
 
 
 def test_an_interrupted_reproduction_says_what_stays_and_resumes(run, tmp_path, monkeypatch) -> None:
-    from gradleak.audit import reproduce
+    from gradleak.papers import reproduce
 
     paper = tmp_path / "papers" / "1999_toy"
     paper.mkdir(parents=True)

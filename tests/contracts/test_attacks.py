@@ -13,7 +13,7 @@ import gradleak as gl
 from gradleak.attacks.base import Attack
 from gradleak.errors import InvalidInput, MissingKnowledge, NotApplicable
 from gradleak.integrations.huggingface import TokenCrossEntropy
-from gradleak.tokens import TokenSpace
+from gradleak.spaces import TokenSpace
 
 SHAPE = (1, 8, 8)
 VICTIMS = ("images", "rows", "sentences")

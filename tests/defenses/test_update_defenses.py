@@ -38,7 +38,7 @@ from gradleak.defenses import (
 )
 from gradleak.defenses.base import straight_through
 from gradleak.errors import InvalidInput
-from gradleak.inputs import TensorSpace
+from gradleak.spaces import TensorSpace
 from gradleak.threat import Knowledge, ThreatModel
 from gradleak.training import FedAvg, FedSGD, parameters
 from gradleak.types import Batch, UpdateKind

@@ -12,8 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from gradleak.audit.experiment import Lab, load_package
-from gradleak.audit.reproduce import reproduce
+from gradleak.papers.experiment import Lab, load_package
+from gradleak.papers.reproduce import reproduce
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "2019_zhu_dlg"
 NAMES = (

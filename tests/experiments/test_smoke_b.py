@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import gradleak as gl
-from gradleak.audit import experiment, reproduce
-from gradleak.audit.experiment import share
+from gradleak.papers import experiment, reproduce
+from gradleak.papers.experiment import share
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "2019_zhu_dlg"
 NAMES = ("defenses", "property_inference", "synthetic")

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="the extra 'text' is not installed")
 
-from gradleak.audit.reproduce import reproduce
+from gradleak.papers.reproduce import reproduce
 
 
 @pytest.mark.data

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gradleak.errors import InvalidInput
-from gradleak.tokens import TokenSpace
+from gradleak.spaces import TokenSpace
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from gradleak.attacks.matching.engine import GradientMatching
 from gradleak.attacks.matching.objectives import BalancedError, Cosine, Objective, SquaredError
 from gradleak.attacks.matching.papers import dlg, idlg, inverting_gradients
 from gradleak.attacks.matching.priors import Prior, TotalVariation
-from gradleak.attacks.matching.solvers import LBFGS, Adam, GradientDescent, Solver
+from gradleak.solve import LBFGS, Adam, GradientDescent, Solver
 
 __all__ = [
     "LBFGS",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradleak.inputs import ImageSpace, InputSpace
+from gradleak.spaces import ImageSpace, InputSpace
 
 __all__ = ["Coordinates", "NaturalImages"]
 

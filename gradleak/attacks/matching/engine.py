@@ -14,7 +14,6 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from gradleak.analytic.labels import recover_labels
 from gradleak.attacks.base import Attack, Callback, Progress, as_gradient
 from gradleak.attacks.matching import backends
 from gradleak.attacks.matching.convolutions import LeanConvolutions
@@ -22,8 +21,9 @@ from gradleak.attacks.matching.coordinates import Coordinates
 from gradleak.attacks.matching.memory import available, candidate_bytes, fitting
 from gradleak.attacks.matching.objectives import Objective, SquaredError
 from gradleak.attacks.matching.priors import Prior
-from gradleak.attacks.matching.solvers import LBFGS, Outcome, Project, Referee, Solver
 from gradleak.errors import InvalidInput, UnknownName
+from gradleak.exact.labels import recover_labels
+from gradleak.solve import LBFGS, Outcome, Project, Referee, Solver
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import Tensors, check_reproducible, soft_labels
 from gradleak.types import Reconstruction, Trace

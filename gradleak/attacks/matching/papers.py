@@ -11,8 +11,8 @@ from gradleak.attacks.matching.coordinates import NaturalImages
 from gradleak.attacks.matching.engine import GradientMatching
 from gradleak.attacks.matching.objectives import Cosine, SquaredError
 from gradleak.attacks.matching.priors import TotalVariation
-from gradleak.attacks.matching.solvers import LBFGS, Adam, GradientDescent, Solver
 from gradleak.errors import UnknownName
+from gradleak.solve import LBFGS, Adam, GradientDescent, Solver
 
 __all__ = ["dlg", "idlg", "inverting_gradients"]
 

@@ -114,7 +114,7 @@ def test_coordinates_are_one_to_one_and_start_at_gray() -> None:
     assert int(torch.linalg.matrix_rank(jacobian)) == 90
     # Brightness: the mean square of unit-variance coordinates, in image units.
     assert float((0.25 * jacobian).square().sum() / 90) == pytest.approx((1 + 2 * 0.3**2) / 3)
-    plain = gl.inputs.TensorSpace((4,))
+    plain = gl.TensorSpace((4,))
     assert natural.inputs(zero[0, 0, :4, :4], plain) is not None
 
 

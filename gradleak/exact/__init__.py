@@ -1,0 +1,1 @@
+"""What linear algebra reads off an update: pure functions on tensors."""

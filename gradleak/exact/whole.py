@@ -1,0 +1,363 @@
+"""The whole chain as one map, from its input to features and layer gradients, and Gauss–Newton steps on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradleak.exact.layers import Factor
+from gradleak.exact.outer_product import OuterProduct
+from gradleak.solve.conjugate_gradients import Rows, conjugate_gradients
+from gradleak.structure.chain import Affine, Chain, Elementwise, Fixed, Step
+
+__all__ = ["Linearization", "Polished", "WholeMap", "feature_scale", "newton_steps"]
+
+Tensors = Mapping[str, Tensor]
+
+STEPS = 8
+"""Gauss–Newton steps that finish a recursion."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Linearization:
+    """The map's value and derivative at one point."""
+
+    residual: Tensor
+    descent: Tensor
+    product: Rows
+
+
+class WholeMap:
+    """The map from the input of ``steps`` to features and layer gradients for the seen output gradient, weighted."""
+
+    def __init__(
+        self, chain: Chain, steps: tuple[Step, ...], params: Tensors, seen: Tensors, outer: OuterProduct
+    ) -> None:
+        self.steps, self.params, self.features = steps, params, outer.features
+        wanted = [n for s in steps if isinstance(s, Affine) for n in (s.weight_name, s.bias_name) if n is not None]
+        self.names = [n for n in wanted if n in seen and float(seen[n].square().sum()) > 0]
+        self.pull = outer.delta @ params[chain.anchor.weight_name]
+        self.feature_scale = feature_scale(self.features)
+        self.scales = {n: float(seen[n].square().mean().rsqrt()) for n in self.names}
+        self.target = torch.cat(
+            [self.features * self.feature_scale] + [(seen[n] * self.scales[n]).flatten() for n in self.names]
+        )
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """Return the weighted equations' left sides at ``x`` (*shape)."""
+        return self._at(x).outputs
+
+    def relative(self, x: Tensor) -> float:
+        """Return the relative distance of the weighted equations at ``x``."""
+        return float((self.outputs(x) - self.target).norm() / self.target.norm())
+
+    def linearize(self, value: Tensor) -> Linearization:
+        """Return residual r, Jᵀ r (n,) and v (k, n) → Jᵀ J v, in the precision of v, at ``value`` (n,)."""
+        point = self._at(value.detach().reshape(self.steps[0].in_shape))
+        residual = self.target - point.outputs
+        own = _Tangents(self, point, value.dtype)
+        tangents = {value.dtype: own}
+
+        def product(v: Tensor) -> Tensor:
+            if v.dtype not in tangents:
+                tangents[v.dtype] = _Tangents(self, point, v.dtype)
+            return torch.stack([tangents[v.dtype].product(row) for row in v])
+
+        return Linearization(residual, own.pull(*self._split(residual)), product)
+
+    @torch.no_grad()
+    def _at(self, x: Tensor) -> _Point:
+        inputs = [x[None]]
+        for step in self.steps:
+            inputs.append(step.forward(inputs[-1], self.params))
+        delta, deltas = self.pull[None], [self.pull[None]]
+        gradients: dict[str, Tensor] = {}
+        slopes: dict[int, tuple[Tensor, Tensor]] = {}
+        patches: dict[int, Tensor] = {}
+        for index in range(len(self.steps) - 1, -1, -1):
+            step = self.steps[index]
+            if isinstance(step, Elementwise):
+                slopes[index] = step.derivatives(inputs[index].flatten())
+                delta = delta * slopes[index][0]
+            elif isinstance(step, Affine):
+                weight = self.params[step.weight_name]
+                patches[index] = step.patches(inputs[index], weight)
+                maps = delta.reshape(step.groups, -1, patches[index].shape[-1])
+                gradients[step.weight_name] = maps @ patches[index].mT
+                if step.bias_name is not None:
+                    gradients[step.bias_name] = maps.sum(-1)
+                delta = step.adjoint(delta, weight)
+            elif isinstance(step, Fixed):
+                delta = step.adjoint(delta)
+            deltas.append(delta)
+        parts = [inputs[-1].flatten() * self.feature_scale]
+        parts += [(gradients[n] * self.scales[n]).flatten() for n in self.names]
+        return _Point(torch.cat(parts), deltas[-2::-1], slopes, patches)
+
+    def _split(self, u: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the features' part of ``u`` and every layer's, as :class:`_Tangents` holds gradients."""
+        parts = u.split([self.features.numel(), *(self.params[n].numel() for n in self.names)])
+        named = dict(zip(self.names, parts[1:], strict=True))
+        kernels: list[Tensor | None] = []
+        for step in self.steps:
+            if not isinstance(step, Affine):
+                kernels.append(None)
+                continue
+            outs, groups = step.out_shape[0], step.groups
+            taps = self.params[step.weight_name][0].numel()
+            weight = named.get(step.weight_name, u.new_zeros(outs * taps)).view(groups, outs // groups, taps)
+            bias = named.get(step.bias_name or "", u.new_zeros(outs)).view(groups, outs // groups, 1)
+            kernels.append(torch.cat([weight, bias], 2).mT)
+        return parts[0], kernels
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Point:
+    """What the derivatives at one point are made of, step by step.
+
+    Attributes:
+        outputs: the weighted equations' left sides.
+        deltas: gradient at every step's output, (1, m).
+        slopes: first and second derivative of every activation, by index.
+        patches: input values under every tap of every layer, by index.
+
+    """
+
+    outputs: Tensor
+    deltas: list[Tensor]
+    slopes: dict[int, tuple[Tensor, Tensor]]
+    patches: dict[int, Tensor]
+
+
+class _Tangents:
+    """Derivatives of features and gradients at a point, written out: a third of what differentiating twice takes.
+
+    A change t of the input passes forward, its effect d on the output gradients passes back, and a layer's gradient
+    changes by δ ⊗ t + d ⊗ x. The transpose passes the same way: what d gave takes p forward, what t gave takes q back.
+    A layer's gradient is held as (groups, channels · taps + 1, outputs), the bias last, and times its scale.
+    """
+
+    def __init__(self, whole: WholeMap, point: _Point, dtype: torch.dtype) -> None:
+        self.feature_scale = whole.feature_scale.to(dtype)
+        self.maps: list[_Layer | _Diagonal | _Other] = []
+        for index, step in enumerate(whole.steps):
+            delta = point.deltas[index].to(dtype)
+            if isinstance(step, Affine):
+                weight = whole.params[step.weight_name].to(dtype)
+                scales = (whole.scales.get(step.weight_name, 0.0), whole.scales.get(step.bias_name or "", 0.0))
+                self.maps.append(_Layer(step, weight, delta, point.patches[index], scales))
+            elif isinstance(step, Elementwise):
+                first, second = point.slopes[index]
+                self.maps.append(_Diagonal(first.to(dtype), second.to(dtype) * delta if bool(second.any()) else None))
+            else:
+                assert isinstance(step, Fixed)
+                self.maps.append(_Other(step))
+
+    @torch.no_grad()
+    def product(self, v: Tensor) -> Tensor:
+        """Return Jᵀ J v for v (n,)."""
+        return self.pull(*self._push(v))
+
+    def _push(self, v: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Return the change of the features and of every layer's gradient with the input."""
+        changes, t = [], v[None]
+        for step in self.maps:
+            t, kept = step.forward(t)
+            changes.append(kept)
+        d: Tensor | None = None
+        kernels: list[Tensor | None] = [None] * len(self.maps)
+        for index in range(len(self.maps) - 1, -1, -1):
+            step = self.maps[index]
+            if isinstance(step, _Layer):
+                kernels[index] = step.push(changes[index], d)
+            if d is not None and index > 0:
+                d = step.backward(d)
+            if isinstance(step, _Diagonal) and step.bend is not None:
+                d = step.bend * changes[index] if d is None else d.addcmul(step.bend, changes[index])
+        return t[0] * self.feature_scale, kernels
+
+    @torch.no_grad()
+    def pull(self, features: Tensor, kernels: list[Tensor | None]) -> Tensor:
+        """Return the transpose of the change for ``features`` (d,) and every layer's gradient, (n,)."""
+        p: Tensor | None = None
+        own: list[Tensor | None] = []
+        for step, kernel in zip(self.maps, kernels, strict=True):
+            before = p
+            p = None if p is None else step.forward(p)[0]
+            if isinstance(step, _Layer) and kernel is not None:
+                onward = step.onward(kernel)
+                p = onward if p is None else p + onward
+                own.append(kernel)
+            elif isinstance(step, _Diagonal) and step.bend is not None and before is not None:
+                own.append(step.bend * before)
+            else:
+                own.append(None)
+        q = (features * self.feature_scale)[None]
+        for step, here in zip(reversed(self.maps), reversed(own), strict=True):
+            if isinstance(step, _Layer):
+                q = step.backward(q, here)
+            else:
+                q = step.backward(q) if here is None else step.backward(q) + here
+        return q[0]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Other:
+    """A map without parameters."""
+
+    step: Fixed
+
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.step.apply(t), t
+
+    def backward(self, q: Tensor) -> Tensor:
+        return self.step.adjoint(q)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Diagonal:
+    """An activation: its slope (n,), and how the output gradient before it changes with its input, if at all."""
+
+    slope: Tensor
+    bend: Tensor | None
+
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return t * self.slope, t
+
+    def backward(self, q: Tensor) -> Tensor:
+        return q * self.slope
+
+
+@final
+class _Layer:
+    """A layer, and how its gradient, in the form that :class:`_Tangents` says, changes with input and output gradient.
+
+    Everything is a product with the input values under every tap, so these are laid out once for all uses: for one row,
+    that takes less time than any convolution of the library.
+    """
+
+    def __init__(
+        self, step: Affine, weight: Tensor, delta: Tensor, patches: Tensor, scales: tuple[float, float]
+    ) -> None:
+        groups, self.step, self.weight = step.groups, step, weight
+        self.matrix = weight.reshape(groups, len(weight) // groups, -1)  # (g, o, t)
+        self.transposed = self.matrix.mT.contiguous()
+        ones = torch.full_like(patches[:, :1], scales[1])
+        self.patches = torch.cat([patches * scales[0], ones], 1).to(delta)  # (g, t + 1, l)
+        self.delta = delta.view(groups, -1, patches.shape[-1]) * scales[0]
+
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the change of the output (1, m) for a change ``t`` (1, n) of the input, and the latter by taps."""
+        columns = self.step.patches(t, self.weight)
+        return (self.matrix @ columns).view(1, -1), columns
+
+    def backward(self, q: Tensor, kernel: Tensor | None = None) -> Tensor:
+        """Return the transpose for ``q`` (1, m), and for a change of the gradient if there is one, (1, n)."""
+        columns = self.transposed @ q.view(*self.delta.shape)
+        if kernel is not None:
+            columns = torch.baddbmm(columns, kernel[:, :-1], self.delta)
+        return self.step.folded(columns, self.weight)
+
+    def push(self, columns: Tensor, d: Tensor | None) -> Tensor:
+        """Return the gradient's change for a change of the input, by taps, and ``d`` (1, m) of the output gradient."""
+        own = columns @ self.delta.mT
+        if d is None:
+            return F.pad(own, (0, 0, 0, 1))
+        whole = self.patches @ d.view(*self.delta.shape).mT
+        whole[:, :-1] += own
+        return whole
+
+    def onward(self, kernel: Tensor) -> Tensor:
+        """Return the transpose of what :meth:`push` does with the output gradient, (1, m)."""
+        return (kernel.mT @ self.patches).reshape(1, -1)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Polished:
+    """Where Gauss–Newton steps ended: estimated mean squared error, relative residual, whether no step helps more."""
+
+    value: Tensor
+    steps: int
+    spread: float
+    residual: float
+    done: bool
+
+
+def feature_scale(features: Tensor) -> Tensor:
+    """Return one over the size of every feature (d,), bounded where they are near zero."""
+    floor = float(0.05 * features.square().mean().sqrt()) + 1e-300
+    return features.abs().clamp(min=floor).reciprocal()
+
+
+def newton_steps(
+    whole: WholeMap,
+    value: Tensor,
+    factor: Factor,
+    probe: Tensor,
+    *,
+    limit: int = STEPS,
+    stale: int = 60,
+    halvings: int = 0,
+    tolerance: float = 1e-2,
+    floor: float = 0.0,
+    going: Callable[[float, int], bool] | None = None,
+) -> Polished:
+    """Take Gauss–Newton steps on the whole map until they are below the noise that the residual shows.
+
+    Args:
+        whole: the map.
+        value: where the steps begin, (n,).
+        factor: of its normal matrix nearby, which preconditions.
+        probe: (k, n) signs, for the estimate of the error: one could miss the direction that is known worst.
+        limit: steps.
+        stale: conjugate gradient steps beyond which the factor no longer serves.
+        halvings: how often a step that does not help is halved.
+        tolerance: relative accuracy of a step, in energy.
+        floor: relative residual below which a step that does not halve it is the last.
+        going: (relative residual, steps so far) → whether to go on.
+
+    """
+    response, n = float((probe * factor.solve(probe)).sum()) / probe.numel(), len(value)
+    local, steps, served = whole.linearize(value), 0, True
+    norm = float(local.residual.square().sum())
+    while True:
+        variance = max(norm, 1e-300) / max(len(local.residual) - n, 1)
+        right = local.descent[None]
+        ready = factor.solve(right)
+        decrement = float((right * ready).sum())
+        done = decrement < 1e-2 * variance * n
+        if done or steps >= limit or not served:
+            break
+        step, taken, _ = conjugate_gradients(
+            local.product, right, factor.solve, tolerance=tolerance, limit=60, ready=ready
+        )
+        served = taken <= stale
+        for halving in range(halvings + 1):
+            moved = value + step[0] / 2**halving
+            there = whole.linearize(moved)
+            fallen = float(there.residual.square().sum())
+            if fallen < norm:
+                break
+        else:
+            done = True
+            break
+        gained, norm, value, local, steps = norm - fallen, fallen, moved, there, steps + 1
+        if going is not None and not going(math.sqrt(norm) / float(whole.target.norm()), steps):
+            break
+        low = norm <= (floor * float(whole.target.norm())) ** 2
+        if gained < (3 if low else 1e-3) * norm:
+            done = True
+            break
+    variance = norm / max(len(whole.target) - n, 1)
+    return Polished(value, steps, variance * response, math.sqrt(norm) / float(whole.target.norm()), done)

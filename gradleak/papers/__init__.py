@@ -1,0 +1,1 @@
+"""The paper experiments: measuring, storing, and setting published numbers beside ours."""

@@ -1,0 +1,1 @@
+"""What an update alone proves about a reconstruction."""

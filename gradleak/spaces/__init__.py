@@ -1,0 +1,8 @@
+"""What one example looks like to the attacker and to a person; a new space is one file and one import line."""
+
+from gradleak.spaces.base import InputSpace
+from gradleak.spaces.images import ImageSpace
+from gradleak.spaces.tokens import TokenSpace
+from gradleak.spaces.vectors import TensorSpace
+
+__all__ = ["ImageSpace", "InputSpace", "TensorSpace", "TokenSpace"]

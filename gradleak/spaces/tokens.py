@@ -1,0 +1,82 @@
+"""Sentences as the attacker sees them: rows of word embeddings, decoded to the nearest token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradleak.errors import InvalidInput
+from gradleak.spaces import InputSpace
+
+__all__ = ["TokenSpace"]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSpace(InputSpace):
+    """Sentences of ``length`` tokens; candidates are embeddings (T, d), decoded inputs are token ids (T,).
+
+    Attributes:
+        table: (V, d) word embeddings of the model that was sent out.
+        length: number of tokens T, special tokens among them.
+        excluded: ids that no sentence contains (padding, unused slots), never decoded to.
+
+    Raises:
+        InvalidInput: the table is not a matrix, the length is not positive, or no token is left to decode to.
+
+    """
+
+    table: Tensor
+    length: int
+    excluded: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.table.ndim != 2 or self.length < 1:
+            raise InvalidInput(
+                f"A token space needs a (V, d) embedding table and a positive length, not shape "
+                f"{tuple(self.table.shape)} and {self.length}; pass the model's word embeddings."
+            )
+        if not bool(torch.isfinite(self.table).all()) or not bool(self._usable().any()):
+            raise InvalidInput("The embedding table has no finite non-zero row to decode to; pass a usable model.")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(T, d)."""
+        return (self.length, int(self.table.shape[1]))
+
+    def _usable(self) -> Tensor:
+        # The cosine to a zero row ([PAD] of a fresh table) is 0/0 and would win every maximum.
+        usable = self.table.norm(dim=1) > 0
+        usable[list(self.excluded)] = False
+        return usable
+
+    def decode(self, candidates: Tensor) -> Tensor:
+        """Return the ids (..., T) of the tokens whose embeddings have the largest cosine with ``candidates``.
+
+        Ids are returned as they are.
+        """
+        if not candidates.is_floating_point():
+            return candidates
+        directions = torch.nn.functional.normalize(self.table.to(candidates), dim=1)
+        cosine = torch.nan_to_num(candidates) @ directions.T  # a candidate's own norm changes no maximum
+        return cosine.masked_fill(~self._usable().to(candidates.device), -torch.inf).argmax(-1)
+
+    def check(self, inputs: Tensor) -> None:
+        """Check the shape of embeddings, or the shape and range of ids (N, T)."""
+        if inputs.is_floating_point():
+            super().check(inputs)
+        elif tuple(inputs.shape[1:]) != (self.length,):
+            raise InvalidInput(
+                f"The inputs have shape {tuple(inputs.shape[1:])}, not {self.length} token ids each; pass a space of "
+                "their length."
+            )
+        elif not bool(((inputs >= 0) & (inputs < len(self.table))).all()):
+            raise InvalidInput(
+                f"The inputs have ids outside 0 to {len(self.table) - 1}, the rows of the embedding table; pass ids of "
+                "the model's own tokenizer."
+            )
+
+    def encode(self, inputs: Tensor) -> Tensor:
+        """Return the embeddings (..., T, d) of token ids (..., T)."""
+        return self.table[inputs]

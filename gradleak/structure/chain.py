@@ -1,0 +1,321 @@
+"""A model as the chain of operations between its input and a linear layer.
+
+Every step knows its forward map and what inversion needs of it:
+the adjoint of a linear map, the inverse and derivative of an activation, the systems of equations of a convolution.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Affine", "Chain", "Elementwise", "Fixed", "Shape", "Step", "convolve"]
+
+Tensors = Mapping[str, Tensor]
+Shape = tuple[int, ...]
+
+_CHUNK = 128
+"""Rows that pass a layer together: few enough to stay in the cache."""
+
+_FEW = 8
+"""Up to this many rows PyTorch's own adjoint is quicker."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step(ABC):
+    """One operation on a single example.
+
+    Attributes:
+        name: the module's path, or the function's name.
+        in_shape: shape of its input, without the batch axis.
+        out_shape: shape of its output, without the batch axis.
+
+    """
+
+    name: str
+    in_shape: Shape
+    out_shape: Shape
+
+    @abstractmethod
+    def forward(self, x: Tensor, params: Tensors) -> Tensor:
+        """Return the output (B, *out_shape) for ``x`` (B, *in_shape) and parameters by name."""
+
+    @property
+    def inputs(self) -> int:
+        """Number of values of one input."""
+        return math.prod(self.in_shape)
+
+    @property
+    def outputs(self) -> int:
+        """Number of values of one output."""
+        return math.prod(self.out_shape)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Affine(Step):
+    """A linear layer or a 2-d convolution; a linear layer is a convolution of one position.
+
+    Attributes:
+        weight_name: the weight among the model's parameters.
+        bias_name: the bias, None where there is none.
+        stride: steps of the kernel along height and width.
+        padding: zeros added at (top, bottom, left, right).
+        dilation: spacing of the kernel's taps.
+        groups: number of separate channel groups.
+        linear: whether the model computes it as a linear layer.
+
+    """
+
+    weight_name: str = ""
+    bias_name: str | None = None
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    linear: bool = False
+
+    def forward(self, x: Tensor, params: Tensors) -> Tensor:
+        """Return W x + b."""
+        weight = params[self.weight_name]
+        bias = None if self.bias_name is None else params[self.bias_name]
+        if self.linear:
+            return F.linear(x, weight, bias)
+        return self._conv(x, weight, bias)
+
+    def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        top, bottom, left, right = self.padding
+        pad: int | tuple[int, int] = (top, left)
+        if (top, left) != (bottom, right):
+            x, pad = F.pad(x, (left, right, top, bottom)), 0
+        return F.conv2d(x, weight, bias, self.stride, pad, self.dilation, self.groups)
+
+    def apply(self, v: Tensor, weight: Tensor) -> Tensor:
+        """Return K v for rows v: (k, n) → (k, m)."""
+        if self.linear:
+            return v @ weight.T
+        return self._conv(v.reshape(-1, *self.in_shape), weight).flatten(1)
+
+    def adjoint(self, u: Tensor, weight: Tensor) -> Tensor:
+        """Return Kᵀ u for rows u: (k, m) → (k, n)."""
+        if self.linear:
+            return u @ weight
+        u = u.reshape(-1, *self.out_shape)
+        if len(u) <= _FEW:
+            top, bottom, left, right = self.padding
+            channels, height, width = self.in_shape
+            x = u.new_zeros(()).expand(len(u), channels, height + top + bottom, width + left + right)
+            options = (self.stride, (0, 0), self.dilation, False, (0, 0), self.groups, (True, False, False))
+            full = torch.ops.aten.convolution_backward(u, x, weight, None, *options)[0]
+            return full[:, :, top : top + height, left : left + width].flatten(1)
+        # Convolving phase by phase beats a transposed convolution, and small chunks stay in the cache.
+        kernel, pads = self._phases(weight)
+        out = torch.empty(len(u), self.inputs, dtype=u.dtype, device=u.device)
+        for start in range(0, len(u), _CHUNK):
+            self._scatter(u[start : start + _CHUNK], kernel, pads, out[start : start + _CHUNK])
+        return out
+
+    def _phases(self, weight: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+        """Return the adjoint's kernels, one per position modulo the stride, and how to pad for them.
+
+        With input position i = s·q + a and tap t = a + p − s·d (in units of the dilation), the adjoint is
+        x[s·q + a] = Σ_d w[t] u[q + d]: a plain convolution for each of the s phases a.
+        """
+        pads: list[int] = []
+        taps: list[Tensor] = []
+        for axis, before in ((0, self.padding[0]), (1, self.padding[2])):
+            stride, spread, size = self.stride[axis], self.dilation[axis], weight.shape[2 + axis]
+            reach = spread * (size - 1)
+            low = -((reach - before) // stride)
+            high = (stride - 1 + before) // stride
+            phase = torch.arange(stride)[:, None] + before - stride * torch.arange(low, high + 1)
+            valid = (phase >= 0) & (phase <= reach) & (phase % spread == 0)
+            taps.append(torch.where(valid, phase // spread, size))  # the last index is a zero tap
+            quotient = -(-self.in_shape[1 + axis] // stride)
+            pads = [-low, quotient + high - self.out_shape[1 + axis], *pads]
+        padded = F.pad(weight, (0, 1, 0, 1))
+        (sh, dh), (sw, dw) = taps[0].shape, taps[1].shape
+        kernel = padded[:, :, taps[0].flatten()][..., taps[1].flatten()]
+        outs, ins = weight.shape[0] // self.groups, weight.shape[1]
+        kernel = kernel.reshape(self.groups, outs, ins, sh, dh, sw, dw).permute(0, 2, 3, 5, 1, 4, 6)
+        return kernel.reshape(self.groups * ins * sh * sw, outs, dh, dw), (pads[0], pads[1], pads[2], pads[3])
+
+    def _scatter(self, u: Tensor, kernel: Tensor, pads: tuple[int, int, int, int], out: Tensor) -> None:
+        phases = convolve(u, kernel, pads, self.groups)
+        (sh, sw), (channels, height, width) = self.stride, self.in_shape
+        high, wide = phases.shape[2:]
+        phases = phases.view(-1, channels, sh, sw, high, wide)
+        fits = (sh * high, sw * wide) == (height, width)
+        whole = (out if fits else out.new_empty(len(out), phases[0].numel())).view(-1, channels, high, sh, wide, sw)
+        # One phase after another: a single permuted copy takes twice as long.
+        for a, b in itertools.product(range(sh), range(sw)):
+            whole[:, :, :, a, :, b] = phases[:, :, a, b]
+        if not fits:
+            whole = whole.view(-1, channels, sh * high, sw * wide)
+            out.view(-1, channels, height, width).copy_(whole[:, :, :height, :width])
+
+    @property
+    def positions(self) -> int:
+        """Number of values of one input channel."""
+        return 1 if self.linear else self.in_shape[1] * self.in_shape[2]
+
+    @property
+    def channels(self) -> int:
+        """Number of input channels; every value of a linear layer's input is a channel of its own."""
+        return self.in_shape[0]
+
+    def gradient_block(self, delta: Tensor, weight: Tensor) -> Tensor:
+        """Return M, (groups, r, p): the weight gradient of one input channel is M times that channel's p values.
+
+        M depends on the output gradient ``delta`` (m,) only, so all channels of a group share it; the r rows are
+        (output channel, tap).
+        """
+        if self.linear:
+            return delta.reshape(1, -1, 1)
+        top, bottom, left, right = self.padding
+        (_, height, width), (outs, high, wide) = self.in_shape, self.out_shape
+        (down, across), (sh, sw), (dh, dw) = weight.shape[2:], self.stride, self.dilation
+        size = (outs, down, across, height + top + bottom, width + left + right)
+        spread = torch.zeros(size, dtype=delta.dtype, device=delta.device)
+        maps = delta.reshape(outs, high, wide)
+        for i in range(down):
+            for j in range(across):
+                rows = slice(i * dh, i * dh + (high - 1) * sh + 1, sh)
+                columns = slice(j * dw, j * dw + (wide - 1) * sw + 1, sw)
+                spread[:, i, j, rows, columns] = maps
+        inside = spread[..., top : top + height, left : left + width]
+        return inside.reshape(self.groups, -1, self.positions)
+
+    def patches(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the input values under every tap, (groups, channels per group · taps, output positions)."""
+        if self.linear:
+            return x.reshape(1, -1, 1)
+        top, bottom, left, right = self.padding
+        padded = F.pad(x.reshape(1, *self.in_shape), (left, right, top, bottom))
+        columns = F.unfold(padded, tuple(weight.shape[2:]), self.dilation, 0, self.stride)[0]
+        wanted = self.out_shape[1] * self.out_shape[2]
+        return columns[:, :wanted].reshape(self.groups, -1, wanted)
+
+    def folded(self, columns: Tensor, weight: Tensor) -> Tensor:
+        """Return the transpose of :meth:`patches`, (1, n)."""
+        if self.linear:
+            return columns.view(1, -1)
+        top, bottom, left, right = self.padding
+        _, height, width = self.in_shape
+        size = (height + top + bottom, width + left + right)
+        rows = columns.reshape(1, -1, columns.shape[-1])
+        full = F.fold(rows, size, tuple(weight.shape[2:]), self.dilation, 0, self.stride)
+        return full[:, :, top : top + height, left : left + width].reshape(1, -1)
+
+
+def convolve(x: Tensor, kernel: Tensor, pads: tuple[int, int, int, int], groups: int = 1) -> Tensor:
+    """Return the convolution with zeros added (or, if negative, lines cut) at (left, right, top, bottom)."""
+    left, right, top, bottom = pads
+    if len(x) == groups == 1 and x.dtype == torch.float32 and max(kernel.shape[2:]) > 3 and x.device.type == "cpu":
+        # PyTorch would change the layout of so little for its optimized kernels, which takes longer than to convolve.
+        padded, taps = F.pad(x, pads), (kernel.shape[2], kernel.shape[3])
+        sizes = (padded.shape[2] - taps[0] + 1, padded.shape[3] - taps[1] + 1)
+        return (kernel.flatten(1) @ F.unfold(padded, taps)).view(1, -1, *sizes)
+    if (left, top) == (right, bottom) and min(pads) >= 0:
+        return F.conv2d(x, kernel, padding=(top, left), groups=groups)
+    return F.conv2d(F.pad(x, pads), kernel, groups=groups)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Elementwise(Step):
+    """An activation or a per-value affine map (BatchNorm in evaluation mode).
+
+    Attributes:
+        function: the map, (B, *in_shape) → (B, *in_shape).
+        inverse: its inverse, NaN-free on the closed range; values outside the range are moved into it.
+        rectifies: whether outputs of zero say only that the input was not positive (ReLU).
+        affine: whether the map is scale · x + shift.
+
+    """
+
+    function: Callable[[Tensor], Tensor] = field(default=lambda x: x)
+    inverse: Callable[[Tensor], Tensor] = field(default=lambda a: a)
+    rectifies: bool = False
+    affine: bool = False
+
+    def forward(self, x: Tensor, params: Tensors) -> Tensor:
+        """Return φ(x)."""
+        return self.function(x)
+
+    def derivatives(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        """Return φ′ and φ″ at flat ``pre`` (n,)."""
+        with torch.enable_grad():
+            x = pre.detach().reshape(1, *self.in_shape).requires_grad_()
+            (first,) = torch.autograd.grad(self.function(x).sum(), x, create_graph=True)
+            if not first.requires_grad:
+                return first.flatten(), torch.zeros_like(pre)
+            (second,) = torch.autograd.grad(first.sum(), x, allow_unused=True)
+        return first.detach().flatten(), torch.zeros_like(pre) if second is None else second.flatten()
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Fixed(Step):
+    """A linear map without parameters: average pooling, zero padding, reshaping.
+
+    Attributes:
+        function: the map, (B, *in_shape) → (B, *out_shape).
+        reorders: whether it only reshapes, so that flat values stay where they are.
+
+    """
+
+    function: Callable[[Tensor], Tensor] = field(default=lambda x: x)
+    reorders: bool = False
+
+    def forward(self, x: Tensor, params: Tensors) -> Tensor:
+        """Return T x."""
+        return self.function(x)
+
+    def apply(self, v: Tensor) -> Tensor:
+        """Return T v for rows v: (k, n) → (k, m)."""
+        return v if self.reorders else self.function(v.reshape(-1, *self.in_shape)).flatten(1)
+
+    def adjoint(self, u: Tensor) -> Tensor:
+        """Return Tᵀ u for rows u: (k, m) → (k, n)."""
+        if self.reorders:
+            return u
+        with torch.enable_grad():
+            x = torch.zeros(u.shape[0], *self.in_shape, dtype=u.dtype, device=u.device, requires_grad=True)
+            (back,) = torch.autograd.grad(self.function(x), x, u.reshape(-1, *self.out_shape))
+        return back.flatten(1)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """The steps that lead to a linear layer with bias whose gradient shows its input exactly.
+
+    Attributes:
+        shape: shape of the model's input, without the batch axis.
+        steps: from the earliest step that inversion reaches to the step before the anchor.
+        anchor: the linear layer, where the recursion starts.
+        stop: None where ``steps`` begin at the model's input; otherwise why they begin later.
+        head: whether the anchor's output is the model's output.
+
+    """
+
+    shape: Shape
+    steps: tuple[Step, ...]
+    anchor: Affine
+    stop: str | None
+    head: bool
+
+    def forward(self, x: Tensor, params: Tensors) -> Tensor:
+        """Return the anchor's input, (B, d)."""
+        for step in self.steps:
+            x = step.forward(x, params)
+        return x

@@ -1,0 +1,31 @@
+"""Running a model on dummy inputs without leaving a trace in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+__all__ = ["probe_inputs", "run_quietly"]
+
+Tensors = Mapping[str, Tensor]
+
+
+def probe_inputs(shape: tuple[int, ...], count: int, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Return ``count`` dummy inputs in [0, 1]: noise of every smoothness around random levels, (count, *shape)."""
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    noise = torch.rand((count, *shape), generator=generator, dtype=torch.float64)
+    level = torch.rand((count, *(1,) * len(shape)), generator=generator, dtype=torch.float64)
+    mix = torch.linspace(0, 1, count, dtype=torch.float64).view(level.shape)
+    return (mix * noise + (1 - mix) * level).to(like)
+
+
+def run_quietly(model: nn.Module, params: Tensors, inputs: Tensor, buffers: Tensors | None = None) -> Tensor:
+    """Run the model; batch statistics go into copies of its buffers, random masks leave the global generator alone."""
+    own = {k: b.clone() for k, b in model.named_buffers()}
+    devices = [inputs.device] if inputs.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH):
+        return functional_call(model, {**params, **own, **(buffers or {})}, (inputs,))

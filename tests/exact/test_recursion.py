@@ -1,0 +1,191 @@
+"""The recursion is exact where every layer is determined, and says which one is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradleak.errors import NotApplicable
+from gradleak.exact.outer_product import read_outer_product
+from gradleak.exact.recursion import RecursionResult, invert_layers
+from gradleak.models import lenet, resnet18
+
+
+def example(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.rand(1, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make()
+
+
+def gradient(model: nn.Module, x: Tensor, label: int = 3) -> dict[str, Tensor]:
+    loss = F.cross_entropy(model(x), torch.tensor([label]))
+    return dict(
+        zip([n for n, _ in model.named_parameters()], torch.autograd.grad(loss, list(model.parameters())), strict=True)
+    )
+
+
+def invert(
+    model: nn.Module, x: Tensor, *, scale: float = 1.0, polish: bool = True, quick: bool = False
+) -> RecursionResult:
+    grads = {k: scale * g for k, g in gradient(model, x).items()}
+    return invert_layers(model, dict(model.named_parameters()), grads, tuple(x.shape[1:]), polish=polish, quick=quick)
+
+
+def error(result: RecursionResult, x: Tensor) -> float:
+    assert result.input is not None, result.stopped_at
+    return float((result.input - x[0].double()).square().mean())
+
+
+class Functions(nn.Module):
+    """Functional calls, scaling of the input, BatchNorm in evaluation mode, a shape taken from the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1 = nn.Conv2d(2, 10, 3, padding=1)
+        self.c2 = nn.Conv2d(10, 12, 3, padding=1, stride=2, bias=False)
+        self.norm = nn.BatchNorm2d(12).eval()
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+        self.head = nn.Linear(12 * 16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.c1(x * 2 - 1))
+        x = F.leaky_relu(self.norm(self.c2(x)), 0.1)
+        return self.head(x.view(x.size(0), -1))
+
+
+def relu_network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(24 * 64, 10),
+    )  # fmt: skip
+
+
+DETERMINED = {
+    "functional with BatchNorm": (Functions, (2, 8, 8)),
+    "linear layers and ReLU": (lambda: nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10)), (20,)),
+    "convolutions and ReLU": (relu_network, (3, 8, 8)),
+    "groups and dilation": (
+        lambda: nn.Sequential(
+            nn.Conv2d(4, 16, 3, padding=1, groups=2), nn.Softplus(),
+            nn.Conv2d(16, 16, 3, padding=2, dilation=2, groups=4), nn.ELU(), nn.Flatten(), nn.Linear(16 * 64, 10),
+        ),
+        (4, 8, 8),
+    ),
+    "pooling before the activation": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding="same"), nn.AvgPool2d(2), nn.Sigmoid(), nn.Flatten(), nn.Linear(16 * 16, 10)
+        ),
+        (1, 8, 8),
+    ),
+    "odd size, stride 2": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 24, 4, stride=2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(24 * 16, 10)
+        ),
+        (2, 9, 9),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DETERMINED)
+def test_exact_from_float64_gradients(name: str) -> None:
+    make, shape = DETERMINED[name]
+    x = example(shape)
+    result = invert(seeded(make).double(), x)
+    assert error(result, x) < 1e-24
+    assert result.residual < 1e-12
+    assert all(layer.determined for layer in result.layers)
+
+
+@pytest.mark.parametrize("polish", [False, True])
+def test_exact_without_polish_and_to_the_noise_floor_with_it(polish: bool) -> None:
+    x = example((3, 16, 16), torch.float32)
+    result = invert(lenet(image_size=16, seed=1), x, polish=polish)
+    mse = error(result, x)
+    assert mse < (1e-10 if polish else 1e-7)
+    if polish:
+        # The estimate rests on the residual and the rank alone, and it is right within an order of magnitude.
+        assert 0.1 < mse / result.spread < 10
+
+
+def test_label_and_scale_do_not_matter() -> None:
+    x = example((3, 16, 16))
+    model = lenet(image_size=16, seed=1).double()
+    plain, scaled = invert(model, x), invert(model, x, scale=-0.01)
+    assert plain.label == scaled.label == 3
+    assert error(scaled, x) < 1e-22
+
+
+def test_undetermined_layer_is_named_with_its_rank_and_a_start_remains() -> None:
+    model = seeded(
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Sigmoid(), nn.Flatten(), nn.Linear(4 * 9, 10))
+    ).double()
+    result = invert(model, example((3, 8, 8)))
+    assert result.input is None
+    assert result.start is not None
+    assert result.start.shape == (3, 8, 8)
+    (layer,) = result.layers
+    # 36 forward equations; 4 · 9 gradient equations for each of 3 channels of 64 values.
+    assert (layer.unknowns, layer.forward, layer.gradient, layer.rank_bound) == (192, 36, 108, 144)
+    assert "'0'" in str(result.stopped_at) or "0:" in str(result.stopped_at)
+
+
+def small(*between: nn.Module, features: int) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.Conv2d(1, 16, 3), *between, nn.Flatten(), nn.Linear(features, 10))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "word"),
+    [
+        (small(nn.Sigmoid(), nn.AvgPool2d(2), features=144), (1, 8, 8), "144 of the 576"),
+        (small(nn.GELU(), features=576), (1, 8, 8), "GELU"),
+        (small(nn.MaxPool2d(2), features=144), (1, 8, 8), "MaxPool2d"),
+        (lambda: resnet18(width=4, seed=0).eval(), (3, 16, 16), "pool"),
+    ],
+    ids=["average pooling", "GELU", "max pooling", "global pooling"],
+)
+def test_what_stops_the_recursion_is_said(make: Callable[[], nn.Module], shape: tuple[int, ...], word: str) -> None:
+    result = invert(seeded(make).double(), example(shape))
+    assert result.input is None
+    assert word in str(result.stopped_at)
+
+
+def test_features_are_exact_even_where_the_recursion_stops() -> None:
+    model = resnet18(width=4, seed=0).eval().double()
+    x = example((3, 16, 16))
+    seen: list[Tensor] = []
+    hook = model.linear.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    model(x)
+    hook.remove()
+    assert torch.allclose(invert(model, x).features, seen[0][0], rtol=1e-12, atol=0)
+
+
+def test_a_batch_of_two_is_refused() -> None:
+    model = lenet(image_size=16, seed=0).double()
+    x = torch.cat([example((3, 16, 16)), example((3, 16, 16), seed=1)])
+    grads = torch.autograd.grad(F.cross_entropy(model(x), torch.tensor([1, 2])), list(model.parameters()))
+    named = dict(zip(dict(model.named_parameters()), grads, strict=True))
+    with pytest.raises(NotApplicable, match="no outer product"):
+        invert_layers(model, dict(model.named_parameters()), named, (3, 16, 16))
+
+
+def test_no_linear_layer_with_bias_is_refused() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(144, 5, bias=False)))
+    with pytest.raises(NotApplicable, match="has no bias"):
+        invert(model, example((1, 8, 8), torch.float32))
+
+
+def test_outer_product_measures_the_rounding() -> None:
+    draw = torch.Generator().manual_seed(0)
+    h, d = torch.rand(50, generator=draw), torch.randn(10, generator=draw)
+    read = read_outer_product(torch.outer(d, h), d)
+    assert torch.allclose(read.features, h.double(), rtol=1e-7)
+    assert 1e-9 < read.noise < 1e-7
