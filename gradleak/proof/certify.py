@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
 from gradleak.training import FedAvg, FedSGD, LocalTraining, check_reproducible
-from gradleak.types import Certificate, UpdateKind
+from gradleak.types import Certificate, Construction, UpdateKind
 
-__all__ = ["Construction", "Evidence", "certify", "examine", "jacobian", "number_format", "storage_deviation"]
+__all__ = ["Evidence", "certify", "examine", "jacobian", "number_format", "storage_deviation"]
 
 Tensors = Mapping[str, Tensor]
 
@@ -57,27 +57,6 @@ _NEAR = 1e-4
 """How far from the solution examples are drawn to count independent numbers, relative to the inputs' size."""
 _SPAN = 1e-12
 """Distance from a span, relative to an update, from which on an update counts as independent of it."""
-
-
-@final
-@dataclass(frozen=True)
-class Construction:
-    """A proof of uniqueness that came with the solution: every step that led to it had one solution only.
-
-    Attributes:
-        unknowns: number of values determined.
-        error: estimated root mean square error, model-input units.
-        statement: one clause for the reader ("every layer's linear system has full rank").
-        local: whether a step on the way was unique nearby only, as the solution of nonlinear equations is.
-        alone: whether the steps tell one example from a mixture of several; else only the update's scale does.
-
-    """
-
-    unknowns: int
-    error: float
-    statement: str
-    local: bool = False
-    alone: bool = True
 
 
 @final
