@@ -10,13 +10,14 @@ if TYPE_CHECKING:
     from gradleak.exchange import Client, Exchange, simulate
     from gradleak.spaces import ImageSpace, InputSpace, TensorSpace, TokenSpace
     from gradleak.threat import Knowledge, Observation, ThreatModel
-    from gradleak.training import CrossEntropy, FedAvg, FedSGD, LocalTraining
-    from gradleak.types import Batch, Certificate, Reconstruction, Trace, Update, UpdateKind
+    from gradleak.training import BinaryCrossEntropy, CrossEntropy, FedAvg, FedSGD, LocalTraining, MeanSquaredError
+    from gradleak.types import Batch, Certificate, Reconstruction, Status, Trace, Update, UpdateKind, Verdict
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
+    "BinaryCrossEntropy",
     "Certificate",
     "Client",
     "CrossEntropy",
@@ -27,14 +28,17 @@ __all__ = [
     "InputSpace",
     "Knowledge",
     "LocalTraining",
+    "MeanSquaredError",
     "Observation",
     "Reconstruction",
+    "Status",
     "TensorSpace",
     "ThreatModel",
     "TokenSpace",
     "Trace",
     "Update",
     "UpdateKind",
+    "Verdict",
     "attacks",
     "defenses",
     "errors",
@@ -50,8 +54,8 @@ _HOMES = {
     "exchange": ("Client", "Exchange", "simulate"),
     "spaces": ("ImageSpace", "InputSpace", "TensorSpace", "TokenSpace"),
     "threat": ("Knowledge", "Observation", "ThreatModel"),
-    "training": ("CrossEntropy", "FedAvg", "FedSGD", "LocalTraining"),
-    "types": ("Batch", "Certificate", "Reconstruction", "Trace", "Update", "UpdateKind"),
+    "training": ("BinaryCrossEntropy", "CrossEntropy", "FedAvg", "FedSGD", "LocalTraining", "MeanSquaredError"),
+    "types": ("Batch", "Certificate", "Reconstruction", "Status", "Trace", "Update", "UpdateKind", "Verdict"),
 }
 
 

@@ -1,18 +1,35 @@
-"""The three values that travel through gradleak: a private batch, a shared update, a reconstruction."""
+"""The values that travel through gradleak: a private batch, a shared update, a reconstruction and what proves it."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from gradleak.errors import InvalidInput, InvalidUpdate
 
-__all__ = ["Batch", "Certificate", "Reconstruction", "Trace", "Update", "UpdateKind", "name_prefix"]
+__all__ = [
+    "Attempt",
+    "Batch",
+    "Certificate",
+    "Construction",
+    "Finding",
+    "FindingKind",
+    "Note",
+    "NoteKind",
+    "Reconstruction",
+    "Shows",
+    "Status",
+    "Trace",
+    "Update",
+    "UpdateKind",
+    "Verdict",
+    "name_prefix",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,31 +202,184 @@ class Trace:
     snapshots: Tensor | None = None
 
 
+class Status(enum.StrEnum):
+    """How an attack ended."""
+
+    CONVERGED = "converged"
+    BUDGET = "budget"
+    """Iterations or time were used up; the best so far was returned."""
+    STALLED = "stalled"
+    INTERRUPTED = "interrupted"
+    EXACT = "exact"
+    """Linear algebra determined the inputs, and its equations hold down to rounding."""
+    NOT_APPLICABLE = "not_applicable"
+    """No attack's structural conditions hold; the reasons are recorded."""
+    MISSING_KNOWLEDGE = "missing_knowledge"
+    """The threat model does not grant what the attack needs."""
+
+
+class Verdict(enum.StrEnum):
+    """What the update alone proves; ``docs/threat-models.md`` says what each word means."""
+
+    PROVED = "proved"
+    MATCHED = "matched"
+    UNPROVED = "unproved"
+
+    @property
+    def strength(self) -> int:
+        """Return 2 for proved, 1 for matched, 0 for unproved."""
+        return ("unproved", "matched", "proved").index(self.value)
+
+
+class Shows(enum.StrEnum):
+    """What the inputs of a reconstruction are."""
+
+    INPUTS = "inputs"
+    FEATURES = "features"
+    """Inputs of the classification head, not of the model."""
+
+
+class NoteKind(enum.StrEnum):
+    """What a note is about."""
+
+    ATTEMPT = "attempt"
+    """An attack that was tried or left out, and why."""
+    ASSUMPTION = "assumption"
+    """Something that was not stated and had to be taken for granted."""
+    RANGE = "range"
+    """Solved values that cannot be inputs of the stated space."""
+    LABELS = "labels"
+    LIMIT = "limit"
+    """What the attack cannot tell here."""
+    METHOD = "method"
+    """How the result was reached."""
+
+
+class Note(str):
+    """A sentence that a reader of the result must know, and what it is about.
+
+    Attributes:
+        kind: what it is about; programs ask this, never the text.
+
+    """
+
+    kind: NoteKind
+    __slots__ = ("kind",)
+
+    def __new__(cls, text: str, kind: NoteKind = NoteKind.METHOD) -> Self:
+        """Return the sentence ``text``."""
+        note = super().__new__(cls, text)
+        note.kind = kind
+        return note
+
+
+class FindingKind(enum.StrEnum):
+    """What was found besides, or instead of, whole inputs."""
+
+    LABELS = "labels"
+    COUNTS = "counts"
+    BATCH_SIZE = "batch_size"
+    FEATURES = "features"
+    ROWS = "rows"
+    """Examples of a batch whose inputs were read."""
+    COLUMNS = "columns"
+    """Categories or identifiers that an embedding's gradient names."""
+    TOKENS = "tokens"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that an update gives away although the inputs did not all come back.
+
+    Attributes:
+        kind: what was found.
+        text: one sentence for a reader.
+        proved: whether the update proves it; otherwise it is an estimate.
+        count: how many were found.
+        of: how many there are.
+
+    """
+
+    kind: FindingKind
+    text: str
+    proved: bool
+    count: int
+    of: int
+
+
+@dataclass(frozen=True)
+class Construction:
+    """How a result was constructed: a proof of uniqueness that came with the solution.
+
+    Attributes:
+        unknowns: number of values determined.
+        error: estimated root mean square error, model-input units.
+        statement: one clause for the reader ("every layer's linear system has full rank").
+        local: whether a step on the way was unique nearby only, as the solution of nonlinear equations is.
+        alone: whether the steps tell one example from a mixture of several; else only the update's scale does.
+        scaled: whether the steps fix the inputs' scale, whatever factors the layers' gradients carry.
+
+    """
+
+    unknowns: int
+    error: float
+    statement: str
+    local: bool = False
+    alone: bool = True
+    scaled: bool = True
+
+
 @dataclass(frozen=True)
 class Certificate:
     """What the re-simulated update alone proves about one reconstruction; no ground truth is involved.
 
     Attributes:
-        verdict: "proved" (matched to the noise floor and locally unique), "matched" (matched, not unique or
-            uniqueness unknown), or "unproved" (not matched).
+        verdict: proved (matched to the noise floor, and unique), matched (matched, not unique or uniqueness unknown),
+            or unproved (not matched).
         residual: relative distance of the re-simulated update to the seen one.
-        floor: the relative noise floor of the update's number format.
+        floor: the relative noise floor of the update: number format, accumulated rounding, known defense.
         rank: numerical rank of the update's Jacobian at the solution, None where it was not computed.
         unknowns: number of unknowns, None where it was not computed.
         examples: one verdict per example of the batch.
         reason: one sentence for a reader.
         factor: by which the re-simulated update was multiplied to match; 1 where the client's own scale fits.
+        bound: largest root mean square error that the update leaves, model-input units; None where it was not bounded.
+        local: whether the proof excludes inputs nearby only: another one that the model cannot tell from it may exist.
+        mixture: whether a mean of several examples explains the update as well.
+        factors: tensor name → factor, where each tensor needed its own.
 
     """
 
-    verdict: str
+    verdict: Verdict
     residual: float
     floor: float
     rank: int | None = None
     unknowns: int | None = None
-    examples: tuple[str, ...] = ()
+    examples: tuple[Verdict, ...] = ()
     reason: str = ""
     factor: float = 1.0
+    bound: float | None = None
+    local: bool = False
+    mixture: bool = False
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One way that an attack tried.
+
+    Attributes:
+        attack: its name.
+        taken: whether it gave a result; otherwise it did not apply.
+        verdict: of its result, None where there was none.
+        reason: the certificate's reason, or why it did not apply.
+
+    """
+
+    attack: str
+    taken: bool
+    verdict: Verdict | None
+    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,16 +389,22 @@ class Reconstruction:
     Attributes:
         inputs: decoded inputs, (N, *shape).
         labels: (N,) class indices, or None where the attack says nothing about labels.
-        label_probabilities: (N, C) where labels were optimised or recovered as distributions.
+        label_probabilities: (N, C) where labels were optimized or recovered as distributions, or real targets.
         objective: the attacker's own final objective (lower is better; comparable within one attack only).
-        status: "converged", "budget" (iterations or time used up), "stalled", "interrupted" or "exact".
+        status: how the attack ended.
         iterations: iterations of the returned candidate.
         evaluations: evaluations of the gradient of the objective, over all restarts.
         seconds: wall-clock time spent for this observation (a batched run's time divided by its observations).
         trace: iteration curves, None for closed forms.
-        notes: plain sentences a reader of the result must know (rank bounds, fall-backs, deviations).
-        certificate: what the update itself proves, None where it was not asked.
+        notes: sentences that a reader of the result must know.
+        certificate: what the update itself proves.
         features: (N, d) exact inputs of the classification head, where an attack found them.
+        attack: name of the attack that led to the result.
+        construction: how the result was constructed, where that makes it unique.
+        solved: (N,) mask of the examples that linear algebra solved, None for none.
+        findings: what was found besides.
+        shows: what ``inputs`` are.
+        attempts: the ways that were tried, in order.
 
     """
 
@@ -236,7 +412,7 @@ class Reconstruction:
     labels: Tensor | None
     objective: float
     label_probabilities: Tensor | None = None
-    status: str = "converged"
+    status: Status = Status.CONVERGED
     iterations: int = 0
     evaluations: int = 0
     seconds: float = 0.0
@@ -244,6 +420,15 @@ class Reconstruction:
     notes: tuple[str, ...] = ()
     certificate: Certificate | None = None
     features: Tensor | None = None
+    attack: str = ""
+    construction: Construction | None = None
+    solved: Tensor | None = None
+    findings: tuple[Finding, ...] = ()
+    shows: Shows = Shows.INPUTS
+    attempts: tuple[Attempt, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "status", Status(self.status))
 
     def __len__(self) -> int:
         return int(self.inputs.shape[0])

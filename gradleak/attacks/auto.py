@@ -24,14 +24,14 @@ from gradleak.attacks.sentences import read_sentences
 from gradleak.errors import InvalidInput, InvalidModel, NotApplicable, ResourceLimit
 from gradleak.exact.labels import recover_labels
 from gradleak.exact.recursion import RecursionResult, check_together, invert_layers
-from gradleak.proof.certify import Construction, certify
+from gradleak.proof.certify import certify
 from gradleak.spaces import ImageSpace, TokenSpace
 from gradleak.structure.chain import Chain
 from gradleak.structure.ranks import rank_bound
 from gradleak.structure.reader import trace_chain
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import FedSGD
-from gradleak.types import Certificate, Reconstruction
+from gradleak.types import Certificate, Construction, Reconstruction
 
 __all__ = ["Auto", "auto", "certificate"]
 

@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gradleak.attacks.base import Callback, Progress, as_gradient
 from gradleak.errors import NotApplicable
 from gradleak.exact.labels import recover_labels
-from gradleak.proof.certify import jacobian, number_format, storage_deviation
+from gradleak.formats import number_format, storage_deviation
+from gradleak.proof.certify import jacobian
 from gradleak.solve.conjugate_gradients import conjugate_gradients
 from gradleak.threat import Observation
 from gradleak.training import check_reproducible

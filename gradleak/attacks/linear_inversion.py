@@ -13,7 +13,7 @@ from gradleak.attacks.base import Attack, Callback, Progress, is_signs, present
 from gradleak.attacks.labeling import aligned, distance, hides_mixtures, read_labels
 from gradleak.errors import InvalidModel, NotApplicable
 from gradleak.exact.first_layer import agreement, invert_linear, single_example_inputs
-from gradleak.proof.certify import number_format, storage_deviation
+from gradleak.formats import number_format, storage_deviation
 from gradleak.structure.first_layer import find_input_layer
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import SGD, FedAvg

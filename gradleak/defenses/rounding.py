@@ -9,12 +9,10 @@ from torch import Tensor
 
 from gradleak.defenses.base import UpdateDefense, straight_through
 from gradleak.errors import InvalidInput
+from gradleak.formats import FORMATS
 from gradleak.training import Tensors
 
 __all__ = ["Rounding", "bfloat16", "half_precision"]
-
-_FORMATS = {torch.float16: (10, -24), torch.bfloat16: (7, -133)}
-"""Format → stored mantissa bits, exponent of the smallest subnormal number."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Rounding(UpdateDefense):
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        if self.dtype not in _FORMATS:
+        if self.dtype not in (torch.float16, torch.bfloat16):
             raise InvalidInput(f"Rounding knows no {self.dtype}; use torch.float16 or torch.bfloat16.")
 
     def transform(self, tensors: Tensors, generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -48,7 +46,7 @@ class Rounding(UpdateDefense):
         return {k: (high - low) / 12**0.5 for k, (low, high) in cells.items()}
 
     def _cell(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        bits, smallest = _FORMATS[self.dtype]
+        bits, smallest = FORMATS[self.dtype]
         mantissa, exponent = torch.frexp(x)
         unit = exponent - 1 - bits  # exponent of the distance to the next number away from zero
         # Below a power of two numbers lie twice as dense.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gradleak.errors import InvalidFile, InvalidInput, InvalidModel
 from gradleak.spaces import TokenSpace
+from gradleak.training import TargetKind
 
 __all__ = ["MaskedLanguageModel", "TokenCrossEntropy", "WordPiece", "from_pretrained"]
 
@@ -32,6 +33,9 @@ class TokenCrossEntropy:
     """
 
     ignore: int = -100
+
+    targets = TargetKind.CLASSES
+    class_axis = -1
 
     def __call__(self, outputs: Tensor, targets: Tensor, /) -> Tensor:
         """Return the loss of logits ``outputs`` (N, K, V)."""

@@ -25,15 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from gradleak.formats import FORMATS, finest, number_format, storage_deviation
 from gradleak.training import FedAvg, FedSGD, LocalTraining, check_reproducible
-from gradleak.types import Certificate, UpdateKind
+from gradleak.types import Certificate, Construction, UpdateKind
 
-__all__ = ["Construction", "Evidence", "certify", "examine", "jacobian", "number_format", "storage_deviation"]
+__all__ = ["Evidence", "certify", "examine", "jacobian"]
 
 Tensors = Mapping[str, Tensor]
-
-_FORMATS = {torch.bfloat16: (7, -133), torch.float16: (10, -24), torch.float32: (23, -149), torch.float64: (52, -1074)}
-"""Format → stored mantissa bits, exponent of the smallest subnormal number; from the coarsest on."""
 
 _SAMPLES = 6
 """Realizations of the client's rounding; all of one update's errors may share one factor, so one is not enough."""
@@ -61,27 +59,6 @@ _SPAN = 1e-12
 
 @final
 @dataclass(frozen=True)
-class Construction:
-    """A proof of uniqueness that came with the solution: every step that led to it had one solution only.
-
-    Attributes:
-        unknowns: number of values determined.
-        error: estimated root mean square error, model-input units.
-        statement: one clause for the reader ("every layer's linear system has full rank").
-        local: whether a step on the way was unique nearby only, as the solution of nonlinear equations is.
-        alone: whether the steps tell one example from a mixture of several; else only the update's scale does.
-
-    """
-
-    unknowns: int
-    error: float
-    statement: str
-    local: bool = False
-    alone: bool = True
-
-
-@final
-@dataclass(frozen=True)
 class Evidence:
     """A certificate with the figures behind it.
 
@@ -98,30 +75,6 @@ class Evidence:
     errors: tuple[float, ...] = ()
     factor: float = 1.0
     excess: float = math.inf
-
-
-def number_format(tensors: Tensors) -> torch.dtype:
-    """Return the coarsest floating-point format that holds every number of an update.
-
-    A float32 tensor whose numbers are all bfloat16 numbers was rounded to bfloat16, whatever its dtype says.
-    """
-    own = _finest(tensors)
-    flat = torch.cat([t.detach().flatten() for t in tensors.values()])
-    flat = flat[flat != 0]
-    if flat.numel() < 8:  # so few numbers can be short by chance
-        return own
-    for dtype, (bits, _) in _FORMATS.items():
-        if bits < _FORMATS[own][0] and torch.equal(flat.to(dtype).to(flat.dtype), flat):
-            return dtype
-    return own
-
-
-def storage_deviation(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the standard deviation of rounding each number of ``tensor`` to ``dtype``: its spacing over √12."""
-    bits, smallest = _FORMATS[dtype]
-    _, exponent = torch.frexp(tensor)
-    unit = torch.where(tensor == 0, torch.full_like(exponent, smallest), exponent - 1 - bits).clamp(min=smallest)
-    return torch.ldexp(torch.full_like(tensor, 12**-0.5), unit)
 
 
 def certify(
@@ -332,8 +285,8 @@ class _Problem:
         self.observed = {k: t.double() for k, t in self.update.items()}
         self.sizes = [t.numel() for t in self.observed.values()]
         self.format = number_format(self.update)
-        own = _finest(self.params)
-        coarser = min((own, self.format), key=lambda d: _FORMATS[d][0])
+        own = finest(self.params)
+        coarser = min((own, self.format), key=lambda d: FORMATS[d][0])
         self.arithmetic = torch.float64 if coarser is torch.float64 else torch.float32
         self._wide: tuple[Tensors, Tensors] = (_cast(self.params, torch.float64), _cast(self.others, torch.float64))
         self._narrow: tuple[Tensors, Tensors] = (_cast(self.params, torch.float32), _cast(self.others, torch.float32))
@@ -393,10 +346,10 @@ class _Problem:
             extra = self.flat({k: v.double() for k, v in self.training.deviation(self.observed).items()})
         if self.kind is UpdateKind.WEIGHT_DELTA:
             # A captured delta is a difference of weights, each rounded to the model's format.
-            own = _finest(self.params)
+            own = finest(self.params)
             spacing = self.flat({k: storage_deviation(self.params[k].double(), own) for k in self.names})
             extra = torch.hypot(extra, spacing * math.sqrt(2 * self.steps))
-        if _FORMATS[self.format][0] < _FORMATS[self.arithmetic][0]:
+        if FORMATS[self.format][0] < FORMATS[self.arithmetic][0]:
             extra = torch.maximum(extra, storage_deviation(seen, self.format))
         tau = torch.hypot(tau, extra)
         weight = torch.where(torch.isfinite(tau), 1 / tau, 0.0)
@@ -679,8 +632,3 @@ def _folds(
 
 def _cast(tensors: Tensors, dtype: torch.dtype) -> dict[str, Tensor]:
     return {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
-
-
-def _finest(tensors: Tensors) -> torch.dtype:
-    known = [t.dtype for t in tensors.values() if t.dtype in _FORMATS]
-    return max(known, key=lambda d: _FORMATS[d][0]) if known else torch.float32

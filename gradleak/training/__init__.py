@@ -5,35 +5,56 @@ can be differentiated, vmapped over restarts and observations, and compiled as a
 """
 
 from gradleak.training.base import (
-    CrossEntropy,
     LocalTraining,
-    Loss,
     Tensors,
     batch_statistics,
     check_reproducible,
     gradient,
     parameters,
-    soft_labels,
     tracks_statistics,
 )
 from gradleak.training.fedavg import FedAvg
 from gradleak.training.fedsgd import FedSGD
+from gradleak.training.losses import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    Loss,
+    MeanSquaredError,
+    TargetKind,
+    as_loss,
+    class_axis,
+    harden,
+    relax,
+    soft_labels,
+    target_kind,
+)
 from gradleak.training.optimizers import SGD, Adam, Optimizer
+from gradleak.training.simulate import Gradient, Simulator
 
 __all__ = [
     "SGD",
     "Adam",
+    "BinaryCrossEntropy",
     "CrossEntropy",
     "FedAvg",
     "FedSGD",
+    "Gradient",
     "LocalTraining",
     "Loss",
+    "MeanSquaredError",
     "Optimizer",
+    "Simulator",
+    "TargetKind",
     "Tensors",
+    "as_loss",
     "batch_statistics",
     "check_reproducible",
+    "class_axis",
     "gradient",
+    "harden",
     "parameters",
+    "relax",
     "soft_labels",
+    "target_kind",
     "tracks_statistics",
 ]

@@ -6,11 +6,8 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,66 +15,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from gradleak.errors import GradleakError, InvalidInput, InvalidModel
+from gradleak.training.losses import CrossEntropy, Loss
 from gradleak.types import Batch, Update, UpdateKind
 
 __all__ = [
-    "CrossEntropy",
     "LocalTraining",
-    "Loss",
     "Tensors",
+    "batch_statistics",
     "check_reproducible",
     "gradient",
     "parameters",
-    "soft_labels",
     "tracks_statistics",
 ]
 
 Tensors = Mapping[str, Tensor]
-
-
-class Loss(Protocol):
-    """A differentiable loss: (outputs, targets) → scalar tensor."""
-
-    def __call__(self, outputs: Tensor, targets: Tensor, /) -> Tensor:
-        """Return the scalar loss."""
-        ...
-
-
-@dataclass(frozen=True)
-class CrossEntropy:
-    """Softmax cross-entropy for class indices (N,) or probabilities (N, C); nats.
-
-    Attributes:
-        reduction: "mean" or "sum" over examples.
-        label_smoothing: share of every target spread over all classes, in [0, 1).
-
-    """
-
-    reduction: str = "mean"
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.reduction not in ("mean", "sum") or not 0.0 <= self.label_smoothing < 1.0:
-            raise InvalidInput(
-                f"CrossEntropy has no reduction={self.reduction!r} with label_smoothing={self.label_smoothing}; "
-                "use 'mean' or 'sum' and a smoothing in [0, 1)."
-            )
-
-    def __call__(self, outputs: Tensor, targets: Tensor, /) -> Tensor:
-        """Return the cross-entropy of logits ``outputs`` (N, C) in nats."""
-        if not targets.is_floating_point():
-            return F.cross_entropy(outputs, targets, reduction=self.reduction, label_smoothing=self.label_smoothing)
-        # Written out: torch's own probability branch has no double backward with respect to the targets.
-        smooth = targets * (1 - self.label_smoothing) + self.label_smoothing / outputs.shape[-1]
-        losses = -(smooth * torch.log_softmax(outputs, -1)).sum(-1)
-        return losses.mean() if self.reduction == "mean" else losses.sum()
-
-
-def soft_labels(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """Return labels as probabilities, shape (N, C): one-hot for class indices, unchanged for probabilities."""
-    if labels.is_floating_point():
-        return labels.to(dtype)
-    return F.one_hot(labels, classes).to(dtype)
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.errors import InvalidInput
-from gradleak.training.base import CrossEntropy, LocalTraining, Loss, Tensors, gradient, tracks_statistics
+from gradleak.training.base import LocalTraining, Tensors, gradient, tracks_statistics
 from gradleak.training.checkpoint import checkpoint
+from gradleak.training.losses import CrossEntropy, Loss, as_loss
 from gradleak.training.optimizers import SGD, Optimizer
 from gradleak.types import UpdateKind
 
@@ -60,6 +61,7 @@ class FedAvg(LocalTraining):
     as_weights: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "loss", as_loss(self.loss))
         if (self.lr is None) == (self.optimizer is None):
             raise InvalidInput("FedAvg takes its step size from lr or from optimizer; give exactly one of the two.")
         self.rule  # noqa: B018 - an unusable lr is refused here rather than in the first step

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from gradleak.training.base import CrossEntropy, LocalTraining, Loss, Tensors, gradient
+from gradleak.training.base import LocalTraining, Tensors, gradient
+from gradleak.training.losses import CrossEntropy, Loss, as_loss
 from gradleak.types import UpdateKind
 
 __all__ = ["FedSGD"]
@@ -22,6 +23,9 @@ class FedSGD(LocalTraining):
     """
 
     loss: Loss = field(default_factory=CrossEntropy)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "loss", as_loss(self.loss))
 
     @property
     def kind(self) -> UpdateKind:

@@ -13,10 +13,11 @@ from torch import nn
 
 from gradleak import defenses
 from gradleak.errors import InvalidModel
+from gradleak.formats import number_format, storage_deviation
 from gradleak.models import lenet
-from gradleak.proof.certify import Construction, certify, examine, jacobian, number_format, storage_deviation
+from gradleak.proof.certify import certify, examine, jacobian
 from gradleak.training import CrossEntropy, FedAvg, FedSGD
-from gradleak.types import Batch
+from gradleak.types import Batch, Construction
 
 SHAPE = (1, 8, 8)
 

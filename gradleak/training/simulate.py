@@ -1,0 +1,174 @@
+"""The client as an attacker simulates it: the one place for number types, buffers, frozen parameters and step sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gradleak.errors import NotApplicable
+from gradleak.training.base import LocalTraining, Tensors, parameters
+from gradleak.training.fedavg import FedAvg
+from gradleak.training.fedsgd import FedSGD
+from gradleak.training.optimizers import SGD
+from gradleak.types import Update, UpdateKind
+
+__all__ = ["Gradient", "Simulator"]
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """An update as a gradient: step size, momentum and weight decay undone as far as they are known.
+
+    Attributes:
+        tensors: parameter name → tensor.
+        single: whether it is a multiple of one gradient at the weights that were sent out.
+        scaled: whether it has the scale of the client's (mean) gradient.
+        reason: why it is no single or no scaled gradient; empty where it is both.
+
+    """
+
+    tensors: Tensors
+    single: bool
+    scaled: bool
+    reason: str = ""
+
+    def require_single(self) -> Tensors:
+        """Return the tensors.
+
+        Raises:
+            NotApplicable: the update is no multiple of one gradient.
+
+        """
+        if not self.single:
+            raise NotApplicable(self.reason)
+        return self.tensors
+
+
+class Simulator:
+    """Computes what a client would send, in any number type, for candidate inputs and labels.
+
+    Attributes:
+        model: the model that was sent out; it is not changed.
+        training: the forward map as the attacker knows it; one gradient of the cross-entropy where it is not known.
+        known: whether the training is known.
+
+    """
+
+    def __init__(self, model: nn.Module, training: LocalTraining | None = None) -> None:
+        self.model = model
+        self.known = training is not None
+        self.training: LocalTraining = FedSGD() if training is None else training
+        self.undefended = self.training.undefended
+        self._params: dict[torch.dtype | None, Tensors] = {None: parameters(model)}
+        frozen = {k: p.detach() for k, p in model.named_parameters() if not p.requires_grad}
+        self._buffers: dict[torch.dtype | None, Tensors] = {None: frozen | dict(model.named_buffers())}
+
+    @property
+    def defended(self) -> bool:
+        """Whether a defense is known."""
+        return self.undefended is not self.training
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's own number type."""
+        return next(iter(self._params[None].values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+        return next(iter(self._params[None].values())).device
+
+    def params(self, dtype: torch.dtype | None = None) -> Tensors:
+        """Return the trainable parameters by name, as ``dtype``; their own type if None."""
+        if dtype not in self._params:
+            self._params[dtype] = cast(self._params[None], dtype)
+        return self._params[dtype]
+
+    def buffers(self, dtype: torch.dtype | None = None) -> Tensors:
+        """Return buffers and frozen parameters by name, floats as ``dtype``."""
+        if dtype not in self._buffers:
+            self._buffers[dtype] = cast(self._buffers[None], dtype)
+        return self._buffers[dtype]
+
+    def outputs(self, inputs: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the model's outputs at model inputs (N, *shape), computed in ``dtype``."""
+        values = {**self.params(dtype), **self.buffers(dtype)}
+        with sdpa_kernel(SDPBackend.MATH):
+            return functional_call(self.model, values, (cast_one(inputs, dtype),))
+
+    def update(self, inputs: Tensor, labels: Tensor, dtype: torch.dtype | None = torch.float64) -> dict[str, Tensor]:
+        """Return the undefended update by name, computed in ``dtype``; differentiable, traceable by torch.func.
+
+        Args:
+            inputs: (N, *shape) model inputs.
+            labels: as the client's loss takes them.
+            dtype: number type of the computation; the model's own if None.
+
+        """
+        return self.undefended.tensors(
+            self.model,
+            self.params(dtype),
+            cast_one(inputs, dtype),
+            cast_one(labels, dtype),
+            buffers=self.buffers(dtype),
+        )
+
+    def residual(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
+        """Return what a candidate leaves unexplained, by name, heeding known defenses."""
+        return self.training.residual(simulated, observed)
+
+    def relative(self, inputs: Tensor, labels: Tensor, observed: Tensors) -> float:
+        """Return the relative distance of the update simulated in float64 to the seen one; infinite if that is zero."""
+        ours, seen = self.update(inputs, labels), cast(observed, torch.float64)
+        left = self.residual({k: ours[k] for k in seen}, seen)
+        total = sum(float(t.square().sum()) for t in seen.values())
+        return math.sqrt(sum(float(t.square().sum()) for t in left.values()) / total) if total > 0 else math.inf
+
+    def as_gradient(self, update: Update, batch_size: int | None, names: Collection[str] | None = None) -> Gradient:
+        """Return ``update`` as a gradient; float64 where step size or weight decay are undone.
+
+        Args:
+            update: what was seen.
+            batch_size: number of examples, which decides the number of local steps.
+            names: which tensors are wanted; None for all.
+
+        """
+        tensors = {k: t for k, t in update.tensors.items() if names is None or k in names}
+        if update.kind is UpdateKind.GRADIENT:
+            return Gradient(tensors, single=True, scaled=True)
+        training = self.undefended
+        if not self.known or not isinstance(training, FedAvg):
+            why = "The step size of the weight delta is not known, so it is a gradient up to a factor"
+            return Gradient(tensors, single=True, scaled=False, reason=f"{why}; state the client's training.")
+        rule, steps = training.rule, training.count(batch_size or 1)
+        if not isinstance(rule, SGD):
+            return Gradient(
+                tensors,
+                single=False,
+                scaled=False,
+                reason="The client's optimizer is adaptive and rescales every entry, so its update is no multiple of "
+                "a gradient; use matching, which simulates it.",
+            )
+        params = self.params()
+        factor = -rule.lr * (1 + rule.momentum * rule.nesterov if steps == 1 else steps)
+        found = {k: t.double() / factor - rule.weight_decay * params[k].double() for k, t in tensors.items()}
+        if steps == 1:
+            return Gradient(found, single=True, scaled=True)
+        why = f"The client took {steps} local steps, so its update is no single gradient"
+        return Gradient(found, False, True, f"{why}; use matching, which unrolls the training.")
+
+
+def cast(tensors: Tensors, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return ``tensors`` with floats as ``dtype``; integers stay."""
+    return {k: cast_one(t, dtype) for k, t in tensors.items()}
+
+
+def cast_one(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a floating-point tensor as ``dtype``, any other as it is."""
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
