@@ -20,7 +20,8 @@ from gradleak.attacks.sentences import ReadSentences
 from gradleak.cli.values import printable
 from gradleak.defenses import UpdateDefense, compose
 from gradleak.errors import GradleakError, InvalidInput, UnknownName
-from gradleak.models import Option, locate, parse_options
+from gradleak.models import locate, parse_options
+from gradleak.models.loading import Option
 from gradleak.training import Loss
 
 __all__ = ["TOKENS", "ChosenAttack", "build_attack", "build_defense", "find_loss"]
@@ -109,9 +110,7 @@ def _among(package: types.ModuleType, kind: str, name: str, *more: str) -> Calla
     return typing.cast("Callable[..., Any]", getattr(package, name))
 
 
-def _call(
-    kind: str, name: str, factory: object, options: Mapping[str, Option]
-) -> tuple[object, dict[str, Any]]:
+def _call(kind: str, name: str, factory: object, options: Mapping[str, Option]) -> tuple[object, dict[str, Any]]:
     """Return what the factory makes of the options, and the options in the types that it is annotated with."""
     signature = _signature(name, factory)
     try:
@@ -131,10 +130,10 @@ def _call(
         return typing.cast("Callable[..., object]", factory)(**given), given
     except (GradleakError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # noqa: BLE001 - the user's code, which may even call sys.exit()
+    except BaseException as error:  # the user's code, which may even call sys.exit()
+        reason = printable(str(error) or type(error).__name__, 400)
         raise InvalidInput(
-            f"The {kind} {name} cannot be built with {dict(options)} ({printable(str(error) or type(error).__name__)}); "
-            "correct the options."
+            f"The {kind} {name} cannot be built with {dict(options)} ({reason}); correct the options."
         ) from error
 
 

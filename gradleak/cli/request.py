@@ -11,7 +11,8 @@ import torch
 from gradleak.cli.factories import ChosenAttack, build_attack, build_defense, find_loss
 from gradleak.defenses import UpdateDefense
 from gradleak.errors import InvalidInput, UnknownName
-from gradleak.models import Option, parse_options
+from gradleak.models import parse_options
+from gradleak.models.loading import Option
 from gradleak.spaces import ImageSpace, InputSpace, TensorSpace
 from gradleak.training import SGD, Adam, FedAvg, FedSGD, LocalTraining, Loss, Optimizer
 from gradleak.training.losses import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, as_loss
@@ -66,21 +67,28 @@ class StatedLoss:
             InvalidInput: the weights are not one per output, or cross-entropy was stated for one output.
 
         """
-        if self.weights is not None and len(self.weights) != outputs:
-            raise InvalidInput(
-                f"--class-weights has {len(self.weights)} values, but the model has {outputs} outputs; give one each."
-            )
-        if outputs == 1 and isinstance(self.loss, CrossEntropy):
-            raise InvalidInput(
-                "The model has one output, over which softmax cross-entropy is constant; give --loss bce or --loss mse."
-            )
-        if self.loss is not None:
-            return (self.loss,)
-        if outputs > 1:
-            return (CrossEntropy(self.reduction, self.smoothing, self.weights),)
-        if self.smoothing:
-            raise InvalidInput("--label-smoothing belongs to cross-entropy of several classes; leave it out.")
-        return (BinaryCrossEntropy(self.reduction, self.weights), MeanSquaredError(self.reduction))
+        loss = self.loss
+        if loss is None and outputs > 1:
+            loss = CrossEntropy(self.reduction, self.smoothing, self.weights)
+        if loss is None:
+            if self.smoothing or self.weights:
+                raise InvalidInput(
+                    "--label-smoothing and --class-weights take a stated loss where the model has one output; give "
+                    "--loss bce, or leave them out."
+                )
+            return (BinaryCrossEntropy(self.reduction), MeanSquaredError(self.reduction))
+        if isinstance(loss, CrossEntropy):
+            if outputs == 1:
+                raise InvalidInput(
+                    "The model has one output, over which softmax cross-entropy is constant; give --loss bce or "
+                    "--loss mse."
+                )
+            if loss.weight is not None and len(loss.weight) != outputs:
+                raise InvalidInput(
+                    f"--class-weights has {len(loss.weight)} values, but the model has {outputs} outputs; give one "
+                    "for each."
+                )
+        return (loss,)
 
 
 @dataclass(frozen=True)
@@ -240,9 +248,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _loss(
-    name: str | None, reduction: str, smoothing: float | None, weights: tuple[float, ...] | None
-) -> StatedLoss:
+def _loss(name: str | None, reduction: str, smoothing: float | None, weights: tuple[float, ...] | None) -> StatedLoss:
     if weights is not None and min(weights) <= 0:
         raise InvalidInput(f"--class-weights has {min(weights):g}, but weights are above 0; correct it.")
     if smoothing is not None and not 0 <= smoothing < 1:
@@ -261,7 +267,11 @@ def _loss(
     elif name == "cross-entropy":
         found = CrossEntropy(reduction, smoothing or 0.0, weights)
     elif name == "bce":
-        found = BinaryCrossEntropy(reduction, weights)
+        if weights is not None and len(weights) != 1:
+            raise InvalidInput(
+                "With --loss bce, --class-weights is one number, the weight of the positive targets; give one."
+            )
+        found = BinaryCrossEntropy(reduction, 1.0 if weights is None else weights[0])
     elif name == "mse":
         found = MeanSquaredError(reduction)
     else:

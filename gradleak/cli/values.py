@@ -11,7 +11,19 @@ from pathlib import Path
 
 import typer
 
-__all__ = ["Numbers", "Shape", "count", "finite", "folder", "numbers", "positive", "printable", "seconds", "shape", "word"]
+__all__ = [
+    "Numbers",
+    "Shape",
+    "count",
+    "finite",
+    "folder",
+    "numbers",
+    "positive",
+    "printable",
+    "seconds",
+    "shape",
+    "word",
+]
 
 _LARGEST = 2**31 - 1
 """Largest count that an option takes: larger ones are slips of the keyboard, and overflow in libraries below."""
@@ -118,7 +130,9 @@ def printable(text: str, limit: int = 2000) -> str:
     """
     if len(text) > limit:
         text = f"{text[: limit // 2]} … {text[-limit // 2 :]}"
-    return "".join(c if c.isprintable() or c == " " else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return "".join(
+        c if c.isprintable() or c == " " else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
 
 
 def _number(text: str | float, fits: Callable[[float], bool], sentence: str) -> float:

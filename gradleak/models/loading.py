@@ -122,9 +122,9 @@ def _call(spec: str, factory: object, options: dict[str, Option]) -> nn.Module:
         _check_options(spec, signature, options)
     try:
         model = factory(**options)
-    except GradleakError:
+    except (GradleakError, KeyboardInterrupt, MemoryError):
         raise
-    except Exception as error:
+    except BaseException as error:  # the user's code, which may even call sys.exit()
         raise InvalidModel(
             f"The factory {spec!r} failed with {type(error).__name__}: {error}; make it run with these options first."
         ) from error
@@ -162,7 +162,9 @@ def _import(name: str) -> ModuleType:
         raise InvalidModel(
             f"There is no module named {absent!r}{where}; install it, or run from the folder that holds it."
         ) from error
-    except Exception as error:
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:  # the user's code, which may even call sys.exit()
         raise InvalidModel(
             f"Importing {name!r} failed with {type(error).__name__}: {error}; make `python -c 'import {name}'` work."
         ) from error

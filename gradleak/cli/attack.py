@@ -1,0 +1,126 @@
+"""The command ``gradleak attack``, from the options to the exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gradleak.audit.folder import check_writable
+from gradleak.capture_checks import check_capture
+from gradleak.cli.console import warn
+from gradleak.cli.pending import count_examples, observe
+from gradleak.cli.request import Request, read_request
+from gradleak.cli.running import Job, run
+from gradleak.cli.signals import Watch
+from gradleak.cli.subject import Subject, load_subject
+from gradleak.cli.threads import choose_threads
+from gradleak.cli.truth import granted_labels, public_images, read_truth
+from gradleak.clock import Deadline
+from gradleak.errors import InvalidInput
+from gradleak.structure.probe import probe_inputs
+from gradleak.threat import Knowledge, Observation, ThreatModel
+from gradleak.training import Loss, Simulator, TargetKind, relax, target_kind
+from gradleak.types import Note, NoteKind
+
+__all__ = ["attack"]
+
+
+def attack(*, budget: float | None, **asked: Any) -> int:
+    """Reconstruct the batch behind a captured update and write the folder of the result; return the exit code.
+
+    Args:
+        budget: seconds that the attack may take, None for no limit.
+        asked: the options of :func:`gradleak.cli.request.read_request`.
+
+    """
+    check_writable(asked["out"].absolute())
+    request = read_request(budget=budget, **asked)
+    subject = load_subject(request.model, request.space, request.update, request.kind, request.batch_size)
+    losses = request.loss.among(subject.outputs)
+    count, noted = _count(request, subject, losses[0])
+    job = _job(request, subject, losses, count, noted)
+    choose_threads(_one_step(job.observations[0], count, subject.outputs))
+    with Watch(Deadline(budget)) as watch:
+        return run(job, watch)
+
+
+def _count(request: Request, subject: Subject, loss: Loss) -> tuple[int, Note | None]:
+    """Return the number of examples: as stated, or as the update shows it, with what must be said about that."""
+    if request.batch_size is not None:
+        return request.batch_size, None
+    training = request.training(loss, 1)
+    counted = count_examples(subject.model, subject.update, training, request.space)
+    if counted.count is None:
+        raise InvalidInput(
+            f"The update does not tell how many examples are behind it ({counted.reason.rstrip('.')}); state the "
+            "number with --batch-size."
+        )
+    if counted.proved:
+        return counted.count, Note(f"The batch size was read off the update: {counted.reason}", NoteKind.METHOD)
+    examples = "one example" if counted.count == 1 else f"{counted.count} examples"
+    return counted.count, Note(
+        f"The batch size was not stated; {examples} assumed. {counted.reason}", NoteKind.ASSUMPTION
+    )
+
+
+def _job(request: Request, subject: Subject, losses: tuple[Loss, ...], count: int, noted: Note | None) -> Job:
+    kinds = [target_kind(loss, torch.zeros(1, subject.outputs)) for loss in losses]
+    suspicious = check_capture(subject.model, subject.update, request.training(losses[0], count), count, request.space)
+    for sentence in suspicious:
+        warn(sentence)
+    observations = tuple(
+        _observe(request, subject, loss, kind, count, stated=noted is None or noted.kind is not NoteKind.ASSUMPTION)
+        for loss, kind in zip(losses, kinds, strict=True)
+    )
+    truth = None
+    if request.truth is not None:
+        truth = read_truth(request.truth, request.space, count, observations[0].labels, kinds, subject.outputs)
+    return Job(
+        observations,
+        request.attack,
+        request.seed,
+        request.out,
+        subject.name,
+        subject.captured,
+        subject.outputs,
+        request.command,
+        (*subject.notes, *(() if noted is None else (noted,)), *suspicious),
+        truth,
+        None if request.data is None else public_images(request.data, request.space),
+    )
+
+
+def _observe(
+    request: Request, subject: Subject, loss: Loss, kind: TargetKind, count: int, *, stated: bool
+) -> Observation:
+    """Return what the attacker sees who is told the client's training, defenses included."""
+    knows = Knowledge.BATCH_SIZE | Knowledge.TRAINING
+    labels = None
+    if request.labels is not None:
+        if len(request.labels) != count:
+            raise InvalidInput(f"--labels names {len(request.labels)} labels for {count} examples; give one for each.")
+        labels = granted_labels(request.labels, kind, subject.outputs)
+        knows |= Knowledge.LABELS
+    if request.defense is not None:
+        knows |= Knowledge.DEFENSE
+    return observe(
+        ThreatModel(knows),
+        subject.model,
+        subject.update,
+        space=request.space,
+        training=request.training(loss, count),
+        batch_size=count,
+        labels=labels,
+        batch_size_stated=stated,
+    )
+
+
+def _one_step(observation: Observation, count: int, outputs: int) -> Callable[[], object]:
+    """Return a small piece of what the attack will do over and over: one simulated update."""
+    simulator = Simulator(observation.model, observation.training)
+    inputs = probe_inputs(tuple(observation.space.shape), count, next(iter(observation.params.values())))
+    loss = simulator.training.loss
+    labels = relax(target_kind(loss, torch.zeros(1, outputs)), inputs.new_zeros(count, outputs))
+    return lambda: simulator.update(inputs, labels, None)
