@@ -138,6 +138,7 @@ def attack_one(observation: Observation, job: Job, watch: Watch, deadline: Deadl
             deadline.raise_if_over()
 
         found = reconstruct(job.chosen.attack, observation, seed=job.seed, callback=callback, deadline=deadline)
+        watch.rest()
     if not deadline.over or found.status not in (Status.BUDGET, Status.INTERRUPTED):
         return found
     if watch.signal is not None:
@@ -167,7 +168,8 @@ def _assumed(observation: Observation, found: Reconstruction) -> Note:
 
 def _reported(job: Job, observation: Observation, found: Reconstruction) -> Folder:
     truth, notes = job.truth, job.notes
-    if truth is not None and found.shows is not Shows.INPUTS:
+    shape = tuple(observation.space.shape)
+    if truth is not None and (found.shows is not Shows.INPUTS or tuple(found.inputs.shape[1:]) != shape):
         truth = None
         unused = "The attack recovers features, which cannot be scored against private inputs; --truth is unused."
         notes = (*notes, Note(unused, NoteKind.LIMIT))

@@ -34,7 +34,7 @@ class Watch:
         self.deadline = self._current = deadline
         self.signal: int | None = None
         self._previous: dict[int, Any] = {}
-        self._armed = False
+        self._mine, self._resting = False, False
 
     def __enter__(self) -> Watch:
         """Take over the signals; only the main thread may, elsewhere they keep their usual meaning."""
@@ -45,7 +45,7 @@ class Watch:
                     self._previous[number] = signal.signal(number, self._asked)
             if hasattr(signal, "SIGALRM"):
                 self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._late)
-                self._armed = True
+                self._mine = True
                 self.limit(self.deadline)
         return self
 
@@ -58,15 +58,16 @@ class Watch:
 
     def limit(self, current: Deadline) -> None:
         """Set the timer for a phase that has a deadline of its own within that of the run."""
+        self._resting = False
         self._current, left = current, current.left()
         if left < float("inf"):
             self._wake(left + max(_GRACE * left, _LEAST_GRACE))
 
     def rest(self) -> None:
-        """Stop the timer: what follows, such as writing the result, is not torn apart any more."""
-        if self._armed:
+        """Stop the timer: what follows, such as writing the result, is not torn apart."""
+        self._resting = True
+        if self._mine:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            self._armed = False
 
     @property
     def exit_code(self) -> int:
@@ -74,7 +75,7 @@ class Watch:
         return 0 if self.signal is None else 128 + self.signal
 
     def _wake(self, after: float) -> None:
-        if self._armed:
+        if self._mine and not self._resting:
             signal.setitimer(signal.ITIMER_REAL, after)
 
     def _asked(self, number: int, _: types.FrameType | None) -> None:
@@ -88,6 +89,8 @@ class Watch:
         warn("Stopping; press Ctrl-C (once more) to give up at once.")
 
     def _late(self, *_: object) -> None:
+        if self._resting:
+            return
         if self._current.shielded:
             self._wake(_SHIELDED)
             return

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gradleak import cli
+from gradleak.attacks.matching import engine
+from gradleak.audit.records import Record, from_json
 from gradleak.exchange import Client
 from gradleak.training import FedAvg, FedSGD, LocalTraining
 from gradleak.types import Batch
@@ -82,6 +84,9 @@ class Case:
 
         return load_file(self.folder / name)
 
+    def record(self, out: str = "out") -> Record:
+        return from_json((self.folder / out / "result.json").read_text(encoding="utf-8"))
+
     def attack(self, *more: str, **changed: str | None) -> Said:
         """Run ``gradleak attack`` with the right options, some of them changed (None: left out)."""
         options: dict[str, str | None] = {
@@ -96,6 +101,12 @@ class Case:
         } | changed
         words = [w for k, v in options.items() if v is not None for w in (f"--{k.replace('_', '-')}", v)]
         return self.run("attack", *words, *more)
+
+
+@pytest.fixture(autouse=True)
+def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled: no small search gains from it, and time decides too much else."""
+    monkeypatch.setattr(engine, "_SAVED", dict.fromkeys(engine._SAVED, 0.0))
 
 
 @pytest.fixture
