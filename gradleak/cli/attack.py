@@ -10,6 +10,7 @@ import torch
 from gradleak.audit.folder import check_writable
 from gradleak.capture_checks import check_capture
 from gradleak.cli.console import warn
+from gradleak.cli.failures import is_memory, reason
 from gradleak.cli.pending import count_examples, observe
 from gradleak.cli.request import Request, read_request
 from gradleak.cli.running import Job, run
@@ -18,7 +19,7 @@ from gradleak.cli.subject import Subject, load_subject
 from gradleak.cli.threads import choose_threads
 from gradleak.cli.truth import granted_labels, public_images, read_truth
 from gradleak.clock import Deadline
-from gradleak.errors import InvalidInput
+from gradleak.errors import GradleakError, InvalidInput, InvalidModel
 from gradleak.structure.probe import probe_inputs
 from gradleak.threat import Knowledge, Observation, ThreatModel
 from gradleak.training import Loss, Simulator, TargetKind, relax, target_kind
@@ -41,7 +42,9 @@ def attack(*, budget: float | None, **asked: Any) -> int:
     losses = request.loss.among(subject.outputs)
     count, noted = _count(request, subject, losses[0])
     job = _job(request, subject, losses, count, noted)
-    choose_threads(_one_step(job.observations[0], count, subject.outputs))
+    step = _one_step(job.observations[0], count, subject.outputs)
+    _try_out(step, request.model.spec)
+    choose_threads(step)
     with Watch(Deadline(budget)) as watch:
         return run(job, watch)
 
@@ -115,6 +118,26 @@ def _observe(
         labels=labels,
         batch_size_stated=stated,
     )
+
+
+def _try_out(step: Callable[[], object], name: str) -> None:
+    """Check that the client can be simulated at all, before an attack has to find out.
+
+    Raises:
+        InvalidModel: it cannot, with what the model or the loss said.
+
+    """
+    try:
+        step()
+    except (GradleakError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # the user's model and loss, which may fail in any way
+        if is_memory(error):
+            raise
+        raise InvalidModel(
+            f"The update of the model {name!r} cannot be simulated ({reason(error)}); its forward pass and the loss "
+            "must be differentiable operations of PyTorch."
+        ) from error
 
 
 def _one_step(observation: Observation, count: int, outputs: int) -> Callable[[], object]:

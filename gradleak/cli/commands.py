@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from gradleak.cli import values
+from gradleak.cli.failures import is_memory
 from gradleak.cli.reproduce import reproduce
 from gradleak.errors import GradleakError
 
@@ -282,21 +283,10 @@ def _run(arguments: list[str]) -> int:
         where = f" {error.filename!r}" if error.filename is not None else ""
         return _fail(f"The system refused to go on{where}: {error.strerror or error}; mend that and run again.")
     except (MemoryError, RuntimeError) as error:
-        if _is_memory(error):
+        if is_memory(error):
             return _fail("The run does not fit in memory; take a smaller batch, fewer restarts or float32.")
         raise
     return 0
-
-
-def _is_memory(error: Exception) -> bool:
-    """Tell whether memory ran out: torch's allocator says so in a RuntimeError that has no type of its own."""
-    words = str(error)
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and (
-            type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in words or "not enough memory" in words
-        )
-    )
 
 
 def _no_reader() -> int:

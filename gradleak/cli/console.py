@@ -22,9 +22,16 @@ _ROWS = 20
 """Examples that the table shows."""
 
 
+class _Console(Console):
+    """A console that lets a closed pipe end the command with its own exit code."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def say(text: str, style: str = "") -> None:
     """Print one line; it is text, not markup: a path may contain brackets, or codes that a terminal would obey."""
-    Console(highlight=False).print(Text(printable(text), style=style), soft_wrap=True)
+    _Console(highlight=False).print(Text(printable(text), style=style), soft_wrap=True)
 
 
 def warn(text: str) -> None:
@@ -45,7 +52,7 @@ def tell(record: Record, out: Path) -> None:
             values = (sig(e.values.get(a.metric), 3) for a in record.aggregates)
             table.add_row(str(e.index + 1), "–" if e.label is None else str(e.label), *values)
         say("")
-        Console(highlight=False).print(table)
+        _Console(highlight=False).print(table)
         if len(record.examples) > _ROWS:
             say(f"… and {len(record.examples) - _ROWS} better ones in result.json.")
     say("")

@@ -17,7 +17,7 @@ import gradleak.attacks
 import gradleak.defenses
 from gradleak.attacks.base import Attack
 from gradleak.attacks.sentences import ReadSentences
-from gradleak.cli.values import printable
+from gradleak.cli.failures import is_memory, reason
 from gradleak.defenses import UpdateDefense, compose
 from gradleak.errors import GradleakError, InvalidInput, UnknownName
 from gradleak.models import locate, parse_options
@@ -104,7 +104,7 @@ def find_loss(spec: str) -> Loss:
 
 
 def _among(package: types.ModuleType, kind: str, name: str, *more: str) -> Callable[..., Any]:
-    if name not in package.__all__:
+    if name not in package.__all__ or name == "compose":
         functions = [n for n in package.__all__ if not inspect.isclass(getattr(package, n)) and n != "compose"]
         raise UnknownName(kind, name, [*functions, *more])
     return typing.cast("Callable[..., Any]", getattr(package, name))
@@ -131,9 +131,10 @@ def _call(kind: str, name: str, factory: object, options: Mapping[str, Option]) 
     except (GradleakError, KeyboardInterrupt):
         raise
     except BaseException as error:  # the user's code, which may even call sys.exit()
-        reason = printable(str(error) or type(error).__name__, 400)
+        if is_memory(error):
+            raise
         raise InvalidInput(
-            f"The {kind} {name} cannot be built with {dict(options)} ({reason}); correct the options."
+            f"The {kind} {name} cannot be built with {dict(options)} ({reason(error)}); correct the options."
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 import gradleak.models
 from gradleak.cli.factories import TOKENS
+from gradleak.cli.failures import is_memory, reason
 from gradleak.cli.pending import read_tensors
 from gradleak.cli.request import ModelChoice
 from gradleak.cli.values import printable
@@ -31,6 +33,8 @@ __all__ = ["Subject", "load_subject"]
 
 _ROOM = 4
 """A file may unpack to this many times the model's size: float64 for float16, and a state dict's counters."""
+_MOST_UNKNOWNS = 10**8
+"""Values of a batch up to which an attack is tried: more do not fit into memory a few times over."""
 _SLACK = 2**20
 """Bytes that a file may take in any case."""
 
@@ -131,6 +135,8 @@ def _load_model(choice: ModelChoice, space: InputSpace) -> nn.Module:
     model = load(choice.spec, options)
     if not any(p.requires_grad for p in model.parameters()):
         raise InvalidModel(f"The model {choice.spec!r} has no trainable parameter, so there is nothing to attack.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InvalidModel(f"The model {choice.spec!r} is scripted; give the module that it was made from.")
     if any(p.is_meta or isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
         raise InvalidModel(
             f"The model {choice.spec!r} has parameters without values (meta device or lazy modules); build it on the "
@@ -225,6 +231,11 @@ def _check_finite(model: nn.Module, spec: str) -> None:
 def _try_out(model: nn.Module, choice: ModelChoice, space: InputSpace, count: int) -> int:
     """Check that the model takes such inputs and is the same function every time; return its number of outputs."""
     like = next(p for p in model.parameters() if p.requires_grad)
+    if count * math.prod(space.shape) > _MOST_UNKNOWNS:
+        raise InvalidInput(
+            f"{count:,} inputs of shape {tuple(space.shape)} are more than {_MOST_UNKNOWNS:,} unknowns, which no attack "
+            "here takes on; check --batch-size and --input-shape."
+        )
     inputs = probe_inputs(tuple(space.shape), count, like)
     devices = [like.device] if like.device.type == "cuda" else []
     try:
@@ -233,14 +244,15 @@ def _try_out(model: nn.Module, choice: ModelChoice, space: InputSpace, count: in
             first, second = (
                 functional_call(model, {k: b.clone() for k, b in model.named_buffers()}, (inputs,)) for _ in range(2)
             )
-    except (GradleakError, KeyboardInterrupt, MemoryError, torch.OutOfMemoryError):
+    except (GradleakError, KeyboardInterrupt):
         raise
     except BaseException as error:  # the user's forward pass, which may fail in any way
-        reason = printable(next(iter(str(error).strip().splitlines()), "") or type(error).__name__, 400).rstrip(".")
+        if is_memory(error):
+            raise
         if any(isinstance(m, nn.Embedding) for m in model.modules()):  # it was given numbers
             raise InvalidModel(f"The model {choice.spec!r} {TOKENS}") from error
         raise InvalidInput(
-            f"The model does not take {count} inputs of shape {tuple(space.shape)} ({reason}); check --input-shape, "
+            f"The model does not take {count} inputs of shape {tuple(space.shape)} ({reason(error)}); check --input-shape, "
             "and that the model runs on such a batch."
         ) from error
     if not isinstance(first, Tensor) or first.ndim != 2 or len(first) != count or not first.is_floating_point():

@@ -6,6 +6,7 @@ Free of torch and NumPy, like :mod:`gradleak.cli.commands`, which hangs these on
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,9 +131,11 @@ def printable(text: str, limit: int = 2000) -> str:
     """
     if len(text) > limit:
         text = f"{text[: limit // 2]} … {text[-limit // 2 :]}"
-    return "".join(
-        c if c.isprintable() or c == " " else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
+    return "".join(c if unicodedata.category(c)[0] != "C" else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode()
 
 
 def _number(text: str | float, fits: Callable[[float], bool], sentence: str) -> float:

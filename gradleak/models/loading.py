@@ -122,9 +122,9 @@ def _call(spec: str, factory: object, options: dict[str, Option]) -> nn.Module:
         _check_options(spec, signature, options)
     try:
         model = factory(**options)
-    except (GradleakError, KeyboardInterrupt, MemoryError):
+    except GradleakError:
         raise
-    except BaseException as error:  # the user's code, which may even call sys.exit()
+    except Exception as error:
         raise InvalidModel(
             f"The factory {spec!r} failed with {type(error).__name__}: {error}; make it run with these options first."
         ) from error
@@ -162,9 +162,7 @@ def _import(name: str) -> ModuleType:
         raise InvalidModel(
             f"There is no module named {absent!r}{where}; install it, or run from the folder that holds it."
         ) from error
-    except (KeyboardInterrupt, MemoryError):
-        raise
-    except BaseException as error:  # the user's code, which may even call sys.exit()
+    except Exception as error:
         raise InvalidModel(
             f"Importing {name!r} failed with {type(error).__name__}: {error}; make `python -c 'import {name}'` work."
         ) from error
