@@ -20,7 +20,7 @@ import numpy.typing as npt
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from gradleak.audit.records import Record, from_json, to_json
+from gradleak.audit.records import Curves, Record, from_json, to_json
 from gradleak.errors import InvalidFile
 from gradleak.files import check_writable, read_file, write_files
 
@@ -147,8 +147,7 @@ def _check_together(directory: Path, folder: Folder) -> None:
     record, labels = folder.record, folder.labels
     shape, examples = tuple(record.subject.input_shape), record.examples or ()
     features = record.outcome.shows == "features"
-    curves = record.curves
-    points = len(curves.iterations) if curves is not None else 0
+    points = len(record.curves.iterations) if record.curves is not None else 0
     fits = (
         inputs.ndim >= 1
         and inputs.size > 0
@@ -159,17 +158,19 @@ def _check_together(directory: Path, folder: Folder) -> None:
         and (labels is None or labels.ndim > 0)
         and all(e.guess is None or 0 <= e.guess < len(inputs) for e in examples)
         and all(truth is None or 0 <= e.index < len(truth) for e in examples)
-        and (
-            curves is None
-            or all(len(values) == points for values in (curves.objectives, *curves.layers.values()))
-            and len(curves.mse) in (0, points)
-            and all(0 <= a <= b for a, b in zip(curves.iterations, curves.iterations[1:], strict=False))
-        )
+        and (record.curves is None or _complete(record.curves))
     )
     if not fits:
         raise InvalidFile(
             f"The files in {str(directory)!r} do not belong together; run the attack again to write them anew."
         )
+
+
+def _complete(curves: Curves) -> bool:
+    points = len(curves.iterations)
+    lengths = [len(values) for values in (curves.objectives, *curves.layers.values())]
+    ascending = all(0 <= a <= b for a, b in zip(curves.iterations, curves.iterations[1:], strict=False))
+    return ascending and set(lengths) == {points} and len(curves.mse) in (0, points)
 
 
 def _pack(arrays: Mapping[str, Array]) -> bytes:

@@ -32,8 +32,8 @@ def log_chart(label: str, x_label: str, xs: Sequence[float], series: Sequence[Se
     """Return an SVG of ``series`` over ``xs``, or None where nothing can be drawn.
 
     The value axis is logarithmic; the other one is log(1 + x), which shows 0, where it goes beyond a
-    hundred. Values that are zero, negative, not finite or beyond what the axis can show leave a gap. The marker line that follows the slider is
-    moved by the page's script from the ``data-`` attributes.
+    hundred. Values that are zero, negative, not finite or beyond what the axis can show leave a gap. The marker line
+    that follows the slider is moved by the page's script from the ``data-`` attributes.
     """
     positive = [v for s in series for v in s.values if _SMALLEST < v < _LARGEST]
     if len(xs) < 2 or xs[-1] <= xs[0] or not positive:
