@@ -26,9 +26,9 @@ def reproduce(
 ) -> None:
     """Run the experiments of a paper and set its numbers beside ours."""
     from gradleak.errors import InvalidInput
-    from gradleak.papers.experiment import count_measured
     from gradleak.papers.reproduce import default_out
     from gradleak.papers.reproduce import reproduce as run
+    from gradleak.papers.store import count_measured
 
     if smoke and full:
         raise InvalidInput("--smoke and --full exclude each other; give one of them, or none for the default scale.")

@@ -15,6 +15,8 @@ __all__ = ["Series", "log_chart"]
 _W, _H = 440, 268
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 44
 _POINTS = 500
+_SMALLEST, _LARGEST = 1e-301, 1e301
+"""Limits of what is drawn: the decades around it are numbers as well."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,10 @@ def log_chart(label: str, x_label: str, xs: Sequence[float], series: Sequence[Se
     """Return an SVG of ``series`` over ``xs``, or None where nothing can be drawn.
 
     The value axis is logarithmic; the other one is log(1 + x), which shows 0, where it goes beyond a
-    hundred. Values that are zero, negative or not finite leave a gap. The marker line that follows the slider is
-    moved by the page's script from the ``data-`` attributes.
+    hundred. Values that are zero, negative, not finite or beyond what the axis can show leave a gap. The marker line
+    that follows the slider is moved by the page's script from the ``data-`` attributes.
     """
-    positive = [v for s in series for v in s.values if math.isfinite(v) and v > 0]
+    positive = [v for s in series for v in s.values if _SMALLEST < v < _LARGEST]
     if len(xs) < 2 or xs[-1] <= xs[0] or not positive:
         return None
     ticks, low, high = _log_ticks(min(positive), max(positive))
@@ -64,9 +66,7 @@ def log_chart(label: str, x_label: str, xs: Sequence[float], series: Sequence[Se
     parts.append(f'<line class="axis" x1="{x0}" x2="{x1}" y1="{y0}" y2="{y0}"/>')
     parts.append(f'<line class="marker" x1="{x1}" x2="{x1}" y1="{y0}" y2="{y1}"/>')
     for s in series:
-        path = _path(
-            [(px(x), py(v) if math.isfinite(v) and v > 0 else None) for x, v in zip(xs, s.values, strict=True)]
-        )
+        path = _path([(px(x), py(v) if _SMALLEST < v < _LARGEST else None) for x, v in zip(xs, s.values, strict=True)])
         parts.append(f'<path class="line {escape(s.style)}" d="{path}"><title>{escape(s.name)}</title></path>')
     parts.append(
         f'<text class="axis-label" x="{(x0 + x1) / 2}" y="{_H - 6}" text-anchor="middle">{escape(x_label)}</text>'

@@ -243,12 +243,10 @@ def test_an_attack_that_does_not_apply_is_a_recorded_result(case, monkeypatch) -
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
 def test_a_full_or_forbidden_disk(case, monkeypatch, error: OSError) -> None:
-    import gradleak.audit.folder as folder
-
     def refuse(_: int) -> None:
         raise error
 
-    monkeypatch.setattr(folder.os, "fsync", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
     before = sorted(os.listdir(case.folder))
     done = case.attack(*QUICK)
     assert done.code == 2
