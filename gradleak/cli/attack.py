@@ -45,6 +45,8 @@ def attack(*, budget: float | None, **asked: Any) -> int:
     step = _one_step(job.observations[0], count, subject.outputs)
     _try_out(step, request.model.spec)
     choose_threads(step)
+    for note in job.warnings:
+        warn(note)
     with Watch(Deadline(budget)) as watch:
         return run(job, watch)
 
@@ -71,8 +73,6 @@ def _count(request: Request, subject: Subject, loss: Loss) -> tuple[int, Note | 
 def _job(request: Request, subject: Subject, losses: tuple[Loss, ...], count: int, noted: Note | None) -> Job:
     kinds = [target_kind(loss, torch.zeros(1, subject.outputs)) for loss in losses]
     suspicious = check_capture(subject.model, subject.update, request.training(losses[0], count), count, request.space)
-    for sentence in suspicious:
-        warn(sentence)
     observations = tuple(
         _observe(request, subject, loss, kind, count, stated=noted is None or noted.kind is not NoteKind.ASSUMPTION)
         for loss, kind in zip(losses, kinds, strict=True)
@@ -89,9 +89,10 @@ def _job(request: Request, subject: Subject, losses: tuple[Loss, ...], count: in
         subject.captured,
         subject.outputs,
         request.command,
-        (*subject.notes, *(() if noted is None else (noted,)), *suspicious),
-        truth,
-        None if request.data is None else public_images(request.data, request.space),
+        notes=(*subject.notes, *(() if noted is None else (noted,))),
+        warnings=suspicious,
+        truth=truth,
+        public=None if request.data is None else public_images(request.data, request.space),
     )
 
 

@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 from gradleak.cli import values
 from gradleak.cli.failures import is_memory
 from gradleak.cli.reproduce import reproduce
-from gradleak.errors import GradleakError
+from gradleak.errors import GradleakError, clean
 
 __all__ = ["main"]
 
@@ -296,7 +296,7 @@ def _no_reader() -> int:
 
 
 def _fail(sentence: str) -> int:
-    typer.echo(f"gradleak: {values.printable(' '.join(sentence.split()))}", err=True)
+    typer.echo(f"gradleak: {clean(' '.join(sentence.split()))}", err=True)
     return 2
 
 
@@ -314,4 +314,4 @@ def _subcommand(arguments: list[str]) -> str:
 def _command() -> str:
     import shlex
 
-    return values.printable(shlex.join(["gradleak", *sys.argv[1:]]), limit=10_000)
+    return clean(shlex.join(["gradleak", *sys.argv[1:]]), 10_000)

@@ -14,7 +14,7 @@ from rich.text import Text
 from gradleak.attacks.base import Progress as Step
 from gradleak.audit.numbers import duration, sig
 from gradleak.audit.records import Record
-from gradleak.cli.values import printable
+from gradleak.errors import clean
 
 __all__ = ["progress_bar", "say", "tell", "warn"]
 
@@ -31,12 +31,12 @@ class _Console(Console):
 
 def say(text: str, style: str = "") -> None:
     """Print one line; it is text, not markup: a path may contain brackets, or codes that a terminal would obey."""
-    _Console(highlight=False).print(Text(printable(text), style=style), soft_wrap=True)
+    _Console(highlight=False).print(Text(clean(text), style=style), soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """Print one line on stderr."""
-    Console(stderr=True, highlight=False).print(Text(printable(text)), soft_wrap=True)
+    Console(stderr=True, highlight=False).print(Text(clean(text)), soft_wrap=True)
 
 
 def tell(record: Record, out: Path) -> None:
@@ -76,7 +76,7 @@ def progress_bar(name: str) -> Iterator[Callable[[Step], None]]:
         transient=True,
         disable=not console.is_terminal,
     ) as bar:
-        task = bar.add_task(printable(name), total=1, objective="–", visible=False)
+        task = bar.add_task(clean(name), total=1, objective="–", visible=False)
 
         def move(step: Step) -> None:
             bar.update(task, completed=step.done, total=step.total, objective=sig(step.objective), visible=True)

@@ -123,6 +123,8 @@ def _call(kind: str, name: str, factory: object, options: Mapping[str, Option]) 
         if key not in taken:
             raise UnknownName(f"option of {name}", key, taken or ["(it takes none)"])
         given[key] = _convert(name, key, value, hints.get(key, Any))
+        if ":" not in name and isinstance(value, (int, float)) and value < 0:  # none of gradleak's own has a use for it
+            raise InvalidInput(f"Option {key!r} of {name} cannot be {value}; give a number of at least 0.")
     lacking = [k for k in taken if signature.parameters[k].default is inspect.Parameter.empty and k not in given]
     if lacking:
         raise InvalidInput(f"The {kind} {name} needs a value of {lacking[0]!r}; write for example {lacking[0]}=0.1.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradleak.cli.values import printable
+from gradleak.errors import clean
 
 __all__ = ["is_memory", "reason"]
 
@@ -19,4 +19,4 @@ def is_memory(error: BaseException) -> bool:
 def reason(error: BaseException) -> str:
     """Return the first line of what ``error`` says, or its type where it says nothing, for use inside a sentence."""
     line = next(iter(str(error).strip().splitlines()), "").rstrip(".")
-    return printable(line or type(error).__name__, 400)
+    return clean(line or type(error).__name__, 400)

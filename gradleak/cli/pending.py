@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import gradleak.data
 from gradleak.attacks.base import Attack
 from gradleak.audit.build import build_record
 from gradleak.audit.folder import Folder
@@ -18,14 +16,6 @@ from gradleak.spaces import InputSpace
 from gradleak.threat import Observation, ThreatModel
 from gradleak.training import LocalTraining
 from gradleak.types import Note, NoteKind, Reconstruction, Status, Update
-
-
-def read_tensors(path: str | Path, limit: int | None = None) -> dict[str, Tensor]:
-    """Read."""
-    more: dict[str, Any] = {}
-    if "limit" in inspect.signature(gradleak.data.read_tensors).parameters:
-        more = {"limit": limit}
-    return gradleak.data.read_tensors(path, **more)
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,8 @@ from gradleak.cli.console import progress_bar, tell, warn
 from gradleak.cli.factories import ChosenAttack
 from gradleak.cli.pending import build_refusal, reconstruct
 from gradleak.cli.signals import Watch
-from gradleak.cli.values import printable
 from gradleak.clock import Deadline, TimeSpent
-from gradleak.errors import MissingKnowledge, NotApplicable
+from gradleak.errors import MissingKnowledge, NotApplicable, clean
 from gradleak.report import picture, render
 from gradleak.spaces import ImageSpace
 from gradleak.threat import Observation
@@ -49,6 +48,7 @@ class Job:
         outputs: number of the model's outputs.
         command: how to repeat the run.
         notes: what was taken for granted.
+        warnings: what is suspicious about the capture.
         truth: the private batch, decoded.
         public: public images, for the null guesses.
 
@@ -63,6 +63,7 @@ class Job:
     outputs: int
     command: str
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     truth: Batch | None = None
     public: Tensor | None = None
 
@@ -189,12 +190,12 @@ def _refused(job: Job, error: NotApplicable | MissingKnowledge, status: Status |
 
 def _about(job: Job, notes: Sequence[str]) -> dict[str, Any]:
     return {
-        "attack": printable(job.chosen.name),
+        "attack": clean(job.chosen.name),
         "options": job.chosen.options,
         "seed": job.seed,
         "model": job.model,
         "dtype": job.captured,
-        "notes": notes,
+        "notes": (*notes, *job.warnings),
         "command": job.command,
         "classes": job.outputs,
     }

@@ -18,12 +18,10 @@ from torch.nn.modules.batchnorm import _NormBase
 import gradleak.models
 from gradleak.cli.factories import TOKENS
 from gradleak.cli.failures import is_memory, reason
-from gradleak.cli.pending import read_tensors
 from gradleak.cli.request import ModelChoice
-from gradleak.cli.values import printable
-from gradleak.data.tensors import named
-from gradleak.errors import GradleakError, InvalidFile, InvalidInput, InvalidModel, InvalidUpdate
-from gradleak.models import load
+from gradleak.data.tensors import float64_bytes, named, read_tensors
+from gradleak.errors import GradleakError, InvalidFile, InvalidInput, InvalidModel, InvalidUpdate, clean
+from gradleak.models.loading import check_values, load
 from gradleak.spaces import InputSpace
 from gradleak.structure.probe import probe_inputs
 from gradleak.training import batch_statistics, check_reproducible, parameters
@@ -31,12 +29,8 @@ from gradleak.types import Note, NoteKind, Update, UpdateKind, name_prefix
 
 __all__ = ["Subject", "load_subject"]
 
-_ROOM = 4
-"""A file may unpack to this many times the model's size: float64 for float16, and a state dict's counters."""
 _MOST_UNKNOWNS = 10**8
 """Values of a batch up to which an attack is tried: more do not fit into memory a few times over."""
-_SLACK = 2**20
-"""Bytes that a file may take in any case."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +73,7 @@ def load_subject(
     """
     model = _load_model(choice, space)
     notes: tuple[Note, ...] = ()
-    limit = _ROOM * sum(t.numel() * t.element_size() for t in model.state_dict().values()) + _SLACK
+    limit = float64_bytes(model)
     dtype = choice.dtype
     if choice.weights is None:
         notes += (
@@ -100,7 +94,7 @@ def load_subject(
     model = model if dtype is None else model.to(dtype=dtype)
     if choice.weights is not None:
         notes += _load_weights(model, weights, choice.weights)
-    _check_finite(model, choice.spec)
+    check_values(model, choice.spec)
     if choice.mode == "batch":
         model = batch_statistics(model)
     elif choice.mode != "as-is":
@@ -114,7 +108,7 @@ def load_subject(
 
 def _name(choice: ModelChoice) -> str:
     options = ", ".join(f"{k}={v}" for k, v in choice.options.items())
-    return printable(choice.spec + (f" ({options})" if options else ""))
+    return clean(choice.spec + (f" ({options})" if options else ""))
 
 
 def _taken(text: str) -> Note:
@@ -135,13 +129,6 @@ def _load_model(choice: ModelChoice, space: InputSpace) -> nn.Module:
     model = load(choice.spec, options)
     if not any(p.requires_grad for p in model.parameters()):
         raise InvalidModel(f"The model {choice.spec!r} has no trainable parameter, so there is nothing to attack.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise InvalidModel(f"The model {choice.spec!r} is scripted; give the module that it was made from.")
-    if any(p.is_meta or isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
-        raise InvalidModel(
-            f"The model {choice.spec!r} has parameters without values (meta device or lazy modules); build it on the "
-            "CPU with its sizes given."
-        )
     return model
 
 
@@ -219,22 +206,13 @@ def _read_update(
     return update, captured, notes
 
 
-def _check_finite(model: nn.Module, spec: str) -> None:
-    for name, tensor in model.state_dict().items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise InvalidModel(
-                f"{name!r} of the model {spec!r} has NaN or infinite values, with which nothing can be computed; give "
-                "the weights that were sent out with --weights."
-            )
-
-
 def _try_out(model: nn.Module, choice: ModelChoice, space: InputSpace, count: int) -> int:
     """Check that the model takes such inputs and is the same function every time; return its number of outputs."""
     like = next(p for p in model.parameters() if p.requires_grad)
     if count * math.prod(space.shape) > _MOST_UNKNOWNS:
         raise InvalidInput(
-            f"{count:,} inputs of shape {tuple(space.shape)} are more than {_MOST_UNKNOWNS:,} unknowns, which no attack "
-            "here takes on; check --batch-size and --input-shape."
+            f"{count:,} inputs of shape {tuple(space.shape)} are more than {_MOST_UNKNOWNS:,} unknowns, which "
+            "no attack here takes on; check --batch-size and --input-shape."
         )
     inputs = probe_inputs(tuple(space.shape), count, like)
     devices = [like.device] if like.device.type == "cuda" else []
@@ -252,8 +230,8 @@ def _try_out(model: nn.Module, choice: ModelChoice, space: InputSpace, count: in
         if any(isinstance(m, nn.Embedding) for m in model.modules()):  # it was given numbers
             raise InvalidModel(f"The model {choice.spec!r} {TOKENS}") from error
         raise InvalidInput(
-            f"The model does not take {count} inputs of shape {tuple(space.shape)} ({reason(error)}); check --input-shape, "
-            "and that the model runs on such a batch."
+            f"The model does not take {count} inputs of shape {tuple(space.shape)} ({reason(error)}); check "
+            "--input-shape, and that the model runs on such a batch."
         ) from error
     if not isinstance(first, Tensor) or first.ndim != 2 or len(first) != count or not first.is_floating_point():
         found = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__

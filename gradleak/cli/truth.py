@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from gradleak.data import load_images, read_tensors
-from gradleak.errors import InvalidFile, InvalidInput
+from gradleak.data import load_images, read_batch
+from gradleak.errors import InvalidInput
 from gradleak.spaces import ImageSpace, InputSpace
 from gradleak.training import TargetKind
 from gradleak.types import Batch
@@ -53,19 +53,7 @@ def read_truth(
         InvalidInput: the file holds no such batch.
 
     """
-    inputs, labels = _read(path, space)
-    if inputs.ndim == 0 or len(inputs) != count:
-        raise InvalidInput(
-            f"{str(path)!r} has {len(inputs) if inputs.ndim else 'no'} examples, but the batch size is {count}; score "
-            "against the batch that was attacked."
-        )
-    if tuple(inputs.shape[1:]) != tuple(space.shape):
-        raise InvalidInput(
-            f"{str(path)!r} has examples of shape {tuple(inputs.shape[1:])}, but --input-shape is "
-            f"{tuple(space.shape)}; score against the batch that was attacked."
-        )
-    if not bool(torch.isfinite(inputs).all()):
-        raise InvalidInput(f"{str(path)!r} has NaN or infinite values; save the private inputs again.")
+    inputs, labels = read_batch(path, tuple(space.shape), count=count)
     if isinstance(space, ImageSpace) and not bool(((inputs >= 0) & (inputs <= 1)).all()):
         raise InvalidInput(
             f"{str(path)!r} has values from {float(inputs.min()):.4g} to {float(inputs.max()):.4g}, outside "
@@ -113,19 +101,3 @@ def _classes(labels: Tensor, classes: int, source: str) -> Tensor:
         if value != int(value) or not 0 <= value < classes:
             raise InvalidInput(f"{source} names class {value:g}, but classes run from 0 to {classes - 1}; correct it.")
     return labels.long()
-
-
-def _read(path: Path, space: InputSpace) -> tuple[Tensor, Tensor | None]:
-    if path.suffix.lower() in (".npz", ".safetensors", ".pt", ".pth"):
-        arrays: Mapping[str, Tensor] = read_tensors(path)
-        if "inputs" not in arrays and path.suffix.lower() == ".npz" and any(k[:1] == "x" for k in arrays):
-            images = load_images(path)
-            return images.inputs.double(), images.labels
-        if "inputs" not in arrays:
-            raise InvalidFile(f"{str(path)!r} has no tensor named 'inputs'; name them inputs and labels.")
-        inputs = arrays["inputs"]
-        return inputs.double() / (255 if inputs.dtype == torch.uint8 else 1), arrays.get("labels")
-    shape = tuple(space.shape)
-    if len(shape) != 3:
-        raise InvalidInput(f"{str(path)!r} is no .npz or .safetensors file, which inputs other than images need.")
-    return one_image(path, (shape[0], shape[1], shape[2])).double(), None

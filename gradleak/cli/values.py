@@ -6,11 +6,12 @@ Free of torch and NumPy, like :mod:`gradleak.cli.commands`, which hangs these on
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
 import typer
+
+from gradleak.errors import UnknownName, clean
 
 __all__ = [
     "Numbers",
@@ -20,7 +21,6 @@ __all__ = [
     "folder",
     "numbers",
     "positive",
-    "printable",
     "seconds",
     "shape",
     "word",
@@ -112,30 +112,11 @@ def word(*choices: str) -> Callable[[str], str]:
     """Return a parser that takes one of ``choices`` only, and suggests the nearest."""
 
     def parse(text: str) -> str:
-        from gradleak.errors import UnknownName
-
         if text not in choices:
             raise typer.BadParameter(str(UnknownName("such value", text, choices)))
         return text
 
     return parse
-
-
-def printable(text: str, limit: int = 2000) -> str:
-    """Return ``text`` as a terminal or a file can hold it: no control characters, no bytes that are not UTF-8.
-
-    Args:
-        text: any text, with lone surrogates where a file's name is not UTF-8.
-        limit: characters from which on the middle is left out.
-
-    """
-    if len(text) > limit:
-        text = f"{text[: limit // 2]} … {text[-limit // 2 :]}"
-    return "".join(c if unicodedata.category(c)[0] != "C" else _escaped(c) for c in text)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape", "surrogatepass").decode()
 
 
 def _number(text: str | float, fits: Callable[[float], bool], sentence: str) -> float:
@@ -149,4 +130,4 @@ def _number(text: str | float, fits: Callable[[float], bool], sentence: str) -> 
 
 
 def _refused(text: object, sentence: str) -> typer.BadParameter:
-    return typer.BadParameter(f"{printable(str(text), 100)!r} {sentence}")
+    return typer.BadParameter(f"{clean(str(text), 100)!r} {sentence}")
