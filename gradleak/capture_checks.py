@@ -18,10 +18,10 @@ __all__ = ["check_capture"]
 _ALIKE, _SIZE = 0.95, 2.0
 """Cosine and ratio of norms from which on an update is taken for the weights. Gradients are nearly orthogonal to them
 (|cos| < 0.1 in models of some hundred parameters); weights after training keep 0.99 and more."""
-_ZERO, _SUM = 1e-3, 1e-2
-"""Share of the largest entry below which one says nothing of its sign, and of their sum that a softmax leaves."""
-_CHANCE = 2e-4
-"""Probability, for entries of random sign, below which a pattern of signs is no accident."""
+_ZERO = 1e-3
+"""Share of the largest entry below which one says nothing of its sign."""
+_CHANCE = 1e-4
+"""Probability below which a pattern of signs is no accident."""
 _ROOM = 1.05
 """Factor that rounding and light noise may add to a bound."""
 
@@ -92,12 +92,10 @@ def _bias_gradient(
 
 def _check_sign(gradient: Tensor, kind: UpdateKind, batch_size: int | None) -> None:
     large = gradient[gradient.abs() > _ZERO * gradient.abs().max()]
-    count, examples = len(large), batch_size or 1
-    if count < len(gradient) or abs(float(gradient.sum())) > _SUM * float(gradient.abs().sum()):
-        return
-    positive = int((large > 0).sum())
-    # The sum is zero by accident with a chance of about _SUM, beside the chance of the signs.
-    accident = _SUM * sum(math.comb(count, k) for k in range(min(examples, positive) + 1)) / 2.0**count
+    count, positive, examples = len(large), int((large > 0).sum()), batch_size or 1
+    # Of entries of random sign and size: the chance that they nearly sum to zero, and that so few are positive.
+    balanced = 3 * abs(float(gradient.sum())) / float(gradient.abs().sum())
+    accident = balanced * sum(math.comb(count, k) for k in range(min(examples, count) + 1)) / 2.0**count
     if positive > examples or count - positive <= examples or accident > _CHANCE:
         return
     remedy = (
