@@ -40,8 +40,8 @@ def attack(*, budget: float | None, **asked: Any) -> int:
     request = read_request(budget=budget, **asked)
     subject = load_subject(request.model, request.space, request.update, request.kind, request.batch_size)
     losses = request.loss.among(subject.outputs)
-    count, noted = _count(request, subject, losses[0])
-    job = _job(request, subject, losses, count, noted)
+    count, source, noted = _count(request, subject, losses[0])
+    job = _job(request, subject, losses, count, source, noted)
     step = _one_step(job.observations[0], count, subject.outputs)
     _try_out(step, request.model.spec)
     choose_threads(step)
@@ -51,10 +51,10 @@ def attack(*, budget: float | None, **asked: Any) -> int:
         return run(job, watch)
 
 
-def _count(request: Request, subject: Subject, loss: Loss) -> tuple[int, Note | None]:
-    """Return the number of examples: as stated, or as the update shows it, with what must be said about that."""
+def _count(request: Request, subject: Subject, loss: Loss) -> tuple[int, str, tuple[Note, ...]]:
+    """Return the number of examples, whether it was "stated", "read" or "assumed", and what must be said about that."""
     if request.batch_size is not None:
-        return request.batch_size, None
+        return request.batch_size, "stated", ()
     training = request.training(loss, 1)
     counted = count_examples(subject.model, subject.update, training, request.space)
     if counted.count is None:
@@ -63,18 +63,20 @@ def _count(request: Request, subject: Subject, loss: Loss) -> tuple[int, Note | 
             "number with --batch-size."
         )
     if counted.proved:
-        return counted.count, Note(f"The batch size was read off the update: {counted.reason}", NoteKind.METHOD)
+        said = f"The batch size was read off the update. {counted.reason}"
+        return counted.count, "read", (Note(said, NoteKind.METHOD),)
     examples = "one example" if counted.count == 1 else f"{counted.count} examples"
-    return counted.count, Note(
-        f"The batch size was not stated; {examples} assumed. {counted.reason}", NoteKind.ASSUMPTION
-    )
+    said = f"The batch size was not stated; {examples} assumed. {counted.reason}"
+    return counted.count, "assumed", (Note(said, NoteKind.ASSUMPTION),)
 
 
-def _job(request: Request, subject: Subject, losses: tuple[Loss, ...], count: int, noted: Note | None) -> Job:
+def _job(
+    request: Request, subject: Subject, losses: tuple[Loss, ...], count: int, source: str, noted: tuple[Note, ...]
+) -> Job:
     kinds = [target_kind(loss, torch.zeros(1, subject.outputs)) for loss in losses]
     suspicious = check_capture(subject.model, subject.update, request.training(losses[0], count), count, request.space)
     observations = tuple(
-        _observe(request, subject, loss, kind, count, stated=noted is None or noted.kind is not NoteKind.ASSUMPTION)
+        _observe(request, subject, loss, kind, count, stated=source != "assumed")
         for loss, kind in zip(losses, kinds, strict=True)
     )
     truth = None
@@ -89,7 +91,8 @@ def _job(request: Request, subject: Subject, losses: tuple[Loss, ...], count: in
         subject.captured,
         subject.outputs,
         request.command,
-        notes=(*subject.notes, *(() if noted is None else (noted,))),
+        batch_size_source=source,
+        notes=(*subject.notes, *noted),
         warnings=suspicious,
         truth=truth,
         public=None if request.data is None else public_images(request.data, request.space),

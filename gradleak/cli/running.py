@@ -47,6 +47,7 @@ class Job:
         captured: number type in which the update was captured.
         outputs: number of the model's outputs.
         command: how to repeat the run.
+        batch_size_source: "stated", "read" off the update, or "assumed".
         notes: what was taken for granted.
         warnings: what is suspicious about the capture.
         truth: the private batch, decoded.
@@ -62,6 +63,7 @@ class Job:
     captured: torch.dtype
     outputs: int
     command: str
+    batch_size_source: str = "stated"
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     truth: Batch | None = None

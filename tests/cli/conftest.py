@@ -33,6 +33,10 @@ def rows():
     return nn.Sequential(nn.Linear(7, 9), nn.Sigmoid(), nn.Linear(9, 3))
 
 
+def single():
+    return nn.Sequential(nn.Linear(7, 1))
+
+
 def tokens():
     return nn.Sequential(nn.Embedding(20, 4), nn.Flatten(), nn.Linear(12, 5))
 
