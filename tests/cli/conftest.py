@@ -18,7 +18,9 @@ from gradleak.training import FedAvg, FedSGD, LocalTraining
 from gradleak.types import Batch
 
 MODULE = """
+import sys
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -51,6 +53,40 @@ def sequence():
 
 def broken():
     raise RuntimeError("no such checkpoint")
+
+
+def quits():
+    sys.exit(0)
+
+
+def damaged():
+    model = small()
+    nn.init.constant_(model[0].weight, float("nan"))
+    return model
+
+
+class Strange(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.inner, self.how = small(), how
+
+    def forward(self, x):
+        x = self.inner(x)
+        if self.how == "quits":
+            sys.exit(0)
+        if self.how == "dropout":
+            return F.dropout(x, 0.5, self.training)
+        if self.how == "numpy":
+            return torch.from_numpy(x.numpy())
+        return x + torch.empty(2**50, dtype=torch.uint8).sum()
+
+
+def strange(how):
+    return Strange(how)
+
+
+def wrong(outputs, targets):
+    raise ValueError("not this one")
 """
 
 

@@ -117,6 +117,11 @@ def nan_weights(case):
     case.write("weights.safetensors", case.tensors("weights.safetensors") | {"4.bias": torch.full((5,), torch.nan)})
 
 
+def inner(case):
+    update = case.tensors("update.safetensors")
+    case.write("update.safetensors", {f"inner.{k}": v for k, v in update.items()})
+
+
 def blocked(case):
     (case.folder / "out").write_text("a file")
 
@@ -196,6 +201,69 @@ FAILURES = {
     "NaN weights": (nan_weights, {}, "'4.bias' of the weights has NaN"),
     "public data": (None, {"data": "nowhere", "truth": "truth.safetensors"}, "'nowhere'"),
     "dropout": (None, {"model_arg": "p=0.5"}, "--mode eval"),
+    "functional dropout": (
+        inner,
+        {"model": "victim:strange", "weights": None, "model_arg": "how=dropout"},
+        "F.dropout",
+    ),
+    "a forward pass that ends the program": (
+        inner,
+        {"model": "victim:strange", "weights": None, "model_arg": "how=quits"},
+        "does not take 1 inputs",
+    ),
+    "a forward pass through NumPy": (
+        inner,
+        {"model": "victim:strange", "weights": None, "model_arg": "how=numpy"},
+        "differentiable operations",
+    ),
+    "no memory": (
+        inner,
+        {"model": "victim:strange", "weights": None, "model_arg": "how=memory"},
+        "does not fit in memory",
+    ),
+    "a factory that ends the program": (None, {"model": "victim:quits"}, "SystemExit"),
+    "NaN in the factory's own weights": (None, {"model": "victim:damaged", "weights": None}, "has NaN or infinite"),
+    "unknown loss": (None, {"loss": "mae"}, "did you mean 'mse'"),
+    "a loss that fails": (None, {"loss": "victim:wrong"}, "(not this one)"),
+    "a loss that is none": (None, {"loss": "victim:MODULE"}, "no factory named"),
+    "smoothing of another loss": (None, {"loss": "mse", "label_smoothing": "0.1"}, "belongs to --loss cross-entropy"),
+    "weights of another number of classes": (None, {"class_weights": "1,2"}, "has 2 values, but the model has 5"),
+    "no weight": (None, {"class_weights": "1,1,1,1,0"}, "weights are above 0"),
+    "unknown defense": (None, {"defense": "clipping:norm=1"}, "did you mean 'clip'"),
+    "unknown option of a defense": (None, {"defense": "clip:size=1"}, "option of clip named 'size'"),
+    "defense without its option": (None, {"defense": "clip"}, "needs a value of 'norm'"),
+    "infinite defense": (None, {"defense": "clip:norm=inf"}, "cannot be inf"),
+    "unknown optimizer": (None, {"kind": "weight_delta", "lr": "0.1", "optimizer": "adagrad"}, "did you mean 'adam"),
+    "momentum of adam": (
+        None,
+        {"kind": "weight_delta", "lr": "0.1", "optimizer": "adam", "momentum": "0.9"},
+        "belongs to --optimizer sgd",
+    ),
+    "epochs and steps": (
+        None,
+        {"kind": "weight_delta", "lr": "0.1", "local_epochs": "2", "local_steps": "3"},
+        "give one of them",
+    ),
+    "endless training": (
+        None,
+        {"kind": "weight_delta", "lr": "0.1", "local_epochs": "1000000000"},
+        "1,000,000,000 local steps cannot be simulated",
+    ),
+    "infinite lr": (None, {"kind": "weight_delta", "lr": "inf"}, "'inf' is not a number above 0"),
+    "negative decay": (None, {"kind": "weight_delta", "lr": "0.1", "weight_decay": "-1"}, "weight_decay=-1"),
+    "NaN mean": (None, {"mean": "nan"}, "'nan' is not a list of finite numbers"),
+    "infinite labels": (None, {"labels": "inf"}, "not a list of finite numbers"),
+    "huge seed": (None, {"seed": str(2**64)}, "'--seed'"),
+    "a class for an attack": (None, {"attack": "torch:Tensor"}, "does not say what it takes"),
+    "a module for an attack": (None, {"attack": "os:path"}, "is a module"),
+    "negative iterations": (None, {"attack": "inverting_gradients", "attack_option": "iterations=-1"}, "cannot be -1"),
+    "huge iterations": (None, {"attack_option": f"iterations={10**30}"}, "too large"),
+    "NaN tolerance": (None, {"attack_option": "tolerance=nan"}, "cannot be nan"),
+    "huge shape": (None, {"input_shape": "100000,100000,100000"}, "has more than"),
+    "huge batch": (None, {"batch_size": "9999999"}, "more than 100,000,000 unknowns"),
+    "an image of two axes": (None, {"input_shape": "8,8", "input_kind": "image"}, "three sizes"),
+    "a name that is no UTF-8": (None, {"update": "\udcff\x1b[31m"}, "'\\udcff\\x1b[31m'"),
+    "a very long name": (None, {"model": "a" * 10**5}, "…"),
     "an option that does not exist": (None, {"sed": "1"}, "No such option"),
     "not a number": (None, {"seed": "one"}, "'one'"),
     "out has no name": (None, {"out": ""}, "the name is empty"),
@@ -279,3 +347,29 @@ def test_report_of_nothing(run) -> None:
     done = run("report", "nowhere")
     assert (done.code, done.out) == (2, "")
     assert "There is no folder" in done.err
+
+
+def test_what_a_terminal_cannot_show_does_not_cost_the_result(case, monkeypatch) -> None:
+    import io
+    import sys
+
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    done = case.attack(*QUICK, out="o\udcffut")
+    sys.stdout.flush()
+    assert done.code == 0, done.err
+    text = shown.getvalue().decode("ascii")
+    assert "\\udcffut/report.html" in text
+    assert "?" in text
+
+
+def test_a_closed_pipe_has_its_own_exit_code(tmp_path) -> None:
+    import subprocess
+    import sys
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "import sys; sys.argv = ['gradleak', 'list']; from gradleak.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
