@@ -122,6 +122,10 @@ def inner(case):
     case.write("update.safetensors", {f"inner.{k}": v for k, v in update.items()})
 
 
+def strange(how: str) -> dict[str, str | None]:
+    return {"model": "victim:strange", "weights": None, "model_arg": f"how={how}"}
+
+
 def blocked(case):
     (case.folder / "out").write_text("a file")
 
@@ -203,22 +207,22 @@ FAILURES = {
     "dropout": (None, {"model_arg": "p=0.5"}, "--mode eval"),
     "functional dropout": (
         inner,
-        {"model": "victim:strange", "weights": None, "model_arg": "how=dropout"},
+        strange("dropout"),
         "F.dropout",
     ),
     "a forward pass that ends the program": (
         inner,
-        {"model": "victim:strange", "weights": None, "model_arg": "how=quits"},
+        strange("quits"),
         "does not take 1 inputs",
     ),
     "a forward pass through NumPy": (
         inner,
-        {"model": "victim:strange", "weights": None, "model_arg": "how=numpy"},
+        strange("numpy"),
         "differentiable operations",
     ),
     "no memory": (
         inner,
-        {"model": "victim:strange", "weights": None, "model_arg": "how=memory"},
+        strange("memory"),
         "does not fit in memory",
     ),
     "a factory that ends the program": (None, {"model": "victim:quits"}, "SystemExit"),
