@@ -90,7 +90,8 @@ def build_record(
     outcome = _outcome(observation, reconstruction, (*notes, *(() if scores is None else scores.notes)))
     certificate = None
     if reconstruction.certificate is not None:
-        certificate = CertificateRecord(**dataclasses.asdict(reconstruction.certificate))
+        known = {f.name for f in dataclasses.fields(CertificateRecord)}
+        certificate = CertificateRecord(**{k: v for k, v in dataclasses.asdict(reconstruction.certificate).items() if k in known})
     examples = None if scores is None else _examples(scores)
     lifts = () if scores is None else tuple(Lift(b.description, b.psnr, b.lift, b.oracle) for b in scores.baselines)
     withheld = [f.name for f in Knowledge if f not in observation.knows and f is not Knowledge.MALICIOUS and f.name]
