@@ -12,6 +12,7 @@ from torch import Tensor
 import gradleak as gl
 from gradleak.attacks.matching import LBFGS, Adam, engine, memory
 from gradleak.attacks.matching.coordinates import NaturalImages
+from gradleak.attacks.matching.race import Race
 from gradleak.errors import InvalidInput, ResourceLimit
 
 SHAPE = (1, 8, 8)
@@ -65,11 +66,7 @@ def test_a_converged_restart_ends_the_others() -> None:
 
 
 def test_restarts_far_behind_are_dropped() -> None:
-    class Group:
-        restarts = 4
-        attack = gl.attacks.dlg()
-
-    race = engine._Race(Group(), 0.0, None)  # type: ignore[arg-type]
+    race = Race(4, 0.0, on=True, share=None)
     rows = range(4)
     assert race(rows, [75] * 4, [1.0, 1e-3, 1e-3, 1e-3], False) == set()
     assert race(rows, [100] * 4, [1e-3, 1.1e-3, 1e-3, 1.0], False) == {3}
