@@ -249,10 +249,11 @@ def _search(
     goal = max(attack.warm_tolerance, attack.tolerance)
     rough, race = run(warm, start.to(attack.warm_dtype), goal, None)
     rough = replace(rough, x=rough.x.to(start.dtype), objective=rough.objective.to(start.dtype))
+    rough = replace(rough, converged=rough.objective <= attack.tolerance)  # The first stage had a goal of its own.
     if rough.interrupted or rough.late:
         return rough, notes
     spent = rough.evaluations.tolist()
-    over = (rough.objective <= attack.tolerance).tolist()
+    over = rough.converged.tolist()
     used = [solver.iterations if over[r] or r in race.dropped else n for r, n in enumerate(spent)]
     if all(n >= solver.iterations for n in used):
         return rough, notes
@@ -263,7 +264,7 @@ def _search(
         fine,
         x=torch.where(idle[:, None], rough.x, fine.x),
         objective=torch.where(idle, rough.objective, fine.objective),
-        converged=torch.where(idle, rough.objective <= attack.tolerance, fine.converged),
+        converged=torch.where(idle, rough.converged, fine.converged),
         stalled=torch.where(idle, rough.stalled, fine.stalled),
         iterations=fine.iterations + rough.iterations,
         evaluations=fine.evaluations + rough.evaluations,
