@@ -290,6 +290,8 @@ def _recovered(observation: Observation, simulator: Simulator, seed: int, notes:
         simulator.undefended.loss,
         torch.Generator().manual_seed(seed),
     )
+    if not estimate.exact and getattr(simulator.undefended.loss, "weight", None) is not None:
+        raise NotApplicable("Class counts are estimated for equal class weights only; grant the labels.")
     if not estimate.exact:
         notes.append(Note(f"Labels were estimated, not proved: {estimate.reason}", NoteKind.LABELS))
     return torch.as_tensor(estimate.labels)

@@ -7,7 +7,7 @@ import torch
 
 import gradleak as gl
 from gradleak.attacks.baselines import model_inversion
-from gradleak.errors import InvalidInput, MissingKnowledge
+from gradleak.errors import InvalidInput, MissingKnowledge, NotApplicable
 
 SHAPE = (1, 8, 8)
 
@@ -55,3 +55,14 @@ def test_labels_are_needed() -> None:
 def test_impossible_options_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(InvalidInput, match="model_inversion"):
         model_inversion(**options)
+
+
+def test_a_model_without_classes_is_refused_in_one_sentence() -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1))
+    batch = gl.Batch(torch.rand(1, *SHAPE), torch.tensor([[1.0]]))
+    training = gl.FedSGD(gl.training.BinaryCrossEntropy())
+    observation = gl.ThreatModel(gl.Knowledge.LABELS).observe(
+        model, training(model, batch), space=gl.ImageSpace(SHAPE), labels=batch.labels
+    )
+    with pytest.raises(NotApplicable, match=r"shape \(1, 1\)"):
+        model_inversion().reconstruct(observation)

@@ -93,6 +93,15 @@ def test_classes_with_weights_are_optimized_with_the_inputs() -> None:
     assert sorted(found.labels.tolist()) == [0, 2]
 
 
+def test_counts_that_ignore_class_weights_are_not_trusted() -> None:
+    loss = CrossEntropy(weight=(0.2, 1.0, 3.0, 0.5))
+    x, y = draw(3, 6), torch.tensor([2, 0, 1])
+    found = gl.attacks.idlg(iterations=2000, trace=False).reconstruct(observe(perceptron(4), x, y, loss))
+    assert found.labels is not None
+    assert sorted(found.labels.tolist()) == [0, 1, 2]
+    assert far(found.inputs, x) < 1e-4
+
+
 def dense() -> nn.Module:
     return seeded(nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.Tanh(), nn.Conv2d(16, 3, 3, padding=1)))
 
