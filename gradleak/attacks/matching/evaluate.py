@@ -109,8 +109,9 @@ class Group:
         if not wanted:
             return False
         rows = torch.zeros(2, dtype=torch.long, device=self.like.device)
-        allowed = torch._C._functorch._is_vmap_fallback_enabled()
-        torch._C._functorch._set_vmap_fallback_enabled(False)  # It loops as well, more slowly, and warns.
+        functorch: Any = torch._C._functorch
+        allowed = functorch._is_vmap_fallback_enabled()
+        functorch._set_vmap_fallback_enabled(False)  # It loops as well, more slowly, and warns.
         try:
             self.batched(self.start(0)[rows], self.arguments(rows))
         except (GradleakError, torch.OutOfMemoryError):
@@ -118,7 +119,7 @@ class Group:
         except Exception:  # noqa: BLE001 - whatever vmap stumbles over, one by one remains
             return False
         finally:
-            torch._C._functorch._set_vmap_fallback_enabled(allowed)
+            functorch._set_vmap_fallback_enabled(allowed)
         return True
 
     def start(self, seed: int) -> Tensor:

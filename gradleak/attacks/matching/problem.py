@@ -209,7 +209,7 @@ def _outputs(simulator: Simulator, observation: Observation, dtype: torch.dtype)
     generator = torch.Generator().manual_seed(0)
     shape = (observation.batch_size or 1, *observation.space.shape)
     probe = torch.randn(shape, generator=generator, dtype=torch.float64).to(simulator.device, dtype)
-    there = [probe.device] if probe.is_cuda else []
+    there = [probe.device] if probe.is_cuda and torch.cuda.is_available() else []
     try:
         with torch.no_grad(), torch.random.fork_rng(there):
             found = [simulator.outputs(probe, dtype) for _ in range(2)]

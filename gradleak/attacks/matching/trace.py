@@ -21,7 +21,7 @@ _SPACING = 1.15
 _REPORTED = 0.1
 """Seconds between two reports of progress."""
 _AFTER = 1.0
-"""Seconds that writing curves may take once the time is over."""
+"""Seconds that writing curves may take once somebody waits for the result."""
 
 
 class Recorder:
@@ -67,7 +67,7 @@ class Recorder:
 def write_trace(group: Group, row: int, recorder: Recorder, outcome: Outcome, deadline: Deadline) -> Trace:
     """Evaluate the recorded iterates of one candidate: objective, distance per layer, decoded picture.
 
-    Where the time is over, as many of them as :data:`_AFTER` allows, evenly spread.
+    Where the time is over or somebody interrupted, as many of them as :data:`_AFTER` allows, evenly spread.
     """
     given = group.arguments(row)
     space = group.space
@@ -81,7 +81,7 @@ def write_trace(group: Group, row: int, recorder: Recorder, outcome: Outcome, de
         return value, {k: (simulated[k] - v).square().sum() for k, v in given.observed.items()}, inputs
 
     with torch.no_grad():
-        if deadline.over:
+        if deadline.over or outcome.late or outcome.interrupted:
             began = time.monotonic()
             measure(frames[-1][1])
             count = max(2, int(_AFTER / max(time.monotonic() - began, 1e-6)))

@@ -166,6 +166,7 @@ def test_memory_limits_the_slots_and_refuses_what_cannot_fit(monkeypatch: pytest
 def test_the_estimate_counts_what_a_gradient_makes() -> None:
     x = torch.zeros(1000, dtype=torch.float64)
     assert memory.candidate_bytes(lambda z: (2 * z).view(10, 100).sum(), (x,)) == 8008
+    assert memory.candidate_bytes(lambda z: z * z.sum().item(), (x,)) == 0
 
 
 def test_coordinates_are_one_to_one_and_start_at_gray() -> None:
