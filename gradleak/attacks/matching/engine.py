@@ -169,8 +169,8 @@ def _solve(
     group = Group(problems, attack)
     recorder = Recorder(group, callback, attack.solver.iterations)
     outcome, notes = _search(group, attack, seed, recorder, deadline)
-    if outcome.late and attack.budget is not None:
-        notes.append(Note(f"The search was ended by its time budget of {attack.budget:g} s.", NoteKind.METHOD))
+    if outcome.late:
+        notes.append(Note("The search was ended by its time budget.", NoteKind.METHOD))
     seconds = (time.perf_counter() - began) / len(problems)
     return [_result(group, i, outcome, recorder, seconds, notes, deadline) for i in range(len(problems))]
 

@@ -96,7 +96,7 @@ def test_a_time_budget_returns_the_best_so_far(name: str, restarts: int) -> None
         assert one.status is Status.BUDGET
         assert one.trace is not None
         assert one.objective <= one.trace.objectives[0]
-        assert "The search was ended by its time budget of 0.4 s." in one.notes
+        assert "The search was ended by its time budget." in one.notes
 
 
 def test_a_budget_that_is_over_at_once_still_measures_every_observation() -> None:
