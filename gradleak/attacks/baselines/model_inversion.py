@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import final
 
@@ -10,12 +9,16 @@ import torch
 from torch import Tensor
 
 from gradleak.attacks.base import Attack, Callback, Progress
+from gradleak.clock import TimeSpent
 from gradleak.errors import InvalidInput, NotApplicable
 from gradleak.threat import Knowledge, Observation
-from gradleak.training import Simulator, check_reproducible, soft_labels
+from gradleak.training import check_reproducible, soft_labels
 from gradleak.types import Note, NoteKind, Reconstruction, Status
 
 __all__ = ["ModelInversion", "model_inversion"]
+
+_REPORTED = 50
+"""Steps between two reports of progress, at which the run can be stopped."""
 
 
 @final
@@ -45,17 +48,11 @@ class ModelInversion(Attack):
                 f"confidence {self.confidence}; give counts of at least 1, lr > 0, and a confidence in (0, 1]."
             )
 
-    def _reconstruct(
-        self, observations: list[Observation], seed: int, callback: Callback | None
-    ) -> list[Reconstruction]:
-        return [self._one(observation, callback) for observation in observations]
-
-    def _one(self, observation: Observation, callback: Callback | None) -> Reconstruction:
-        begin = time.perf_counter()
+    def _one(self, observation: Observation, seed: int, callback: Callback) -> Reconstruction:
         check_reproducible(observation.model)
         labels, space = observation.labels, observation.space
         assert labels is not None
-        simulator = Simulator(observation.model, observation.training)
+        simulator = observation.simulator
         dtype, device = simulator.dtype, simulator.device
         x = space.encode(torch.zeros(len(labels), *space.shape, dtype=dtype, device=device))
         with torch.no_grad():
@@ -80,8 +77,12 @@ class ModelInversion(Attack):
             costs.append(float(loss.detach()) / len(labels))
             if costs[-1] < best_cost:
                 best, best_cost = leaf.detach(), costs[-1]
-            if callback is not None and step % 50 == 0:
-                callback(Progress(step, self.iterations, best_cost))
+            try:
+                if step % _REPORTED == 0:
+                    callback(Progress(step, self.iterations, best_cost))
+            except KeyboardInterrupt as stop:
+                status = Status.BUDGET if isinstance(stop, TimeSpent) else Status.INTERRUPTED
+                break
             if best_cost <= 1 - self.confidence:
                 status = Status.CONVERGED
                 break
@@ -96,7 +97,6 @@ class ModelInversion(Attack):
             status=status,
             iterations=step,
             evaluations=len(costs),
-            seconds=time.perf_counter() - begin,
             notes=(
                 Note(
                     "Only the model and the labels were used, not the update: this shows a class, not an example.",

@@ -29,6 +29,9 @@ from gradleak.types import Note, NoteKind, Reconstruction, Status
 
 __all__ = ["GradientMatching"]
 
+_MOMENT = 1e-3
+"""Seconds of a budget that is over already: every observation is measured once."""
+
 
 @dataclass(frozen=True)
 class GradientMatching(Attack):
@@ -123,6 +126,7 @@ class GradientMatching(Attack):
         *,
         seed: int = 0,
         callback: Callback | None = None,
+        deadline: Deadline | None = None,
     ) -> Reconstruction:
         """Reconstruct a batch of which some examples are known: they stay as they are, the others are searched.
 
@@ -134,13 +138,30 @@ class GradientMatching(Attack):
                 and optimizes the others.
             seed: of the start of the other rows.
             callback: receives progress.
+            deadline: when to end with the best so far.
 
         Raises:
             InvalidInput: inputs, mask, labels and batch size do not fit each other.
 
         """
         fixed = Fixed(solved_inputs.detach(), solved_mask, labels)
-        return replace(self, fixed=fixed).reconstruct(observation, seed=seed, callback=callback)
+        return replace(self, fixed=fixed).reconstruct(observation, seed=seed, callback=callback, deadline=deadline)
+
+    def reconstruct_all(
+        self,
+        observations: Sequence[Observation],
+        *,
+        seed: int = 0,
+        callback: Callback | None = None,
+        deadline: Deadline | None = None,
+    ) -> list[Reconstruction]:
+        """Reconstruct several batches; a deadline is a budget, which shortens schedules instead of cutting them off."""
+        limited = self
+        if deadline is not None and deadline.left() < (math.inf if self.budget is None else self.budget):
+            limited = replace(self, budget=max(deadline.left(), _MOMENT))
+        return super(GradientMatching, limited).reconstruct_all(
+            observations, seed=seed, callback=callback, deadline=deadline
+        )
 
     def _reconstruct(
         self, observations: list[Observation], seed: int, callback: Callback | None

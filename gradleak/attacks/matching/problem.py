@@ -133,7 +133,7 @@ class Problem:
         """Cast the observation, and find out how its labels are to be had."""
         model, fixed = observation.model, attack.fixed
         check_reproducible(model)
-        simulator = Simulator(model, observation.training)
+        simulator = observation.simulator
         dtype, notes = attack.dtype or simulator.dtype, list[str]()
         outputs = _outputs(simulator, observation, dtype)
         if isinstance(outputs, Exception) and dtype != simulator.dtype:
@@ -280,11 +280,10 @@ def _targets(
 
 
 def _recovered(observation: Observation, simulator: Simulator, seed: int, notes: list[str]) -> Tensor:
-    gradient = simulator.as_gradient(observation.update, observation.batch_size)
     estimate = recover_labels(
         observation.model,
         simulator.params(),
-        gradient.tensors,
+        observation.gradient.tensors,
         tuple(observation.space.shape),
         observation.batch_size or 1,
         simulator.undefended.loss,

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import gradleak as gl
+from gradleak.attacks.base import Progress
 from gradleak.attacks.baselines import model_inversion
+from gradleak.clock import TimeSpent
 from gradleak.errors import InvalidInput, MissingKnowledge, NotApplicable
 
 SHAPE = (1, 8, 8)
@@ -66,3 +68,14 @@ def test_a_model_without_classes_is_refused_in_one_sentence() -> None:
     )
     with pytest.raises(NotApplicable, match=r"shape \(1, 1\)"):
         model_inversion().reconstruct(observation)
+
+
+@pytest.mark.parametrize(("error", "status"), [(TimeSpent, "budget"), (KeyboardInterrupt, "interrupted")])
+def test_a_stop_returns_the_best_so_far(error: type[BaseException], status: str) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.done >= 100:
+            raise error
+
+    found = model_inversion(confidence=1.0, patience=10**6).reconstruct(seen(0), callback=stop)
+    assert found.status == status
+    assert found.iterations == 100

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import gradleak as gl
 from gradleak.errors import InvalidModel, NotApplicable
 from gradleak.training import batch_statistics
+from gradleak.types import Verdict
 
 STEPS, CHANNELS = 5, 3
 
@@ -117,6 +118,8 @@ def test_a_model_of_one_number_type_is_searched_in_it() -> None:
     found = gl.attacks.idlg(iterations=10).reconstruct(seen)
     assert found.inputs.dtype == torch.float32
     assert any("float64" in n and "float32" in n for n in found.notes)
+    assert found.certificate is not None
+    assert found.certificate.verdict is Verdict.UNPROVED
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
