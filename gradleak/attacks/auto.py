@@ -313,15 +313,8 @@ class Auto(Attack):
             attack = replace(attack, budget=None if left == float("inf") else left)
             found = attack.polish(observation, best, seed=seed, callback=callback)
             found = replace(found, evaluations=found.evaluations + best.evaluations, trace=best.trace)
-        elif (
-            isinstance(attack, GradientMatching)
-            and hasattr(attack, "around")
-            and case.rows
-            and best is not None
-            and best.solved is not None
-        ):
-            inputs = observation.space.encode(best.inputs)
-            return attack.around(observation, inputs, best.solved, seed=seed, callback=callback, deadline=deadline)
+        elif isinstance(attack, GradientMatching) and case.rows and best is not None and best.solved is not None:
+            return attack.around(observation, best.inputs, best.solved, seed=seed, callback=callback, deadline=deadline)
         else:
             found = attack.reconstruct(observation, seed=seed, callback=callback, deadline=deadline)
             if self.uniqueness is None:

@@ -67,7 +67,9 @@ class Simulator:
         self.undefended = self.training.undefended
         self._params: dict[torch.dtype | None, Tensors] = {None: parameters(model)}
         frozen = {k: p.detach() for k, p in model.named_parameters() if not p.requires_grad}
-        self._buffers: dict[torch.dtype | None, Tensors] = {None: frozen | dict(model.named_buffers())}
+        # Copies: some models write into their buffers.
+        buffers = {k: b.clone() for k, b in model.named_buffers()}
+        self._buffers: dict[torch.dtype | None, Tensors] = {None: frozen | buffers}
 
     @property
     def defended(self) -> bool:
