@@ -19,6 +19,6 @@ mse = Metric(
     "",
     higher_is_better=False,
     fn=_mse,
-    meaning="mean squared difference of the values (of pixels: between 0, black, and 1, white); 0 is identical",
+    meaning="mean squared difference of the values, in squares of their unit; 0 is identical",
 )
 """Mean over the entries of one example of (guess − truth)², in squared units of the input (images: [0, 1])."""

@@ -97,9 +97,12 @@ def _path(points: Sequence[tuple[float, float | None]]) -> str:
 
 def _log_ticks(smallest: float, largest: float) -> tuple[list[tuple[float, str]], float, float]:
     """Return (value, text) ticks and the axis limits in decades."""
-    low, high = math.floor(math.log10(smallest)), min(math.ceil(math.log10(largest)), _TOP_DECADE)
+    low, high = (
+        min(max(e, _BOTTOM_DECADE), _TOP_DECADE)
+        for e in (math.floor(math.log10(smallest)), math.ceil(math.log10(largest)))
+    )
     if high - low <= 1:
-        low, high = min(low, high - 1), max(high, low + 1)
+        low, high = (low, low + 1) if low < _TOP_DECADE else (low - 1, low)
         values = [(m * 10.0**low, f"{m * 10.0**low:g}" if low >= -3 else f"{m}·{power(low)}") for m in (1, 2, 5)]
         return [*values, (10.0**high, f"{10.0**high:g}" if high >= -3 else power(high))], low, high
     step = max(1, math.ceil((high - low) / 6))

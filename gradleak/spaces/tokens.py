@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradleak.errors import InvalidInput
 from gradleak.metrics import token_accuracy
-from gradleak.spaces.base import InputSpace
+from gradleak.spaces.base import InputSpace, NullGuess
 
 __all__ = ["TokenSpace"]
 
@@ -109,6 +109,10 @@ class TokenSpace(InputSpace):
     def errors(self, guess: Tensor, truth: Tensor) -> Tensor:
         """Return the share of wrong tokens of each sentence, (N,)."""
         return 1 - token_accuracy(guess, truth)
+
+    def null_guesses(self, truth: Tensor, public: Tensor | None = None) -> tuple[NullGuess, ...]:
+        """Return none: no sentence guessed without the update has half of its words in their places."""
+        return ()
 
     def closeness(self, values: Mapping[str, float | None]) -> tuple[int, str]:
         """Return 4 for every token in its place, 3 from nine tenths on, 2 from half, 1 where half occur at all."""

@@ -41,7 +41,9 @@ def test_units_do_not_matter(seed: int, exponents: list[float]) -> None:
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_flat_base_line_is_measured_in_units_of_the_whole(n: int, error: float) -> None:
     time = torch.linspace(0, 1, 96, dtype=torch.float64)
-    beat = sum(a * torch.exp(-(((time - c) / w) ** 2)) for a, c, w in ((0.2, 0.2, 0.03), (1, 0.37, 0.03), (0.3, 0.6, 0.05)))
+    beat = sum(
+        a * torch.exp(-(((time - c) / w) ** 2)) for a, c, w in ((0.2, 0.2, 0.03), (1, 0.37, 0.03), (0.3, 0.6, 0.05))
+    )
     truth = torch.stack([(1 + i) * beat for i in range(n)])
     guess = truth + error * rows(n, 96)
     assert float(truth[:, 90:].abs().max()) < 1e-12  # the base line
