@@ -46,5 +46,7 @@ def duration(seconds: float) -> str:
 
 
 def metric_name(name: str) -> str:
-    """Return a metric as a reader sees it: "PSNR", "relative error"."""
+    """Return a metric as a reader sees it: "PSNR", "ROUGE-1", "relative error"."""
+    if name.startswith("rouge_"):
+        return name.upper().replace("_", "-")
     return name.upper() if len(name) <= 4 else name.replace("_", " ")

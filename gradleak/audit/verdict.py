@@ -70,7 +70,9 @@ def judge(
     else:
         verdict = _from_update(subject, outcome, match, certificate)
         verdict = _with_findings(verdict, _named(outcome), ("unmatched", "close"))
-        verdict = replace(verdict, headline=_with_batch_size(verdict.headline, subject))
+        # A mean of several and noise that hides the update are no statements about one number of examples.
+        if certificate is None or not (certificate.mixture or certificate.floor >= _HIDES):
+            verdict = replace(verdict, headline=_with_batch_size(verdict.headline, subject))
     unfinished = () if verdict.grade in ("leaked", "proved") else _UNFINISHED.get(outcome.status, ())
     return replace(verdict, meaning=unfinished + verdict.meaning, remedies=_REMEDIES)
 
@@ -142,7 +144,7 @@ def _with_batch_size(headline: str, subject: Subject) -> str:
     one = f"one {subject.noun}" if subject.batch_size == 1 else subject.counted(subject.batch_size)
     if subject.batch_size_source == "read":
         return f"{headline.removesuffix('.')} ({one}, as the update shows)."
-    return f"{headline.removesuffix('.')}, assuming {one}."
+    return f"Assuming {one}, {headline[:1].lower()}{headline[1:]}"
 
 
 # ------------------------------------------------------------------------------------------- with ground truth
@@ -171,7 +173,7 @@ def _against_truth(
         )
     reason = " ".join(sentences)
     if back:
-        everything = f"The {private} came back." if n == 1 else f"All {n} {private} came back."
+        everything = f"{('The', 'Both')[n - 1] if n <= 2 else f'All {n}'} {private} came back."
         return Verdict("leaked", everything if back == n else f"{back} of {n} {private} came back.", reason, _LEAKED)
     if any(e.level == 1 for e in examples):
         return Verdict("partly", f"Only a coarse impression of the {private} came back.", reason, _FAILED)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from gradleak.audit.numbers import sig
 from gradleak.audit.records import REFUSED, Pictures, Record, Shown, Values
 
 __all__ = ["encode_png", "picture"]
@@ -20,6 +21,7 @@ _EXAMPLES = 16
 _FRAMES = 80
 _BYTES = 6_000_000
 _VALUES = 24
+_PLAIN = 1e-3, 1e7  # written without powers of ten
 
 
 def encode_png(image: Array) -> str:
@@ -125,4 +127,9 @@ def _table(title: str, guess: Array, truth: Array | None) -> Values:
 
 
 def _value(value: Any) -> str:
-    return str(int(value)) if isinstance(value, (np.integer, np.bool_)) else f"{value:.4g}".replace("-", "−")
+    if isinstance(value, (np.integer, np.bool_)):
+        return str(int(value))
+    number = float(value)
+    if number == 0 or not _PLAIN[0] <= abs(number) < _PLAIN[1]:
+        return sig(number, 4)
+    return np.format_float_positional(number, precision=5, fractional=False, trim="-").replace("-", "−")

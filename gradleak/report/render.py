@@ -73,6 +73,7 @@ def render(record: Record, pictures: Pictures) -> str:
         stops=_stops(record, pictures),
         figures=_figures(record),
         columns=_columns(record),
+        classes=any(e.label is not None or e.recovered is not None for e in record.examples or ()),
     )
 
 
@@ -85,12 +86,16 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     filters = {"sig": sig, "duration": duration, "shape": _shape, "metric": metric_name, "capital": _capital}
-    environment.filters.update(filters, percent=_percent, pieces=_pieces)
+    environment.filters.update(filters, percent=_percent, pieces=_pieces, sentence=_sentence)
     return environment
 
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def _percent(share: float) -> str:

@@ -284,7 +284,8 @@ class TestWhatIsProved:
         assert self.headline(self.PROOF, batch_size=2, **subject).endswith("trained on these 2 sentences.")
 
     def test_a_batch_size_that_nobody_stated_is_named(self) -> None:
-        assert self.headline(self.PROOF, batch_size_source="assumed").endswith("on this image, assuming one image.")
+        assumed = self.headline(self.PROOF, batch_size_source="assumed")
+        assert assumed == "Assuming one image, the update proves that the client trained on this image."
         read = self.headline(self.PROOF, batch_size_source="read")
         assert read.endswith("on this image (one image, as the update shows).")
 
@@ -292,6 +293,7 @@ class TestWhatIsProved:
         mixed = CertificateRecord("matched", 1e-8, 1e-7, mixture=True, reason="A mean explains it as well.")
         assert self.headline(mixed) == "The update comes from this image or a mean of several."
         assert "mixtures of several" in self.headline(mixed, batch_size=3)
+        assert "Assuming" not in self.headline(mixed, batch_size_source="assumed")
 
     def test_some_of_a_batch(self) -> None:
         some = CertificateRecord("unproved", 0.1, 1e-7, examples=("proved", "unproved", "proved"))

@@ -83,13 +83,13 @@ def test_what_came_back_is_told_in_the_spaces_own_words(exchange) -> None:
     folder = build(exchange, swapped)
     record = from_json(to_json(folder.record))
     assert record.subject.input_kind == "patients"
-    assert record.verdict.headline == "All 2 private patients came back."
+    assert record.verdict.headline == "Both private patients came back."
     assert "A colleague would know the patient." in record.verdict.reason
     assert record.success.error == "share of wrong columns"
     assert (record.success.successes, [e.guess for e in record.examples]) == (2, [1, 0])
     html = render(record, picture(record, folder.inputs, folder.truth))
     assert '<tr><th scope="row">ward</th><td>oncology</td><td>oncology</td></tr>' in html
-    assert "2 of 2 patients have share of wrong columns" in html
+    assert "2 of 2 patients count as recovered: share of wrong columns at most" in html
     assert "image" not in html.split("<body")[1].replace('role="img"', "").split("<footer")[0].split("private {")[0]
 
 

@@ -237,6 +237,11 @@ class Example:
     level: int = 0
     words: str = ""
 
+    @property
+    def mse(self) -> float | None:
+        """Mean squared error, in squared units of the input (images: [0, 1])."""
+        return self.values.get("mse")
+
 
 @dataclass(frozen=True)
 class Aggregate:
