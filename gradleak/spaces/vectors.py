@@ -15,12 +15,13 @@ from gradleak.spaces.base import InputSpace, NullGuess
 
 __all__ = ["TensorSpace"]
 
-_LEVELS = (1e-1, 1e-2, 1e-3)
+_LEVELS = (1e-1, 1e-2, 1e-3, 1e-5)
 _PHRASES = (
     "The values do not agree.",
     "The values agree only roughly.",
     "The values agree to about a hundredth of their size.",
     "The values agree to about a thousandth of their size.",
+    "The values agree to five digits.",
 )
 
 
@@ -72,7 +73,7 @@ class TensorSpace(InputSpace):
         return super().better(guess, truth, public) & bool(truth.any())
 
     def closeness(self, values: Mapping[str, float | None]) -> tuple[int, str]:
-        """Return 1 up to a relative error of 1e-1, 2 up to 1e-2, 3 up to 1e-3."""
+        """Return 1 up to a relative error of 1e-1, 2 up to 1e-2, 3 up to 1e-3, 4 up to 1e-5."""
         error = values.get("relative_error")
         level = 0 if error is None else sum(error <= limit for limit in _LEVELS)
         return level, _PHRASES[level]

@@ -191,6 +191,7 @@ def row(error: float, mse: float = 62.0) -> Example:
 @pytest.mark.parametrize(
     ("error", "grade", "phrase"),
     [
+        (6e-6, "leaked", "five digits"),
         (6e-4, "leaked", "a thousandth"),
         (6e-3, "leaked", "a hundredth"),
         (6e-2, "partly", "only roughly"),
