@@ -36,7 +36,6 @@ from gradleak.errors import MissingKnowledge, NotApplicable
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import FedAvg, FedSGD
 from gradleak.training.losses import BinaryCrossEntropy, CrossEntropy, MeanSquaredError
-from gradleak.training.simulate import Simulator
 from gradleak.types import Batch, Certificate, Finding, Note, NoteKind, Reconstruction, Shows, Status
 
 __all__ = ["build_record", "build_refusal"]
@@ -60,7 +59,7 @@ def build_record(
     notes: Sequence[str] = (),
     command: str = "",
     classes: int | None = None,
-    batch_size_source: str = "stated",
+    batch_size_source: str | None = None,
 ) -> Folder:
     """Return the record of one reconstruction, with its verdict, and the arrays beside it.
 
@@ -77,7 +76,8 @@ def build_record(
         notes: sentences to add to those of the reconstruction.
         command: how to repeat the run from a shell.
         classes: number of classes, where it is known; otherwise read off the label probabilities.
-        batch_size_source: "stated", "read" (off the update, which shows it) or "assumed".
+        batch_size_source: "stated", "read" (off the update, which shows it) or "assumed"; if None, whether it was
+            assumed is asked of the observation.
 
     """
     assert (scores is None) == (truth is None), "scores and truth go together"
@@ -132,7 +132,7 @@ def build_refusal(
     notes: Sequence[str] = (),
     command: str = "",
     classes: int | None = None,
-    batch_size_source: str = "stated",
+    batch_size_source: str | None = None,
     threat: Threat | None = None,
 ) -> Folder:
     """Return the record of an attack that did not run, with its reason and what was found all the same.
@@ -156,8 +156,8 @@ def build_refusal(
         seconds=0.0,
         notes=tuple(str(n) for n in notes),
         note_kinds=tuple(_kind(n) for n in notes),
-        findings=_findings(getattr(error, "findings", ())),
-        attempts=_attempts(getattr(error, "attempts", ())),
+        findings=_findings(error.findings),
+        attempts=_attempts(error.attempts),
     )
     record = Record(
         subject=subject,
@@ -191,11 +191,11 @@ def _unexplained(observation: Observation, reconstruction: Reconstruction) -> _L
 
     It is computed from the decoded result, as it is handed over, in float64 whatever the attack searched in.
     """
-    labels = reconstruction.label_probabilities
-    labels = reconstruction.labels if labels is None else labels
+    offered = (reconstruction.label_probabilities, reconstruction.labels, observation.labels)
+    labels = next((found for found in offered if found is not None), None)
     if observation.training is None or labels is None or reconstruction.shows is not Shows.INPUTS:
         return None
-    simulator = Simulator(observation.model, observation.training)
+    simulator = observation.simulator
     inputs = reconstruction.inputs.to(simulator.device)
     inputs = observation.space.encode(inputs.double() if inputs.is_floating_point() else inputs)
     seen = {k: v.double() for k, v in observation.update.tensors.items()}
@@ -233,9 +233,10 @@ def _curves(
 
 
 def _subject(
-    observation: Observation, model: str, dtype: torch.dtype, classes: int | None, batch_size_source: str
+    observation: Observation, model: str, dtype: torch.dtype, classes: int | None, batch_size_source: str | None
 ) -> Subject:
     params, space = observation.params, observation.space
+    known = observation.batch_size is not None and observation.batch_size_stated
     kind = type(observation.model)
     return Subject(
         model=model or kind.__name__,
@@ -250,7 +251,7 @@ def _subject(
         dtype=_FORMATS.get(dtype, str(dtype).removeprefix("torch.")),
         training=_training(observation),
         normalization=space.normalization,
-        batch_size_source=batch_size_source if observation.batch_size is not None else "assumed",
+        batch_size_source=(batch_size_source or "stated") if known else "assumed",
         noun=space.noun,
         nouns=space.nouns,
         display=space.display,

@@ -426,6 +426,9 @@ def _of_features(subject: Subject, certificate: CertificateRecord | None) -> Ver
     if sure:
         headline = f"The update shows what the last layer saw of {len(sure)} of {subject.counted(count)}."
         return Verdict("matched", headline, reason, next_)
+    if certificate is not None and certificate.verdict == "matched":
+        headline = f"What the last layer saw of {whose} explains its gradient, but other numbers may, too."
+        return Verdict("matched", headline, reason, next_)
     headline = f"What the last layer saw of the {subject.nouns} could not be told apart."
     return Verdict("unmatched", headline, reason or "The head's gradient is not explained.", (_LOOK,))
 

@@ -63,7 +63,7 @@ class ImageSpace(InputSpace):
             raise InvalidInput(f"std must be positive, not {self.std}; give the normalization the client used.")
 
     @property
-    def unit(self) -> float:
+    def unit(self) -> float | None:
         """The range from black to white, in model-input units."""
         return 1 / max(self.std or (1.0,))
 
