@@ -21,7 +21,7 @@ import numpy.typing as npt
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from gradleak.audit.records import Record, from_json, to_json
+from gradleak.audit.records import REFUSED, Record, from_json, to_json
 from gradleak.errors import InvalidFile, InvalidInput
 
 __all__ = ["Folder", "check_writable", "read_folder", "write_files", "write_folder"]
@@ -176,7 +176,7 @@ def _check_together(directory: Path, folder: Folder) -> None:
     points = len(folder.record.curves.iterations) if folder.record.curves is not None else 0
     fits = (
         inputs.ndim >= 1
-        and len(inputs) > 0
+        and (len(inputs) > 0) == (folder.record.outcome.status not in REFUSED)
         and (folder.record.subject.input_kind != "image" or features or inputs.shape[1:] == shape)
         and (truth is None or truth.shape[1:] == inputs.shape[1:])
         and (snapshots is None or snapshots.shape == (points, *inputs.shape))

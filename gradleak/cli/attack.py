@@ -54,7 +54,7 @@ from gradleak.training import (
     check_reproducible,
     parameters,
 )
-from gradleak.types import Batch, Reconstruction, Trace, Update, UpdateKind, name_prefix
+from gradleak.types import Batch, Reconstruction, Shows, Trace, Update, UpdateKind, name_prefix
 
 __all__ = ["Request", "attack", "demo", "list_names"]
 
@@ -157,7 +157,7 @@ def demo(out: Path, seed: int, image: Path | None, command: str) -> None:
     matching, options = _build_attack("dlg", {"iterations": _DEMO_ITERATIONS})
     job = _Job(observation, matching, "dlg", options, seed, "lenet", out, 100, batch, command=command)
     matched = _attack_with_progress(replace(job, budget=_DEMO_SECONDS))
-    error = sig(score(matched, batch).means["mse"], 2)
+    error = sig(score(matched, batch, observation.space).aggregate("mse").mean, 2)
     how = f"{matched.evaluations:,} evaluations, {duration(matched.seconds)}, MSE {error}"
     _say(f"Search: {how}.")
     _say("Now the same gradient by linear algebra …")
@@ -252,15 +252,14 @@ def _run(job: _Job) -> None:
     reconstruction = _attack_with_progress(job)
     if reconstruction.trace is None:
         reconstruction = replace(reconstruction, trace=job.trace)
-    images = isinstance(job.observation.space, ImageSpace)
     truth, notes = job.truth, job.notes
-    if truth is not None and reconstruction.inputs.shape[1:] != truth.inputs.shape[1:]:
+    if truth is not None and reconstruction.shows is Shows.FEATURES:
         truth = None
         notes = (
             *notes,
             "The attack recovers features, which cannot be scored against private inputs; --truth is unused.",
         )
-    scores = None if truth is None else score(reconstruction, truth, public=job.public, images=images)
+    scores = None if truth is None else score(reconstruction, truth, job.observation.space, public=job.public)
     folder = build_record(
         job.observation,
         reconstruction,
