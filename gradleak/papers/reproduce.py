@@ -156,6 +156,7 @@ def reproduce(
         raise InvalidInput(f"The data folder {folder} does not exist; pass --data DIR laid out as docs/data.md says.")
     # All of this before any work: hours later would be too late.
     check_writable(out)
+    out.mkdir(parents=True, exist_ok=True)
     runnable = [name for name in wanted if name not in failures]
     for name in runnable:
         for file in getattr(place.modules[name], "NEEDS", ()):
