@@ -15,7 +15,6 @@ import argparse
 import collections
 import itertools
 import math
-import re
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -26,11 +25,12 @@ from torch import Tensor, nn
 from gradleak import defenses
 from gradleak.attacks import auto, gauss_newton
 from gradleak.errors import NotApplicable
-from gradleak.proof.certify import Evidence, examine
+from gradleak.proof.certify import certify
+from gradleak.proof.explained import Explanation
 from gradleak.spaces import TensorSpace
 from gradleak.threat import Knowledge, Observation, ThreatModel
-from gradleak.training import CrossEntropy, FedAvg, FedSGD, LocalTraining
-from gradleak.types import Batch, Reconstruction, Update
+from gradleak.training import CrossEntropy, FedAvg, FedSGD, LocalTraining, Simulator, Tensors
+from gradleak.types import Batch, Reconstruction, Update, Verdict
 
 SCENARIOS = (
     "clean",
@@ -205,13 +205,10 @@ def _fit(observation: Observation, start: Tensor, labels: Tensor, seed: int) -> 
         return start
 
 
-def _auto(observation: Observation, seed: int) -> tuple[Evidence, Tensor]:
-    """Return what ``auto`` finds by exact attacks, and the bound that its certificate states."""
-    result = auto(iterations=1, polish=False).reconstruct(observation, seed=seed)
-    assert result.certificate is not None
-    stated = re.search(r"error at most ([-+.e\d]+)", result.certificate.reason)
-    bound = float(stated.group(1)) if stated else math.nan
-    return Evidence(result.certificate, (bound,) * len(result)), result.inputs.double()
+def _excess(simulator: Simulator, update: Tensors, inputs: Tensor, labels: Tensor, seed: int) -> float:
+    """Return by how many deviations of its noise the update differs from that of ``inputs``, root mean square."""
+    fit = Explanation(simulator, update, inputs, labels, seed=seed).fit()
+    return math.inf if fit is None else fit.excess
 
 
 def _errors(found: Tensor, truth: Tensor) -> list[float]:
@@ -268,19 +265,20 @@ def trial(seed: int) -> Trial:
         start = 0.3 * draw.normal(count, *shape)
     found = _fit(observation, start, labels, seed) if candidate in ("fitted", "random start") else start
     known = None if scenario == "unknown training" else belief
-    evidence = None
+    simulator = Simulator(model, known)
     if candidate.startswith("auto"):
-        evidence, found = _auto(observation, seed)
-    if evidence is None:
-        evidence = examine(model, update.tensors, found, labels, training=known, seed=seed)
+        result = auto(iterations=1, polish=False).reconstruct(observation, seed=seed)
+        assert result.certificate is not None
+        certificate, found = result.certificate, result.inputs.double()
+    else:
+        certificate = certify(simulator, update.tensors, found, labels, seed=seed)
     errors = _errors(found.double(), truth)
-    verdicts = evidence.certificate.examples
-    proved = [i for i, v in enumerate(verdicts) if v == "proved"]
-    over = [errors[i] / max(evidence.errors[i], 1e-300) for i in proved]
+    proved = [i for i, v in enumerate(certificate.examples) if v is Verdict.PROVED]
+    bound = math.nan if certificate.bound is None else certificate.bound
     # The permutation of examples with nearly equal errors is the only freedom; bounds are compared in order.
-    place = proved[over.index(max(over))] if over else errors.index(max(errors))
+    place = max(proved or range(len(errors)), key=errors.__getitem__)
     # As good an answer as the truth: equal up to rounding, or explaining the update no worse.
-    own = examine(model, update.tensors, truth[:count], labels, training=known, uniqueness=False, seed=seed).excess
+    own, theirs = (_excess(simulator, update.tensors, x, labels, seed) for x in (found, truth[:count]))
     tight = 4 * torch.finfo(dtype).eps * float(truth.square().mean().sqrt())
     return Trial(
         seed=seed,
@@ -289,13 +287,13 @@ def trial(seed: int) -> Trial:
         model=name,
         dtype=str(dtype).removeprefix("torch."),
         examples=count,
-        verdict=evidence.certificate.verdict,
+        verdict=certificate.verdict,
         proved=len(proved),
         error=errors[place],
-        bound=evidence.errors[place],
-        wrong=bool(over) and max(over) > 1,
-        exact=max(errors) <= tight or (candidate == "fitted" and evidence.excess <= own),
-        reason=evidence.certificate.reason,
+        bound=bound,
+        wrong=bool(proved) and not errors[place] <= bound,
+        exact=max(errors) <= tight or (candidate == "fitted" and own <= theirs),
+        reason=certificate.reason,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from dataclasses import dataclass, field, replace
 from typing import final
 
@@ -22,7 +21,7 @@ from gradleak.errors import NotApplicable
 from gradleak.structure.chain import Affine, Step
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import CrossEntropy, LocalTraining, Loss, Tensors
-from gradleak.types import Reconstruction, Update, UpdateKind
+from gradleak.types import Note, Reconstruction, Update, UpdateKind
 
 __all__ = ["FeatureMatching", "feature_matching"]
 
@@ -142,20 +141,24 @@ class FeatureMatching(Attack):
     def _reconstruct(
         self, observations: list[Observation], seed: int, callback: Callback | None
     ) -> list[Reconstruction]:
-        begin = time.perf_counter()
         separated = [self._separate(o, seed) for o in observations]
-        results = [solved(o, s, begin) if s.complete else None for o, s in zip(observations, separated, strict=True)]
+        results = [solved(o, s) if s.complete else None for o, s in zip(observations, separated, strict=True)]
         rest = [i for i, found in enumerate(results) if found is None]
         reduced = [decouple(observations[i], separated[i], self.weight) for i in rest]
-        matched = self.match.reconstruct_all(reduced, seed=seed, callback=callback) if rest else []
+        matched = self.match._reconstruct(reduced, seed, callback) if rest else []
         for i, result in zip(rest, matched, strict=True):
             s = separated[i]
+            layers = () if s.peeled is None else s.peeled.layers
             results[i] = replace(
                 result,
                 features=s.found.features,
                 labels=s.found.labels,
                 label_probabilities=None,
-                notes=(*s.found.notes[:1], *map(str, () if s.peeled is None else s.peeled.layers), *result.notes),
+                notes=(
+                    *s.found.notes,
+                    *(Note(str(r)) for r in layers),
+                    *result.notes,
+                ),
             )
         return [found for found in results if found is not None]
 

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradleak.attacks.base import Callback, Progress, as_gradient
+from gradleak.attacks.base import Callback, Progress
 from gradleak.errors import NotApplicable
 from gradleak.exact.labels import recover_labels
 from gradleak.formats import number_format, storage_deviation
-from gradleak.proof.certify import jacobian
 from gradleak.solve.conjugate_gradients import conjugate_gradients
+from gradleak.solve.jacobian import jacobian
 from gradleak.threat import Observation
 from gradleak.training import check_reproducible
-from gradleak.types import Reconstruction
+from gradleak.types import Reconstruction, Status
 
 __all__ = ["LARGEST", "Problem", "Sampled", "State", "is_smooth", "search"]
 
@@ -134,19 +134,19 @@ def search(
                     grow = 2.0
                     state.steps = step + 1
                     if fall <= 1e-4 * state.cost and damping < 1e-3:
-                        state.status = "converged"
+                        state.status = Status.CONVERGED
                         return state
                     factor = None if gain < 0.9 else factor
                 elif predicted <= 1e-7 * state.cost + 1e-300 or damping > 1e10:
                     # What the linear model still promises is below the rounding of the cost.
-                    state.status = "converged" if predicted <= 1e-7 * state.cost + 1e-300 else "stalled"
+                    state.status = Status.CONVERGED if predicted <= 1e-7 * state.cost + 1e-300 else Status.STALLED
                     return state
                 else:
                     damping, grow = damping * grow, grow * 2
             if callback is not None:
                 callback(Progress(step + 1, iterations, problem.relative(state.cost), f"damping {damping:.0e}"))
     except KeyboardInterrupt:
-        state.status = "interrupted"
+        state.status = Status.INTERRUPTED
     return state
 
 
@@ -156,7 +156,7 @@ class State:
 
     z: Tensor
     cost: float
-    status: str = "budget"
+    status: Status = Status.BUDGET
     steps: int = 0
     evaluations: int = 0
 
@@ -208,7 +208,7 @@ class Problem:
             estimate = recover_labels(
                 model,
                 observation.params,
-                as_gradient(observation),
+                observation.gradient.tensors,
                 tuple(space.shape),
                 observation.batch_size,
                 observation.training.loss,

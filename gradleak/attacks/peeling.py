@@ -9,9 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from gradleak.attacks.disaggregation import FeatureDisaggregation, one_gradient
+from gradleak.attacks.disaggregation import FeatureDisaggregation
 from gradleak.errors import NotApplicable
-from gradleak.exact.features import EXACT
 from gradleak.exact.peel import Peeled, obstacle, peel
 from gradleak.structure.chain import Chain
 from gradleak.structure.head import Head, find_head
@@ -76,14 +75,14 @@ def separate_batch(
     params = {k: p.detach() for k, p in observation.model.named_parameters()}
     chain = _chain(observation, head, params, whole=whole)
     found = separate.reconstruct(observation, seed=seed)
-    verdicts = found.certificate.examples if found.certificate is not None else ()
-    if any(v != EXACT for v in verdicts) or found.features is None or found.labels is None:
+    if found.solved is None or not bool(found.solved.all()) or found.features is None or found.labels is None:
+        sure = 0 if found.solved is None else int(found.solved.sum())
         raise NotApplicable(
-            f"Only {sum(v == EXACT for v in verdicts)} of {len(verdicts)} examples have proved features "
+            f"Only {sure} of {len(found)} examples have proved features "
             "(classes that repeat in a batch may not show theirs); use dlg()."
         )
     assert head is not None and observation.training is not None  # Or the disaggregation would not have applied.
-    gradient = one_gradient(observation, list(observation.update.tensors))
+    gradient = observation.gradient.require_single()
     features = found.features.double()
     with torch.enable_grad():
         leaf = features.clone().requires_grad_()

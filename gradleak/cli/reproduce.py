@@ -7,14 +7,9 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["read_folder_name", "reproduce"]
+from gradleak.cli.values import folder
 
-
-def read_folder_name(text: str | Path) -> Path:
-    """Return the folder of that name; an empty name, of an unset variable say, is not the current folder."""
-    if not str(text).strip():
-        raise typer.BadParameter("the name is empty; give a folder, or . for the current one.")
-    return Path(text)
+__all__ = ["reproduce"]
 
 
 def reproduce(
@@ -25,7 +20,7 @@ def reproduce(
     data: Annotated[Path | None, typer.Option(help="Folder laid out as docs/data.md says.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", parser=read_folder_name, help="Folder for what is measured (runs/PAPER)."),
+        typer.Option(metavar="PATH", parser=folder, help="Folder for what is measured (runs/PAPER)."),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that measure side by side.")] = 1,
 ) -> None:

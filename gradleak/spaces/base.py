@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from gradleak.errors import InvalidInput
@@ -18,6 +19,15 @@ class InputSpace(ABC):
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Shape of one candidate, without the batch axis."""
+
+    @property
+    def unit(self) -> float | None:
+        """Typical size of one model-input value, for tolerances; None where only the values themselves tell."""
+        return None
+
+    def neutral(self) -> Tensor:
+        """Return the model input (*shape), float64, that says least: where a solver starts that needs one point."""
+        return torch.zeros(self.shape, dtype=torch.float64)
 
     @abstractmethod
     def decode(self, candidates: Tensor) -> Tensor:

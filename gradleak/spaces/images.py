@@ -35,6 +35,15 @@ class ImageSpace(InputSpace):
         if any(s <= 0 for s in self.std):
             raise InvalidInput(f"std must be positive, not {self.std}; give the normalisation the client used.")
 
+    @property
+    def unit(self) -> float | None:
+        """The size of a full range of gray levels."""
+        return 1 / max(self.std or (1.0,))
+
+    def neutral(self) -> Tensor:
+        """Return mid-gray."""
+        return self.encode(torch.full(self.shape, 0.5, dtype=torch.float64))
+
     def _stats(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean = torch.tensor(self.mean or (0.0,), dtype=like.dtype, device=like.device).view(-1, 1, 1)
         std = torch.tensor(self.std or (1.0,), dtype=like.dtype, device=like.device).view(-1, 1, 1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["probe_inputs", "run_quietly"]
+__all__ = ["linear_inputs", "probe_inputs", "run_quietly"]
 
 Tensors = Mapping[str, Tensor]
 
@@ -29,3 +29,24 @@ def run_quietly(model: nn.Module, params: Tensors, inputs: Tensor, buffers: Tens
     devices = [inputs.device] if inputs.device.type == "cuda" else []
     with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH):
         return functional_call(model, {**params, **own, **(buffers or {})}, (inputs,))
+
+
+def linear_inputs(model: nn.Module, params: Tensors, inputs: Tensor) -> dict[str, list[Tensor]]:
+    """Return what every linear layer sees of ``inputs``, by the layer's name, one tensor for each time it runs."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, value: Tensor) -> None:
+        seen.setdefault(name, []).append(value.detach())
+
+    handles = [
+        module.register_forward_pre_hook(lambda _m, args, name=name: keep(name, args[0]))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        with torch.no_grad():
+            run_quietly(model, params, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

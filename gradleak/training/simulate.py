@@ -100,7 +100,7 @@ class Simulator:
         """Return the model's outputs at model inputs (N, *shape), computed in ``dtype``."""
         values = {**self.params(dtype), **self.buffers(dtype)}
         with sdpa_kernel(SDPBackend.MATH):
-            return functional_call(self.model, values, (cast_one(inputs, dtype),))
+            return functional_call(self.model, values, (cast_one(inputs, dtype or self.dtype),))
 
     def update(self, inputs: Tensor, labels: Tensor, dtype: torch.dtype | None = torch.float64) -> dict[str, Tensor]:
         """Return the undefended update by name, computed in ``dtype``; differentiable, traceable by torch.func.
@@ -114,8 +114,8 @@ class Simulator:
         return self.undefended.tensors(
             self.model,
             self.params(dtype),
-            cast_one(inputs, dtype),
-            cast_one(labels, dtype),
+            cast_one(inputs, dtype or self.dtype),
+            cast_one(labels, dtype or self.dtype),
             buffers=self.buffers(dtype),
         )
 
@@ -131,7 +131,7 @@ class Simulator:
         return math.sqrt(sum(float(t.square().sum()) for t in left.values()) / total) if total > 0 else math.inf
 
     def as_gradient(self, update: Update, batch_size: int | None, names: Collection[str] | None = None) -> Gradient:
-        """Return ``update`` as a gradient; float64 where step size or weight decay are undone.
+        """Return ``update`` as a gradient, in its own number format.
 
         Args:
             update: what was seen.
@@ -157,7 +157,8 @@ class Simulator:
             )
         params = self.params()
         factor = -rule.lr * (1 + rule.momentum * rule.nesterov if steps == 1 else steps)
-        found = {k: t.double() / factor - rule.weight_decay * params[k].double() for k, t in tensors.items()}
+        # In the update's own number format, which tells how large its rounding is.
+        found = {k: t / factor - rule.weight_decay * params[k].to(t) for k, t in tensors.items()}
         if steps == 1:
             return Gradient(found, single=True, scaled=True)
         why = f"The client took {steps} local steps, so its update is no single gradient"

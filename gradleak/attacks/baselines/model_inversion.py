@@ -14,7 +14,7 @@ from gradleak.attacks.base import Attack, Callback, Progress
 from gradleak.errors import InvalidInput
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import check_reproducible, soft_labels
-from gradleak.types import Reconstruction
+from gradleak.types import Reconstruction, Status
 
 __all__ = ["ModelInversion", "model_inversion"]
 
@@ -46,12 +46,7 @@ class ModelInversion(Attack):
                 f"confidence {self.confidence}; give counts of at least 1, lr > 0, and a confidence in (0, 1]."
             )
 
-    def _reconstruct(
-        self, observations: list[Observation], seed: int, callback: Callback | None
-    ) -> list[Reconstruction]:
-        return [self._one(observation, callback) for observation in observations]
-
-    def _one(self, observation: Observation, callback: Callback | None) -> Reconstruction:
+    def _one(self, observation: Observation, seed: int, callback: Callback) -> Reconstruction:
         begin = time.perf_counter()
         check_reproducible(observation.model)
         labels, space = observation.labels, observation.space
@@ -67,7 +62,7 @@ class ModelInversion(Attack):
             target = soft_labels(labels.to(like.device), outputs.shape[-1], like.dtype)
             return (outputs * target).sum(-1)
 
-        best, best_cost, costs, status, step = x, float("inf"), [], "budget", 0
+        best, best_cost, costs, status, step = x, float("inf"), [], Status.BUDGET, 0
         for step in range(self.iterations + 1):
             leaf = x.detach().requires_grad_()
             # The sum: examples do not know of each other, so each takes the step it would take alone.
@@ -79,10 +74,10 @@ class ModelInversion(Attack):
             if callback is not None and step % 50 == 0:
                 callback(Progress(step, self.iterations, best_cost))
             if best_cost <= 1 - self.confidence:
-                status = "converged"
+                status = Status.CONVERGED
                 break
             if step >= self.patience and costs[-1] >= max(costs[-1 - self.patience : -1]):
-                status = "stalled"
+                status = Status.STALLED
                 break
             x = space.project(leaf.detach() - self.lr * slope)
         return Reconstruction(

@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
-from gradleak.attacks.base import Attack, Callback, Progress, as_gradient
+from gradleak.attacks.base import Attack, Callback, Progress
 from gradleak.attacks.matching import backends
 from gradleak.attacks.matching.convolutions import LeanConvolutions
 from gradleak.attacks.matching.coordinates import Coordinates
@@ -169,7 +169,7 @@ class _Problem:
             estimate = recover_labels(
                 model,
                 observation.params,
-                as_gradient(observation),
+                observation.gradient.tensors,
                 tuple(observation.space.shape),
                 n,
                 observation.training.loss,
