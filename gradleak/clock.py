@@ -32,8 +32,7 @@ class Deadline:
         self._until = math.inf if seconds is None else time.monotonic() + seconds
         self._within = within
         self._shields = 0
-        self.cut_short = False
-        """Whether :meth:`cut` ended the run, rather than its time."""
+        self._cut = False
 
     def left(self) -> float:
         """Return the seconds that are left, 0 once it is over, infinity without a limit."""
@@ -52,7 +51,12 @@ class Deadline:
 
     def cut(self) -> None:
         """End the run now: somebody pressed Ctrl-C, or the system asks the program to stop."""
-        self._until, self.cut_short = min(self._until, time.monotonic()), True
+        self._until, self._cut = min(self._until, time.monotonic()), True
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether :meth:`cut` ended the run, rather than its time."""
+        return self._cut or (self._within is not None and self._within.cut_short)
 
     @contextlib.contextmanager
     def shield(self) -> Iterator[None]:

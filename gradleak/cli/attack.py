@@ -11,7 +11,7 @@ from gradleak.audit.folder import check_writable
 from gradleak.capture_checks import check_capture
 from gradleak.cli.console import warn
 from gradleak.cli.failures import is_memory, reason
-from gradleak.cli.pending import count_examples, observe
+from gradleak.cli.pending import count_examples
 from gradleak.cli.request import Request, read_request
 from gradleak.cli.running import Job, run
 from gradleak.cli.signals import Watch
@@ -112,8 +112,7 @@ def _observe(
         knows |= Knowledge.LABELS
     if request.defense is not None:
         knows |= Knowledge.DEFENSE
-    return observe(
-        ThreatModel(knows),
+    return ThreatModel(knows).observe(
         subject.model,
         subject.update,
         space=request.space,

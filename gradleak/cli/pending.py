@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from gradleak.attacks.base import Attack
 from gradleak.audit.build import build_record
 from gradleak.audit.folder import Folder
 from gradleak.spaces import InputSpace
-from gradleak.threat import Observation, ThreatModel
+from gradleak.threat import Observation
 from gradleak.training import LocalTraining
 from gradleak.types import Note, NoteKind, Reconstruction, Status, Update
 
@@ -30,20 +28,6 @@ class CountedExamples:
 def count_examples(model: nn.Module, update: Update, training: LocalTraining, space: InputSpace) -> CountedExamples:
     """Count."""
     return CountedExamples(1, False, "Nothing in the update says how many there are.")
-
-
-def observe(threat: ThreatModel, *arguments: Any, **more: Any) -> Observation:
-    """Observe."""
-    if "batch_size_stated" not in inspect.signature(threat.observe).parameters:
-        del more["batch_size_stated"]
-    return threat.observe(*arguments, **more)
-
-
-def reconstruct(attack: Attack, *arguments: Any, **more: Any) -> Reconstruction:
-    """Reconstruct."""
-    if "deadline" not in inspect.signature(attack.reconstruct).parameters:
-        del more["deadline"]
-    return attack.reconstruct(*arguments, **more)
 
 
 def build_refusal(observation: Observation, error: Exception, status: Status | None = None, **about: Any) -> Folder:

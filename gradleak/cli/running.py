@@ -14,11 +14,10 @@ from torch import Tensor
 from gradleak.attacks.base import Progress
 from gradleak.audit.build import build_record
 from gradleak.audit.folder import Folder, write_folder
-from gradleak.audit.numbers import duration
 from gradleak.audit.scores import score
 from gradleak.cli.console import progress_bar, tell, warn
 from gradleak.cli.factories import ChosenAttack
-from gradleak.cli.pending import build_refusal, reconstruct
+from gradleak.cli.pending import build_refusal
 from gradleak.cli.signals import Watch
 from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import MissingKnowledge, NotApplicable, clean
@@ -140,14 +139,11 @@ def attack_one(observation: Observation, job: Job, watch: Watch, deadline: Deadl
             move(step)
             deadline.raise_if_over()
 
-        found = reconstruct(job.chosen.attack, observation, seed=job.seed, callback=callback, deadline=deadline)
+        found = job.chosen.attack.reconstruct(observation, seed=job.seed, callback=callback, deadline=deadline)
         watch.rest()
-    if not deadline.over or found.status not in (Status.BUDGET, Status.INTERRUPTED):
-        return found
-    if watch.signal is not None:
-        return replace(found, status=Status.INTERRUPTED)
-    ended = Note(f"The attack was ended by its time limit of {duration(deadline.seconds or 0.0)}.", NoteKind.LIMIT)
-    return replace(found, status=Status.BUDGET, notes=(*found.notes, ended))
+    # A search that a signal ended is interrupted, whatever its own phases made of that.
+    ended = watch.signal is not None and found.status in (Status.BUDGET, Status.STALLED)
+    return replace(found, status=Status.INTERRUPTED) if ended else found
 
 
 def _verdict(found: Reconstruction) -> Verdict:

@@ -64,7 +64,7 @@ def test_a_spent_budget_is_no_interruption_and_holds_in_every_phase(case, slow, 
     done, seconds = slow(budget="0.5s", asks=asks)
     assert done.code == 0, done.err
     assert case.record().outcome.status == "budget"
-    assert any("time limit" in note for note in case.record().outcome.notes)
+    assert any("time budget" in note for note in case.record().outcome.notes)
     assert seconds < 0.5 * 1.1 + 2
     assert sorted(os.listdir(case.folder / "out")) == FILES
 
