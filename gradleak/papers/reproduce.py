@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from gradleak.audit.folder import strange
 from gradleak.data import public
 from gradleak.errors import GradleakError, InvalidFile, InvalidInput, UnknownName
 from gradleak.files import check_writable, read_file, write_bytes
@@ -277,7 +278,7 @@ def _read(path: Path) -> dict[str, Any]:
     """
     try:
         stored = json.loads(read_file(path).decode("utf-8"))
-        whole = _has(stored, _KEYS) and all(_has(f, _FIGURE) for f in stored["figures"])
+        whole = not strange(stored) and _has(stored, _KEYS) and all(_has(f, _FIGURE) for f in stored["figures"])
         whole = whole and all(isinstance(text, str) for text in stored["texts"].values())
         for row in stored["rows"] if whole else ():
             values = [row[k] for k in ("ours", "published")] if _has(row, _ROW) else [0]
