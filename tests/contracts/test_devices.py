@@ -270,6 +270,11 @@ def test_evaluations_do_not_wait_for_the_device(device: None) -> None:
             matching, race=False, warm_dtype=None, solver=dataclasses.replace(matching.solver, check_every=1000)
         )
         Device.waits = 0
-        gl.simulate(client(lenet(), 1, 8, THERE), attack)
+        there = client(lenet(), 1, 8, THERE)
+        seen = gl.ThreatModel().observe(
+            there.model, there.send(), space=gl.ImageSpace((3, 8, 8)), training=there.training, batch_size=1
+        )
+        Device.waits = 0
+        attack._reconstruct([seen], 0, None)
         waits.append(Device.waits)
     assert waits[0] == waits[1]

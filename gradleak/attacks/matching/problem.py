@@ -132,8 +132,8 @@ class Problem:
     def of(cls, observation: Observation, attack: GradientMatching, seed: int) -> Problem:
         """Cast the observation, and find out how its labels are to be had."""
         model, fixed = observation.model, attack.fixed
-        check_reproducible(model)
         simulator = observation.simulator
+        check_reproducible(model)
         dtype, notes = attack.dtype or simulator.dtype, list[str]()
         outputs = _outputs(simulator, observation, dtype)
         if isinstance(outputs, Exception) and dtype != simulator.dtype:
