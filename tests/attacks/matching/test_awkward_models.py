@@ -126,7 +126,7 @@ def test_a_model_of_one_number_type_is_searched_in_it() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "sentence"),
     [
-        (Random, InvalidModel, "different outputs for the same inputs.*evaluation mode"),
+        (Random, InvalidModel, "differ from run to run.*evaluation mode"),
         (Numpy, NotApplicable, "numpy.*use an attack that solves"),
         (Once, NotApplicable, "_cdist_backward.*use an attack that solves"),
     ],
