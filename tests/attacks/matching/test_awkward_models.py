@@ -150,5 +150,5 @@ def test_batch_statistics_are_searched_at_the_stated_batch_size(attack: str) -> 
     assert found.trace is not None
     assert found.objective < 0.9 * found.trace.objectives[0]
     alone = gl.ThreatModel().observe(seen.model, seen.update, space=seen.space, training=seen.training, batch_size=1)
-    with pytest.raises(InvalidModel, match=r"1 inputs of shape .*the batch size"):
+    with pytest.raises(NotApplicable, match="more than 1 value per channel"):
         ATTACKS[attack]().reconstruct(alone)
