@@ -23,9 +23,38 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+_LONGEST = 1000
+"""Characters of a message; names and reasons come out of untrusted files, where they may be a megabyte long."""
+_SHOWN = 100
+"""Characters of a name that was not found."""
+
+
+def clean(text: str, longest: int = _LONGEST) -> str:
+    r"""Return ``text`` as one printable line: control characters spelled out, its middle left out if it is long.
+
+    >>> print(clean("a\x1b[2J\nb"))
+    a\x1b[2J b
+
+    """
+    if len(text) > longest:
+        end = longest // 4
+        text = f"{text[: longest - end - 3]} … {text[-end:]}"
+    return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
+
 
 class GradleakError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose; the message is made printable by :func:`clean`."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(clean(message))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By its message: it is raised in worker processes as well, and subclasses take other arguments.
+        return _again, (type(self), str(self))
+
+
+def _again(kind: type[GradleakError], message: str) -> GradleakError:
+    return kind.__new__(kind, message)
 
 
 class InvalidInput(GradleakError, ValueError):
@@ -49,7 +78,7 @@ class UnknownName(InvalidInput):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         """Say which ``kind`` of thing was not found and suggest the closest ``known`` names."""
-        known = sorted(known)
+        known, name = sorted(known), clean(name, _SHOWN)
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"choose one of {', '.join(known)}."
         super().__init__(f"There is no {kind} named {name!r}: {hint}")

@@ -270,19 +270,19 @@ class Auto(Attack):
     def _reconstruct(
         self, observations: list[Observation], seed: int, callback: Callback | None
     ) -> list[Reconstruction]:
-        deadline, stopped = Deadline(self.budget), False
+        deadline, stopped, late = Deadline(self.budget), False, False
         results: list[Reconstruction] = []
         for observation in observations:
             begin, case = time.perf_counter(), Case(observation, self)
             try:
                 self._try_all(case, seed, callback, deadline, stopped)
             except TimeSpent:
-                pass
+                late = True
             except KeyboardInterrupt:
                 if case.best is None and not results:
                     raise  # there is nothing yet to return
                 stopped = True
-            status = Status.INTERRUPTED if stopped else Status.BUDGET if deadline.over and case.open else None
+            status = Status.INTERRUPTED if stopped else Status.BUDGET if (late or deadline.over) and case.open else None
             results.append(self._result(case, status, time.perf_counter() - begin, deadline, seed))
         return results
 
@@ -313,15 +313,8 @@ class Auto(Attack):
             attack = replace(attack, budget=None if left == float("inf") else left)
             found = attack.polish(observation, best, seed=seed, callback=callback)
             found = replace(found, evaluations=found.evaluations + best.evaluations, trace=best.trace)
-        elif (
-            isinstance(attack, GradientMatching)
-            and hasattr(attack, "around")
-            and case.rows
-            and best is not None
-            and best.solved is not None
-        ):
-            inputs = observation.space.encode(best.inputs)
-            return attack.around(observation, inputs, best.solved, seed=seed, callback=callback, deadline=deadline)
+        elif isinstance(attack, GradientMatching) and case.rows and best is not None and best.solved is not None:
+            return attack.around(observation, best.inputs, best.solved, seed=seed, callback=callback, deadline=deadline)
         else:
             found = attack.reconstruct(observation, seed=seed, callback=callback, deadline=deadline)
             if self.uniqueness is None:

@@ -86,6 +86,10 @@ def certified(
                 best, simulated = proof, labels
     except (InvalidModel, NotApplicable) as reason:
         return replace(found, certificate=unproved(len(found), str(reason)))
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:  # of a user's model or loss
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        why = f"The update could not be re-simulated with this result ({first})."
+        return replace(found, certificate=unproved(len(found), why))
     if best is None:
         return replace(
             found,

@@ -12,8 +12,8 @@ import gradleak as gl
 from gradleak import defenses
 from gradleak.attacks import auto
 from gradleak.attacks.auto import certificate
-from gradleak.attacks.recursion import from_layers
 from gradleak.attacks.base import Progress
+from gradleak.attacks.recursion import from_layers
 from gradleak.errors import InvalidInput, NotApplicable
 from gradleak.exact.recursion import RecursionResult
 from gradleak.models import lenet

@@ -389,6 +389,7 @@ class Record:
         command: how to repeat it, as typed in a shell; empty where it was run from Python.
         environment: versions and machine, by name.
         created: date and time, ISO 8601, UTC.
+        files: SHA-256 of the tensor files beside ``result.json``, by name, filled in when they are written.
         schema: version of this schema.
 
     """
@@ -409,6 +410,7 @@ class Record:
     command: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
 
