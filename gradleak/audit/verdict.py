@@ -69,7 +69,7 @@ def judge(
         verdict = _with_findings(verdict, _checked(subject, outcome, examples, success), ("not_recovered", "partly"))
     else:
         verdict = _from_update(subject, outcome, match, certificate)
-        verdict = _with_findings(verdict, _named(outcome), ("unmatched", "close"))
+        verdict = _with_findings(verdict, _named(outcome), ("unmatched",))
         # A mean of several and noise that hides the update are no statements about one number of examples.
         if certificate is None or not (certificate.mixture or certificate.floor >= _HIDES):
             verdict = replace(verdict, headline=_with_batch_size(verdict.headline, subject))
@@ -224,9 +224,10 @@ def _from_update(
 ) -> Verdict:
     if outcome.shows == "features":
         return _of_features(subject, certificate)
-    if certificate is not None and certificate.floor >= _HIDES:
+    hidden = certificate is not None and certificate.floor >= _HIDES
+    if certificate is not None and hidden and outcome.status != "exact":
         return _hidden(certificate)
-    if certificate is not None and certificate.verdict == "proved":
+    if certificate is not None and certificate.verdict == "proved" and not hidden:
         return _proved(subject, certificate)
     # The attack's own measurement of what the client's rounding adds up to, where there is one.
     known = certificate is not None and math.isfinite(certificate.residual) and certificate.floor > 0
@@ -241,7 +242,7 @@ def _from_update(
             f"The others are not proved{f' ({figures})' if figures else ''}. {certificate.reason}".strip(),
             ("What is marked as proved needs no ground truth; the rest may be wrong.", _LOOK),
         )
-    matched = certificate is not None and certificate.verdict == "matched"
+    matched = certificate is not None and certificate.verdict == "matched" and not hidden
     if matched or (certificate is None and match is not None and _is_matched(match)):
         return _matched(subject, certificate, figures)
     near = residual is not None and residual <= _CLOSE
@@ -316,12 +317,13 @@ def _proved(subject: Subject, certificate: CertificateRecord) -> Verdict:
     )
     scaled = _times(certificate)
     unique = "no nearby" if certificate.local else "no other"
-    bound = f" Error at most {sig(certificate.bound)}." if certificate.bound else ""
+    bound = certificate.bound
+    error = f" Its root mean square error is at most {sig(bound)} in units of the model's inputs." if bound else ""
     return Verdict(
         "proved",
         f"The update proves that the client trained on {it}{f', or on {twin}' if twin else ''}.",
         f"{causes} exactly the captured update{scaled}, down to its noise floor ({_figures(certificate)}), and "
-        f"{unique} {'batch' if plural else subject.noun} does.{bound}",
+        f"{unique} {'batch' if plural else subject.noun} does.{error}",
         (
             "No ground truth was needed: anyone with this update can obtain the same result and know that it is right.",
             *(
@@ -350,11 +352,15 @@ def _matched(subject: Subject, certificate: CertificateRecord | None, figures: s
     else:
         headline = f"The update is fully explained by the reconstructed {subject.nouns if plural else subject.noun}."
     unique = "not checked" if certificate is None else "not established"
+    sure = 0 if certificate is None else sum(e == "proved" for e in certificate.examples)
+    some = (
+        f" {sure} of the {subject.counted(subject.batch_size)} {'is' if sure == 1 else 'are'} proved." if sure else ""
+    )
     return Verdict(
         "matched",
         headline,
         f"Training on the reconstruction causes the captured update{scaled}, down to its noise floor "
-        f"({_figures(certificate) if certificate is not None and scaled else figures}).",
+        f"({_figures(certificate) if certificate is not None and scaled else figures}).{some}",
         (
             "This proves that the attacker found data which explain everything the client shared. It does not "
             f"prove that they are the only such data: uniqueness was {unique}.",

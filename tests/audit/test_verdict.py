@@ -317,6 +317,26 @@ class TestWhatIsProved:
         assert verdict.headline == ("The stated noise hides the update: no attack can tell this guess from another.")
 
 
+def test_what_linear_algebra_solved_is_no_guess_that_noise_could_hide() -> None:
+    solved = replace(OUTCOME, status="exact")
+    hidden = CertificateRecord("unproved", 0.99, 1.02)
+    assert judge(SUBJECT, solved, None, (), Match(0.99, 1e-7), hidden).grade == "solved"
+
+
+def test_a_close_match_stays_close_beside_what_was_found() -> None:
+    verdict = judge(SUBJECT, replace(OUTCOME, findings=(LABELS,)), None, (), Match(1e-4, 1e-7))
+    assert verdict.grade == "close"
+    assert LABELS.text in verdict.reason
+
+
+def test_a_bound_and_what_is_proved_of_a_matched_batch_are_stated() -> None:
+    proof = CertificateRecord("proved", 1e-8, 1e-7, bound=3e-7)
+    assert "root mean square error is at most 3.0" in judge(SUBJECT, OUTCOME, None, (), None, proof).reason
+    some = CertificateRecord("matched", 1e-8, 1e-7, examples=("proved", "matched"))
+    verdict = judge(replace(SUBJECT, batch_size=2), OUTCOME, None, (), Match(1e-8, 1e-7), some)
+    assert (verdict.grade, "1 of the 2 images is proved" in verdict.reason) == ("matched", True)
+
+
 def test_a_budget_is_said_first() -> None:
     assert "used up" in judge(SUBJECT, replace(OUTCOME, status="budget"), [example(9)]).meaning[0]
     assert "used up" not in judge(SUBJECT, replace(OUTCOME, status="budget"), [example(60)]).meaning[0]
