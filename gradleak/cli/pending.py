@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from gradleak.audit.build import build_record
 from gradleak.audit.folder import Folder
-from gradleak.spaces import InputSpace
 from gradleak.threat import Observation
-from gradleak.training import LocalTraining
-from gradleak.types import Note, NoteKind, Reconstruction, Status, Update
-
-
-@dataclass(frozen=True)
-class CountedExamples:
-    """Count."""
-
-    count: int | None
-    proved: bool
-    reason: str
-
-
-def count_examples(model: nn.Module, update: Update, training: LocalTraining, space: InputSpace) -> CountedExamples:
-    """Count."""
-    return CountedExamples(1, False, "Nothing in the update says how many there are.")
+from gradleak.types import Note, NoteKind, Reconstruction, Status
 
 
 def build_refusal(observation: Observation, error: Exception, status: Status | None = None, **about: Any) -> Folder:

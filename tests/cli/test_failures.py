@@ -162,11 +162,6 @@ FAILURES = {
         {"model": "victim:sequence", "weights": None},
         "where logits",
     ),
-    "tokens": (
-        looked_up,
-        {"model": "victim:tokens", "weights": None, "input_shape": "3"},
-        "The model 'victim:tokens' takes tokens, which the command line cannot describe; in Python, gl.attacks.",
-    ),
     "attack on tokens": (None, {"attack": "read_sentences", "update": "nowhere"}, "'read_sentences' takes tokens"),
     "unknown attack option": (None, {"attack_option": "restart=2"}, "did you mean 'restarts'"),
     "wrong attack option": (None, {"attack_option": "restarts=many"}, "'restarts' of dlg is int, not 'many'"),
@@ -298,6 +293,14 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_attack(case, monk
     done = case.attack(out="/proc/x/y")
     assert done.code == 2
     assert "cannot be written" in done.err
+
+
+def test_a_model_of_tokens_is_refused_and_its_ids_are_named(case) -> None:
+    looked_up(case)
+    done = case.attack(model="victim:tokens", weights=None, input_shape="3", attack=None)
+    assert done.code == 3
+    assert case.record().outcome.status == "not_applicable"
+    assert "TokenSpace" in " ".join(case.record().outcome.notes)
 
 
 def test_an_attack_that_does_not_apply_is_a_recorded_result(case, monkeypatch) -> None:
