@@ -127,9 +127,8 @@ def _call(spec: str, factory: object, options: dict[str, Option]) -> nn.Module:
     except (GradleakError, KeyboardInterrupt):
         raise
     except BaseException as error:  # also SystemExit, with which a factory would end the audit as if it had succeeded
-        raise InvalidModel(
-            f"The factory {spec!r} failed with {_said(error)}; make it run with these options first."
-        ) from error
+        given = f" with {', '.join(f'{k}={v}' for k, v in options.items())}" if options else ""
+        raise InvalidModel(f"The factory {spec!r} failed with {_said(error)}; make it run{given} first.") from error
     if not isinstance(model, nn.Module):
         raise InvalidModel(f"The factory {spec!r} returned a {type(model).__name__}; it must return a torch.nn.Module.")
     return _whole(spec, model)
