@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,9 +51,11 @@ def _value(text: str) -> Option:
         return text.lower() == "true"
     for kind in (int, float):
         try:
-            return kind(text)
+            value = kind(text)
         except ValueError:
             continue
+        # A number that float64 cannot hold is no infinity.
+        return text if math.isinf(value) and "inf" not in text.lower() else value
     return text
 
 
