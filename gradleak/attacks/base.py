@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from gradleak.attacks.certifying import certified
+from gradleak.attacks.findings import find_besides
 from gradleak.clock import Deadline, TimeSpent
-from gradleak.errors import InvalidInput, MissingKnowledge
+from gradleak.errors import InvalidInput, MissingKnowledge, NotApplicable
 from gradleak.proof.certify import unproved
+from gradleak.structure.probe import run_quietly
 from gradleak.threat import Knowledge, Observation
 from gradleak.types import Note, NoteKind, Reconstruction, Status
 
@@ -87,6 +89,7 @@ class Attack:
                     f"This attack needs {wanted}, but the threat model grants only {granted}; "
                     "grant it in ThreatModel(knows=...), or choose an attack that does without."
                 )
+            _check_inputs(observation)
         begin, limit = time.perf_counter(), deadline or Deadline(None)
         found = self._reconstruct(list(observations), seed, _timed(callback, limit))
         share = (time.perf_counter() - begin) / len(found)
@@ -121,6 +124,24 @@ class Attack:
                 found = replace(found, certificate=unproved(len(found), why))
         name = found.attack or getattr(type(self), "name", "")
         return replace(found, seconds=found.seconds or seconds, attack=name)
+
+
+def _check_inputs(observation: Observation) -> None:
+    """Check that the model takes inputs of the space, as many as were stated.
+
+    Raises:
+        NotApplicable: it does not, with what the update shows all the same.
+
+    """
+    space, simulator = observation.space, observation.simulator
+    probe = space.neutral().to(simulator.device, simulator.dtype)
+    try:
+        with torch.no_grad():
+            run_quietly(observation.model, observation.params, probe.expand(observation.batch_size or 1, *space.shape))
+    except NotApplicable as error:
+        named = " ".join(f.text for f in find_besides(observation))
+        told = "Ids that are looked up are described by TokenSpace."
+        raise NotApplicable(f"{error} {told}{' ' if named else ''}{named}") from error
 
 
 def _timed(callback: Callback | None, deadline: Deadline) -> Callback:

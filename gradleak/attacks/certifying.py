@@ -86,6 +86,12 @@ def certified(
                 best, simulated = proof, labels
     except (InvalidModel, NotApplicable) as reason:
         return replace(found, certificate=unproved(len(found), str(reason)))
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:  # of a user's model or loss
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        return replace(
+            found,
+            certificate=unproved(len(found), f"The update could not be re-simulated with this result ({reason})."),
+        )
     if best is None:
         return replace(
             found,

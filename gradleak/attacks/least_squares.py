@@ -59,7 +59,9 @@ def is_smooth(model: nn.Module, shape: tuple[int, ...]) -> bool:
         """Return first and second derivatives (lines, points) along lines (lines, *shape)."""
         s = t.repeat(len(start)).requires_grad_()
         grid = s.view(len(start), _POINTS, *(1,) * len(shape))
-        out = functional_call(model, tensors, ((start[:, None] + grid * way[:, None]).flatten(0, 1),)).flatten(1)
+        found = functional_call(model, tensors, ((start[:, None] + grid * way[:, None]).flatten(0, 1),))
+        parts = found if isinstance(found, (tuple, list)) else [found]
+        out = torch.cat([part.flatten(1) for part in parts], 1)
         mixed = out @ torch.randn(out.shape[1], generator=draw, dtype=torch.float64).to(out)
         (first,) = torch.autograd.grad(mixed.sum(), s, create_graph=True)
         second = None
@@ -83,7 +85,7 @@ def is_smooth(model: nn.Module, shape: tuple[int, ...]) -> bool:
             # Against the whole variation, not the net change, in which rises and falls may cancel.
             if bool((error > 1e-3 * (second.abs() @ simpson) + 1e-9 * first.norm(dim=1)).any()):
                 return False
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError, IndexError, ValueError, TypeError, AttributeError):
         return False  # an operation without second derivatives cannot be judged, nor taken by this attack
     return True
 

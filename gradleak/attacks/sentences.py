@@ -184,8 +184,11 @@ class ReadSentences(Attack):
         pinned = where == position
         weights[pinned] = (tokens[pinned] == token).double()
         before = float("inf")
+        sentence = _heaviest(tokens, where, weights, len(candidates))
         for step in range(self.steps):
             directions = _exchanges(where, pinned)
+            if len(directions) == 0:  # The fixed token is the only one that is not known.
+                break
             rest, jacobian = reader.sensitivity(tokens, where, weights, directions, span)
             normal = jacobian @ jacobian.T
             ridge = 1e-9 * normal.diagonal().mean() * torch.eye(len(normal), dtype=normal.dtype, device=normal.device)
@@ -199,7 +202,7 @@ class ReadSentences(Attack):
                     weights[kept]
                     + ((1 - _sums(weights[kept], where)) / _sums(torch.ones_like(weights[kept]), where))[where]
                 )
-            sentence = torch.stack([tokens[where == p][weights[where == p].argmax()] for p in range(len(candidates))])
+            sentence = _heaviest(tokens, where, weights, len(candidates))
             if reader.distance(sentence, span) <= span.clear:
                 break
             if float(rest.norm()) > 0.97 * before:  # a local minimum: what is left is for single tokens to solve
@@ -243,6 +246,11 @@ class ReadSentences(Attack):
                 break
             sentence, here = trials[best], left[best]
         return sentence
+
+
+def _heaviest(tokens: Tensor, where: Tensor, weights: Tensor, length: int) -> Tensor:
+    """Return the sentence (T,) of the tokens with the largest weight at every position."""
+    return torch.stack([tokens[where == p][weights[where == p].argmax()] for p in range(length)])
 
 
 def _sums(values: Tensor, where: Tensor) -> Tensor:

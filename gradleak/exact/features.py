@@ -36,6 +36,9 @@ EXACT = "exact"
 CLASS_SPAN = "class-span only"
 NOT_IDENTIFIABLE = "not identifiable"
 
+_LIVE = 32.0
+"""Spacings of the number format, relative to the largest feature, below which a feature counts as zero for all
+examples: where weight decay was subtracted, features of zero keep its rounding."""
 _LARGEST = 96
 """Largest batch for the dense joint system, (B²)² numbers."""
 
@@ -281,7 +284,7 @@ class System:
         row = torch.where(seen.abs().amax(1) > 0, 1 / magnitude.clamp_min(1e-30), 0.0)
         scaled = seen * row[:, None]
         column = scaled.norm(dim=0) / math.sqrt(classes)
-        live = column > 1e-12 * column.max()
+        live = column > _LIVE * eps * column.max()
         column = column[live]
         scaled = scaled[:, live] / column
         u, s, vh = torch.linalg.svd(scaled, full_matrices=False)

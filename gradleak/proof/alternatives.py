@@ -185,17 +185,29 @@ def tells_examples_apart(simulator: Simulator, bias: str, seen: Tensor, inputs: 
             found = simulator.update(z, labels)[bias].flatten()[live]
         return found / found.norm().clamp_min(1e-300)
 
+    wanted = seen.detach().double().flatten()[live]
+    wanted = wanted / wanted.norm()
+    likely, every = [], []
     for labels in _some_labels(simulator.undefended.loss, outputs):
         try:
             here = direction(x, labels)
-            turned = [float((direction(x + move, labels) - here).norm()) / _STEP for move in moves]
         except (RuntimeError, ValueError, TypeError, IndexError):
             return False  # The loss takes other labels, so nothing is known of it.
+        every.append((labels, here))
+        if min(float((here - wanted).norm()), float((here + wanted).norm())) <= _LIKE:
+            likely.append((labels, here))
+    # Where no label gives what was seen, the loss is another one, and it must hold for all of them.
+    for labels, here in likely or every:
+        turned = [float((direction(x + move, labels) - here).norm()) / _STEP for move in moves]
         if float(here.norm()) < 0.5 or max(turned) <= _TURN:
             return False
     return True
 
 
+_LIKE = 0.1
+"""Distance of directions within which a label counts as the client's."""
+_MOST = 32
+"""Classes of which each is tried as the client's label, at most."""
 _TURN = 1e-4
 """Change of a direction, over a move of the inputs' own size, that examples must at least show to be told apart."""
 
@@ -207,4 +219,6 @@ def _some_labels(loss: Loss, outputs: Tensor) -> list[Tensor]:
         return [torch.zeros_like(outputs), torch.ones_like(outputs)]
     likely = outputs.argmax(class_axis(loss))
     classes = outputs.shape[class_axis(loss)]
+    if outputs.ndim == 2 and classes <= _MOST:
+        return [torch.full_like(likely, c) for c in range(classes)]
     return [likely, (likely + 1) % classes, (likely + classes // 2) % classes]

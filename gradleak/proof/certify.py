@@ -18,7 +18,7 @@ from gradleak.proof.alternatives import has_free_directions, mean_of_several, re
 from gradleak.proof.explained import Explanation, Fit
 from gradleak.proof.unique import SAFETY
 from gradleak.proof.unique import uniqueness as by_jacobian
-from gradleak.training import Simulator, Tensors, check_reproducible
+from gradleak.training import Simulator, Tensors
 from gradleak.types import Certificate, Construction, Verdict
 
 __all__ = ["certify", "unproved"]
@@ -124,7 +124,7 @@ def certify(
         InvalidModel: the update cannot be re-simulated (active dropout, changing batch statistics).
 
     """
-    check_reproducible(simulator.model)
+    simulator.check(inputs)
     explanation = Explanation(simulator, update, inputs, labels, granted=granted, seed=seed)
     fit = explanation.fit()
     if fit is None:

@@ -189,6 +189,11 @@ class Explanation:
         if deviations is None:
             return None
         simulated = self.simulate(self.inputs)
+        if self.arithmetic is not torch.float64:
+            # Where p − y nearly cancels, single precision is off in the same way every time: that is no noise, but what
+            # the client computes.
+            shift, count = deviations.mean(0), len(deviations)
+            simulated, deviations = simulated + shift, (deviations - shift) * math.sqrt(count / max(count - 1, 1))
         fits: list[Fit | None] = []
         if self.simulator.known:
             plain = self.compare(simulated, self._noise(deviations, simulated))
@@ -247,12 +252,9 @@ class Explanation:
 
     def _deviations(self) -> Tensor | None:
         """Measure the client's rounding around the candidate, (k, m); None where it is not finite."""
-        if not self.inputs.is_floating_point():
-            near = self.inputs.expand(1, *self.inputs.shape)
-        else:
-            draw = torch.Generator().manual_seed(self.seed)
-            jitter = torch.randn((_SAMPLES, *self.inputs.shape), generator=draw, dtype=torch.float64).to(self.inputs)
-            near = (self.inputs + 1e-6 * self.size * jitter).float()
+        draw = torch.Generator().manual_seed(self.seed)
+        jitter = torch.randn((_SAMPLES, *self.inputs.shape), generator=draw, dtype=torch.float64).to(self.inputs)
+        near = (self.inputs + 1e-6 * self.size * jitter).float()
         deviations = self.simulate_all(near, torch.float32) - self.simulate_all(near, torch.float64)
         if self.arithmetic is torch.float64:
             deviations.mul_(2.0**-29)

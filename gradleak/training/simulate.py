@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradleak.errors import NotApplicable
-from gradleak.training.base import LocalTraining, Tensors, parameters
+from gradleak.training.base import LocalTraining, Tensors, check_repeatable, check_reproducible, parameters
 from gradleak.training.fedavg import FedAvg
 from gradleak.training.fedsgd import FedSGD
 from gradleak.training.optimizers import SGD
@@ -95,6 +95,16 @@ class Simulator:
         if dtype not in self._buffers:
             self._buffers[dtype] = cast(self._buffers[None], dtype)
         return self._buffers[dtype]
+
+    def check(self, inputs: Tensor) -> None:
+        """Check that the client can be simulated at model inputs (N, *shape): nothing is random, nothing is stored.
+
+        Raises:
+            InvalidModel: active dropout, running statistics, or a model that cannot be run on such inputs.
+
+        """
+        check_reproducible(self.model)
+        check_repeatable(self.model, cast_one(inputs, self.dtype).to(self.device))
 
     def outputs(self, inputs: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return the model's outputs at model inputs (N, *shape), computed in ``dtype``."""
