@@ -341,7 +341,9 @@ class Auto(Attack):
             told = " ".join(f.text for f in besides)
             if status is None:
                 reasons = " ".join(f"{a.attack}: {a.reason}" for a in case.attempts)
-                raise NotApplicable(f"No attack applies. {told}{' ' if told else ''}{reasons}")
+                refusal = NotApplicable(f"No attack applies. {told}{' ' if told else ''}{reasons}")
+                refusal.findings, refusal.attempts = besides, tuple(case.attempts)
+                raise refusal
             best = self._nothing(case)
         explained = best.certificate is not None and best.certificate.verdict is not Verdict.UNPROVED
         solved = best.status is Status.EXACT and not explained
