@@ -170,7 +170,7 @@ class TestRefusals:
         html = render(folder.record, picture(folder.record, folder.inputs))
         write_folder(tmp_path / "out", folder, html)
         read = read_folder(tmp_path / "out")
-        assert to_json(read.record) == to_json(folder.record)
+        assert to_json(replace(read.record, files={})) == to_json(folder.record)
         assert render(read.record, picture(read.record, read.inputs)) == html
         assert "the attack did not run" in html
 
