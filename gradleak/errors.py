@@ -8,8 +8,9 @@
     │   ├── InvalidModel      active dropout, train-mode BatchNorm where it must be reproduced, no such factory
     │   ├── InvalidFile       truncated, hostile, pickled or absent file
     │   └── UnknownName       no attack, model, metric or dataset of that name ("did you mean …?")
-    ├── MissingKnowledge      the threat model does not grant what the attack needs
-    ├── NotApplicable         the attack's structural conditions do not hold for this model or update
+    ├── Refusal               an attack does not run here; what was found all the same is recorded
+    │   ├── MissingKnowledge  the threat model does not grant what the attack needs
+    │   └── NotApplicable     the attack's structural conditions do not hold for this model or update
     └── ResourceLimit         the run would not fit in memory
 
 ``MissingKnowledge`` and ``NotApplicable`` are answers, not failures of the program: an audit records them as
@@ -49,7 +50,7 @@ class GradleakError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By its message: it is raised in worker processes as well, and subclasses take other arguments.
-        return _again, (type(self), str(self))
+        return _again, (type(self), str(self)), self.__dict__ or None
 
 
 def _again(kind: type[GradleakError], message: str) -> GradleakError:
@@ -83,11 +84,24 @@ class UnknownName(InvalidInput):
         super().__init__(f"There is no {kind} named {name!r}: {hint}")
 
 
-class MissingKnowledge(GradleakError):
+class Refusal(GradleakError):
+    """An attack does not run here.
+
+    Attributes:
+        findings: what was found all the same, ``gradleak.types.Finding``.
+        attempts: the ways that were tried, ``gradleak.types.Attempt``.
+
+    """
+
+    findings: tuple[Any, ...] = ()
+    attempts: tuple[Any, ...] = ()
+
+
+class MissingKnowledge(Refusal):
     """The threat model does not grant what the attack needs."""
 
 
-class NotApplicable(GradleakError):
+class NotApplicable(Refusal):
     """The attack's structural conditions do not hold here."""
 
 

@@ -315,15 +315,8 @@ class Auto(Attack):
             attack = replace(attack, budget=None if left == float("inf") else left)
             found = attack.polish(observation, best, seed=seed, callback=callback)
             found = replace(found, evaluations=found.evaluations + best.evaluations, trace=best.trace)
-        elif (
-            isinstance(attack, GradientMatching)
-            and hasattr(attack, "around")
-            and case.rows
-            and best is not None
-            and best.solved is not None
-        ):
-            inputs = observation.space.encode(best.inputs)
-            return attack.around(observation, inputs, best.solved, seed=seed, callback=callback, deadline=deadline)
+        elif isinstance(attack, GradientMatching) and case.rows and best is not None and best.solved is not None:
+            return attack.around(observation, best.inputs, best.solved, seed=seed, callback=callback, deadline=deadline)
         else:
             found = attack.reconstruct(observation, seed=seed, callback=callback, deadline=deadline)
             if self.uniqueness is None:
@@ -341,7 +334,9 @@ class Auto(Attack):
             told = " ".join(f.text for f in besides)
             if status is None:
                 reasons = " ".join(f"{a.attack}: {a.reason}" for a in case.attempts)
-                raise NotApplicable(f"No attack applies. {told}{' ' if told else ''}{reasons}")
+                refusal = NotApplicable(f"No attack applies. {told}{' ' if told else ''}{reasons}")
+                refusal.findings, refusal.attempts = besides, tuple(case.attempts)
+                raise refusal
             best = self._nothing(case)
         explained = best.certificate is not None and best.certificate.verdict is not Verdict.UNPROVED
         solved = best.status is Status.EXACT and not explained

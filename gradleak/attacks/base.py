@@ -139,9 +139,11 @@ def _check_inputs(observation: Observation) -> None:
         with torch.no_grad():
             run_quietly(observation.model, observation.params, probe.expand(observation.batch_size or 1, *space.shape))
     except NotApplicable as error:
-        named = " ".join(f.text for f in find_besides(observation))
-        told = "Ids that are looked up are described by TokenSpace."
-        raise NotApplicable(f"{error} {told}{' ' if named else ''}{named}") from error
+        besides = find_besides(observation)
+        told = ["Ids that are looked up are described by TokenSpace.", *(f.text for f in besides)]
+        refusal = NotApplicable(f"{error} {' '.join(told)}")
+        refusal.findings = besides
+        raise refusal from error
 
 
 def _timed(callback: Callback | None, deadline: Deadline) -> Callback:

@@ -17,6 +17,7 @@ from gradleak.attacks.matching import LBFGS, GradientMatching
 from gradleak.attacks.matching.coordinates import NaturalImages
 from gradleak.attacks.peeling import Separated, separate_batch
 from gradleak.attacks.recursion import solved
+from gradleak.clock import Deadline
 from gradleak.errors import NotApplicable
 from gradleak.structure.chain import Affine, Step
 from gradleak.threat import Knowledge, Observation
@@ -127,7 +128,7 @@ class FeatureMatching(Attack):
 
     Attributes:
         separate: finds features and labels.
-        match: searches the inputs.
+        match: searches the inputs; its budget covers the separation as well.
         weight: of the feature equations against the gradient equations.
 
     """
@@ -141,11 +142,14 @@ class FeatureMatching(Attack):
     def _reconstruct(
         self, observations: list[Observation], seed: int, callback: Callback | None
     ) -> list[Reconstruction]:
+        deadline = Deadline(self.match.budget)
         separated = [self._separate(o, seed) for o in observations]
         results = [solved(o, s) if s.complete else None for o, s in zip(observations, separated, strict=True)]
         rest = [i for i, found in enumerate(results) if found is None]
         reduced = [decouple(observations[i], separated[i], self.weight) for i in rest]
-        matched = self.match._reconstruct(reduced, seed, callback) if rest else []
+        # At least a moment, so that every example is searched at all.
+        match = replace(self.match, budget=None if self.match.budget is None else max(deadline.left(), 1e-3))
+        matched = match._reconstruct(reduced, seed, callback) if rest else []
         for i, result in zip(rest, matched, strict=True):
             s = separated[i]
             layers = () if s.peeled is None else s.peeled.layers
@@ -170,7 +174,13 @@ class FeatureMatching(Attack):
 
 
 def feature_matching(
-    *, iterations: int = 10000, restarts: int = 1, weight: float = 0.2, tolerance: float = 1e-13, trace: bool = True
+    *,
+    iterations: int = 10000,
+    restarts: int = 1,
+    weight: float = 0.2,
+    tolerance: float = 1e-13,
+    budget: float | None = None,
+    trace: bool = True,
 ) -> FeatureMatching:
     """Separate the batch at the head first, then match one feature target per example beside the body's gradient.
 
@@ -185,6 +195,7 @@ def feature_matching(
         restarts: independent starts, chosen by the objective.
         weight: of the feature equations against the gradient equations, both taken with unit norm.
         tolerance: relative squared distance at which a candidate is done.
+        budget: seconds, None for no limit; the best so far is returned, with status "budget".
         trace: record iterates for the report.
 
     """
@@ -195,6 +206,7 @@ def feature_matching(
         restarts=restarts,
         tolerance=tolerance,
         warm_dtype=torch.float32,
+        budget=budget,
         trace=trace,
     )
     return FeatureMatching(FeatureDisaggregation(), match, weight)

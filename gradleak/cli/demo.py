@@ -51,7 +51,7 @@ def demo(out: Path, seed: int, image: Path | None, command: str) -> int:
     job = Job((observation,), search, seed, out, "lenet", torch.float32, _CLASSES, command, truth=batch)
     with Watch(Deadline()) as watch:
         matched = attack_one(observation, job, watch, Deadline(_SECONDS, within=watch.deadline))
-        error = sig(score(matched, batch).means["mse"], 2)
+        error = sig(score(matched, batch, observation.space).aggregate("mse").mean, 2)
         how = f"{matched.evaluations:,} evaluations, {duration(matched.seconds)}, MSE {error}"
         say(f"Search: {how}.")
         if watch.signal is not None:
@@ -70,7 +70,7 @@ def demo(out: Path, seed: int, image: Path | None, command: str) -> int:
             attack=job.chosen.name,
             options=job.chosen.options,
             seed=seed,
-            scores=score(found, batch),
+            scores=score(found, batch, observation.space),
             truth=batch,
             model=job.model,
             dtype=job.captured,

@@ -22,7 +22,6 @@ from gradleak.cli.signals import Watch
 from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import MissingKnowledge, NotApplicable, clean
 from gradleak.report import picture, render
-from gradleak.spaces import ImageSpace
 from gradleak.threat import Observation
 from gradleak.training import BinaryCrossEntropy, MeanSquaredError
 from gradleak.types import Batch, Note, NoteKind, Reconstruction, Shows, Status, Verdict
@@ -167,16 +166,14 @@ def _assumed(observation: Observation, found: Reconstruction) -> Note:
 
 def _reported(job: Job, observation: Observation, found: Reconstruction) -> Folder:
     truth, notes = job.truth, job.notes
-    shape = tuple(observation.space.shape)
-    if truth is not None and (found.shows is not Shows.INPUTS or tuple(found.inputs.shape[1:]) != shape):
+    if truth is not None and found.shows is not Shows.INPUTS:
         truth = None
         unused = "The attack recovers features, which cannot be scored against private inputs; --truth is unused."
         notes = (*notes, Note(unused, NoteKind.LIMIT))
-    images = isinstance(observation.space, ImageSpace)
     return build_record(
         observation,
         found,
-        scores=None if truth is None else score(found, truth, public=job.public, images=images),
+        scores=None if truth is None else score(found, truth, observation.space, public=job.public),
         truth=truth,
         **_about(job, notes),
     )

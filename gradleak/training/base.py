@@ -67,7 +67,7 @@ def check_repeatable(model: nn.Module, inputs: Tensor) -> None:
 
     """
     before = {k: b.clone() for k, b in model.named_buffers()}
-    devices = [inputs.device] if inputs.device.type == "cuda" else []
+    devices = [inputs.device] if inputs.device.type == "cuda" and torch.cuda.is_available() else []
     runs: list[list[Tensor]] = []
     for seed in (0, 1):
         own = {k: b.clone() for k, b in before.items()}

@@ -180,7 +180,7 @@ def test_update_and_weights_from_npz(case) -> None:
 def test_public_data_for_the_null_guesses(case) -> None:
     np.savez(case.folder / "p.npz", x=np.random.default_rng(0).integers(0, 255, (40, 8, 8), dtype=np.uint8))
     assert case.attack(*QUICK, truth="truth.safetensors", data="p.npz").code == 0
-    assert len(case.record().lifts) == 3
+    assert len(case.record().lifts) == 5
     assert "PUBLIC_DATA" in case.record().threat.withheld
 
 
