@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -24,6 +26,35 @@ RUN = [ROOT / "README.md", *(ROOT / "docs" / f"{p}.md" for p in ("quickstart", "
 
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+RUNNER = """
+import runpy, shlex, sys
+for path in sys.argv[1:]:
+    if path.endswith(".py"):
+        runpy.run_path(path, run_name="__main__")
+        continue
+    from gradleak.cli import main
+    for line in open(path):
+        sys.argv = shlex.split(line)
+        try:
+            main()
+        except SystemExit as end:
+            assert not end.code, line
+"""
+"""One process for all blocks, each in a namespace of its own: importing torch takes longer than most of them."""
+
+
+def run(files: list[Path], folder: Path, *options: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *options, "-c", RUNNER, *map(str, files)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def blocks(page: Path, info: str = "python") -> list[str]:
@@ -47,18 +78,25 @@ def test_blocks_run_in_an_empty_folder(tmp_path: Path) -> None:
         for number, code in enumerate(codes):
             files.append(tmp_path / f"{page.stem}_{number}.py")
             files[-1].write_text(code, encoding="utf-8")
-    # One process for all blocks, each in a namespace of its own: importing torch takes longer than most of them.
-    runner = "import runpy, sys\nfor path in sys.argv[1:]: runpy.run_path(path, run_name='__main__')"
     (tmp_path / "empty").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", runner, *map(str, files)],
-        cwd=tmp_path / "empty",
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run(files, tmp_path / "empty", "-W", "error")
+
+
+def test_commands_run_in_an_empty_folder(tmp_path: Path) -> None:
+    text = "\n".join(b for page in ("README.md", "docs/quickstart.md") for b in blocks(ROOT / page, "bash"))
+    lines = [" ".join(shlex.split(line, comments=True)) for line in text.replace("\\\n", " ").splitlines()]
+    commands = [
+        c for c in dict.fromkeys(lines) if c.startswith(("gradleak attack", "gradleak report", "gradleak list"))
+    ]
+    assert len(commands) >= 4
+    capture = tmp_path / "capture.py"
+    capture.write_text(next(b for b in blocks(ROOT / "docs" / "quickstart.md") if "truth.safetensors" in b))
+    (tmp_path / "commands").write_text("\n".join(commands).replace("--budget 20s", "--budget 1s"))
+    (tmp_path / "empty").mkdir()
+    run([capture, tmp_path / "commands"], tmp_path / "empty")
+    found = json.loads((tmp_path / "empty" / "leak" / "result.json").read_text(encoding="utf-8"))
+    assert found["verdict"]["headline"] == "The update proves that the client trained on this image."
+    assert (tmp_path / "empty" / "leak-scored" / "report.html").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
