@@ -23,7 +23,7 @@ from gradleak.attacks.recursion import check, from_layers, hides, invert_batch, 
 from gradleak.attacks.sentences import read_sentences
 from gradleak.errors import InvalidInput, InvalidModel, NotApplicable, ResourceLimit
 from gradleak.exact.labels import recover_labels
-from gradleak.exact.recursion import RecursionResult, check_together, invert_layers
+from gradleak.exact.one_example import RecursionResult, check_together, invert_layers
 from gradleak.proof.certify import certify
 from gradleak.spaces import ImageSpace, TokenSpace
 from gradleak.structure.chain import Chain
@@ -315,9 +315,9 @@ class _Case:
         observation = self.observation
         if observation.batch_size != 1:
             found, peeled = invert_batch(observation, seed=self.seed, going=lambda: not clock.over)
-            size = float(peeled.values.square().mean().sqrt())
+            size = float(peeled.known.values.square().mean().sqrt())
             error = max(peeled.error, _rounding(observation) * size)
-            return found, Construction(peeled.values.numel(), error, _BATCHED, local=True)
+            return found, Construction(peeled.known.values.numel(), error, _BATCHED, local=True)
         check(observation)
         shape = tuple(observation.space.shape)
         params = {k: p.detach() for k, p in observation.model.named_parameters()}

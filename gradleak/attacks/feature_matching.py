@@ -101,7 +101,8 @@ def decouple(observation: Observation, separated: Separated, weight: float) -> O
     body = {k: v for k, v in separated.gradient.items() if k not in (head.weight_name, head.bias_name)}
     model = observation.model
     if separated.chain is not None and peeled is not None and peeled.index < len(separated.chain.steps):
-        targets, cotangents, steps = peeled.values, peeled.cotangents, separated.chain.steps[: peeled.index]
+        targets, cotangents = peeled.known.values, peeled.known.pull
+        steps = separated.chain.steps[: peeled.index]
         left = {n for s in steps if isinstance(s, Affine) for n in (s.weight_name, s.bias_name)}
         body = {k: v for k, v in body.items() if k in left}
     else:

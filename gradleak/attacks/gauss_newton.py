@@ -13,7 +13,7 @@ from gradleak.attacks.base import Attack, Callback, Progress
 from gradleak.attacks.least_squares import LARGEST, Problem, State, search
 from gradleak.attacks.recursion import check, from_layers, plain_gradient
 from gradleak.errors import InvalidInput, NotApplicable, ResourceLimit
-from gradleak.exact.recursion import RecursionResult, fit_layers
+from gradleak.exact.one_example import RecursionResult, fit_layers
 from gradleak.formats import number_format
 from gradleak.spaces import ImageSpace
 from gradleak.structure.chain import Chain

@@ -17,8 +17,8 @@ from gradleak.attacks.labeling import aligned, distance, hides_mixtures, read_la
 from gradleak.attacks.least_squares import Problem, search
 from gradleak.attacks.peeling import Separated, separate_batch
 from gradleak.errors import InvalidModel, NotApplicable
-from gradleak.exact.peel import Peeled
-from gradleak.exact.recursion import RecursionResult, invert_layers
+from gradleak.exact.backward import Walked
+from gradleak.exact.one_example import RecursionResult, invert_layers
 from gradleak.structure.chain import Affine, Chain, Elementwise
 from gradleak.structure.reader import trace_chain
 from gradleak.threat import Knowledge, Observation
@@ -156,7 +156,7 @@ _FLAT = 1e-4
 
 def invert_batch(
     observation: Observation, *, seed: int = 0, going: Callable[[], bool] | None = None
-) -> tuple[Reconstruction, Peeled]:
+) -> tuple[Reconstruction, Walked]:
     """Return every example of a batch where the equations of all layers determine them, and how.
 
     ``going`` says whether to go on, and is asked where a layer takes long.
@@ -189,7 +189,7 @@ def solved(
     peeled, found = separated.peeled, separated.found
     assert peeled is not None and peeled.stop is None
     assert found.labels is not None and found.features is not None
-    x, steps = peeled.values.reshape(-1, *observation.space.shape), 0
+    x, steps = peeled.known.values.reshape(-1, *observation.space.shape), 0
     residual, order = distance(observation, x, found.labels), aligned(observation.labels, found.labels, None)
     order = torch.arange(len(x)) if order is None else order
     rounding = torch.finfo(next(iter(observation.update.tensors.values())).dtype).eps
@@ -272,7 +272,7 @@ def recursion(*, polish: bool = True, quick: bool = True) -> Recursion:
     """Solve the network backward, layer by layer: exact where every layer is determined, and said so where not.
 
     Sources: Zhu & Blaschko, *R-GAP*, ICLR 2021, Section 3; *R-CONV*, arXiv 2406.04227. Deviations: see
-    :mod:`gradleak.exact.recursion`. Neither label nor loss nor step size is needed: the system does not change when
+    :mod:`gradleak.exact.one_example`. Neither label nor loss nor step size is needed: the system does not change when
     the update is scaled, so a weight delta of one plain step will do.
 
     A batch takes more: the loss must be known cross-entropy, ``disaggregate`` must prove every example's features, and

@@ -14,7 +14,7 @@ from gradleak.attacks import auto
 from gradleak.attacks.auto import _determined, certificate
 from gradleak.attacks.base import Progress
 from gradleak.errors import InvalidInput, NotApplicable
-from gradleak.exact.recursion import RecursionResult
+from gradleak.exact.one_example import RecursionResult
 from gradleak.models import lenet
 
 SHAPE = (1, 8, 8)

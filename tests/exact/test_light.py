@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradleak.exact.light import _System, solve_light
 from gradleak.exact.outer_product import read_outer_product
-from gradleak.exact.recursion import RecursionResult, invert_layers
+from gradleak.exact.one_example import RecursionResult, invert_layers
 from gradleak.models import lenet
 from gradleak.structure.chain import Affine
 from gradleak.structure.reader import trace_chain

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradleak.errors import NotApplicable
 from gradleak.exact.outer_product import read_outer_product
-from gradleak.exact.recursion import RecursionResult, invert_layers
+from gradleak.exact.one_example import RecursionResult, invert_layers
 from gradleak.models import lenet, resnet18
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradleak.exact import layers
 from gradleak.exact.outer_product import read_outer_product
-from gradleak.exact.recursion import _Walk
+from gradleak.exact.one_example import _Walk
 from gradleak.exact.whole import WholeMap
 from gradleak.structure.chain import Affine, Chain, convolve
 from gradleak.structure.reader import trace_chain
