@@ -113,7 +113,9 @@ def test_normal_matrix_is_that_of_the_exact_jacobian(channels: int, stride: int,
     keep = [torch.ones(192, dtype=torch.bool)] + [torch.full((size,), weight) for size, weight in sizes]
     rows = jacobian[torch.cat(keep)]
     wanted = (rows.T @ rows).tril()
-    assert torch.allclose(normal_matrix(whole, x.flatten()).tril(), wanted, rtol=1e-8, atol=1e-9 * float(wanted.abs().max()))
+    assert torch.allclose(
+        normal_matrix(whole, x.flatten()).tril(), wanted, rtol=1e-8, atol=1e-9 * float(wanted.abs().max())
+    )
     off = x.flatten() + 1e-3
     local = whole.linearize(off)
     jacobian = torch.autograd.functional.jacobian(equations, off.view(x.shape)[0]).reshape(-1, 128)

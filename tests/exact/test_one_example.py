@@ -239,6 +239,4 @@ def test_it_ends_when_it_is_told_to() -> None:
     model = lenet(image_size=16, seed=1)
     x = example((3, 16, 16), torch.float32)
     with pytest.raises(NotApplicable, match="time ended"):
-        invert_layers(
-            model, dict(model.named_parameters()), gradient(model, x), (3, 16, 16), going=lambda: False
-        )
+        invert_layers(model, dict(model.named_parameters()), gradient(model, x), (3, 16, 16), going=lambda: False)
