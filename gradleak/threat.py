@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import enum
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 
 from gradleak.errors import InvalidInput
 from gradleak.spaces import InputSpace
-from gradleak.training import LocalTraining, Tensors, parameters
-from gradleak.types import Update
+from gradleak.training import Gradient, LocalTraining, Simulator, Tensors, parameters
+from gradleak.types import Update, as_update
 
 __all__ = ["Knowledge", "Observation", "ThreatModel"]
 
@@ -54,6 +57,7 @@ class Observation:
         training: the forward map as the attacker believes it to be (TRAINING), defended if DEFENSE is granted.
         labels: (N,) or (N, C) labels (LABELS).
         public: (M, *shape) public model inputs (PUBLIC_DATA).
+        batch_size_stated: whether the number of examples was stated or read off the update, not assumed.
 
     """
 
@@ -65,16 +69,27 @@ class Observation:
     training: LocalTraining | None = None
     labels: Tensor | None = None
     public: Tensor | None = None
+    batch_size_stated: bool = True
     key: object = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.key is not _KEY:
             raise InvalidInput("An Observation is made by ThreatModel.observe(...) only; call that instead.")
 
-    @property
+    @cached_property
     def params(self) -> Tensors:
         """The trainable parameters that were sent out, by name."""
         return parameters(self.model)
+
+    @cached_property
+    def simulator(self) -> Simulator:
+        """The client as the attacker simulates it."""
+        return Simulator(self.model, self.training)
+
+    @cached_property
+    def gradient(self) -> Gradient:
+        """The update as a gradient, as far as the client's step size and weight decay are known."""
+        return self.simulator.as_gradient(self.update, self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -91,30 +106,34 @@ class ThreatModel:
     def observe(
         self,
         model: nn.Module,
-        update: Update,
+        update: Update | Mapping[str, Any] | Sequence[Any],
         *,
         space: InputSpace,
         training: LocalTraining | None = None,
         batch_size: int | None = None,
         labels: Tensor | None = None,
         public: Tensor | None = None,
+        batch_size_stated: bool = True,
     ) -> Observation:
         """Return what the attacker sees; everything that ``knows`` does not grant is withheld.
 
         Args:
             model: the model that was sent out, in the mode the client used; it is copied.
-            update: what the client shared; checked against the model.
+            update: what the client shared: an ``Update``, or gradients by parameter name or in the parameters' order;
+                it is checked against the model.
             space: shape and value range of one input.
             training: the client's forward map, with its defenses and seeds; they are withheld here.
             batch_size: number of examples in the batch.
             labels: the batch's labels.
             public: public model inputs, (M, *shape).
+            batch_size_stated: False where ``batch_size`` is an assumption, on which no proof may rest.
 
         Raises:
             InvalidUpdate: the update does not fit the model.
             InvalidInput: ``knows`` grants something that was not handed over.
 
         """
+        update = as_update(update, model)
         update.check(model)
         offered = {
             Knowledge.TRAINING: training,
@@ -145,5 +164,6 @@ class ThreatModel:
             batch_size=shown[Knowledge.BATCH_SIZE],  # type: ignore[arg-type]
             labels=shown[Knowledge.LABELS],  # type: ignore[arg-type]
             public=shown[Knowledge.PUBLIC_DATA],  # type: ignore[arg-type]
+            batch_size_stated=batch_size_stated,
             key=_KEY,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -28,6 +28,7 @@ __all__ = [
     "Update",
     "UpdateKind",
     "Verdict",
+    "as_update",
     "name_prefix",
 ]
 
@@ -151,6 +152,53 @@ class Update:
                 else "copy the weights with clone() before training, or before and after are the same tensors"
             )
             raise InvalidUpdate(f"The update is zero in every parameter, so it says nothing about the batch; {remedy}.")
+
+
+def as_update(update: Update | Mapping[str, Any] | Sequence[Any], model: nn.Module) -> Update:
+    """Return what people hold in their hands as an :class:`Update` of dense floating-point tensors.
+
+    Args:
+        update: an update, gradients by parameter name, or gradients in the order of the trainable parameters; tensors,
+            numpy arrays or nested lists, dense or sparse.
+        model: names the parameters of a plain sequence.
+
+    Raises:
+        InvalidUpdate: a value is no array of real floating-point numbers, or a sequence does not fit the parameters.
+
+    """
+    tensors = update.tensors if isinstance(update, Update) else update
+    whole = update if isinstance(update, Update) else Update({})
+    if not isinstance(tensors, Mapping):
+        names = [k for k, p in model.named_parameters() if p.requires_grad]
+        values = list(tensors)
+        if len(values) != len(names):
+            raise InvalidUpdate(
+                f"The update is a list of {len(values)} values for {len(names)} trainable parameters; pass one for "
+                "each, in the order of model.named_parameters(), or a mapping from names."
+            )
+        tensors = dict(zip(names, values, strict=True))
+    return replace(whole, tensors={str(k): _dense(str(k), v) for k, v in tensors.items()})
+
+
+def _dense(name: str, value: Any) -> Tensor:
+    if value is None:
+        raise InvalidUpdate(
+            f"The update has None for {name!r}, as of a parameter that the loss does not reach; set its "
+            "requires_grad=False in the model, or pass zeros."
+        )
+    try:
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+        tensor = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidUpdate(
+            f"The update's {name!r} is a {type(value).__name__}, not an array of numbers; pass tensors or arrays."
+        ) from error
+    if tensor.is_floating_point():
+        return tensor
+    raise InvalidUpdate(
+        f"The update's {name!r} holds {str(tensor.dtype).removeprefix('torch.')} values, as a quantized one does; "
+        "multiply them by their scale and pass floats."
+    )
 
 
 def name_prefix(expected: Iterable[str], found: Iterable[str]) -> str | None:

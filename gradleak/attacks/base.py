@@ -1,20 +1,25 @@
-"""What every attack is: a check of what it may know, and a reconstruction from observations alone."""
+"""What every attack is: a check of what it may know, a reconstruction from observations alone, and a certificate."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from gradleak.errors import InvalidInput, MissingKnowledge
+from gradleak.attacks.certifying import certified
+from gradleak.attacks.findings import find_besides
+from gradleak.clock import Deadline, TimeSpent
+from gradleak.errors import InvalidInput, MissingKnowledge, NotApplicable
+from gradleak.proof.certify import unproved
+from gradleak.structure.probe import run_quietly
 from gradleak.threat import Knowledge, Observation
-from gradleak.training import SGD, FedAvg
-from gradleak.types import Reconstruction
+from gradleak.types import Note, NoteKind, Reconstruction, Status
 
-__all__ = ["Attack", "Callback", "Progress", "as_gradient"]
+__all__ = ["Attack", "Callback", "Progress"]
 
 
 @dataclass(frozen=True)
@@ -31,23 +36,30 @@ Callback = Callable[[Progress], None]
 """Called now and then; it may raise ``KeyboardInterrupt`` to stop the attack, which then returns its best so far."""
 
 
-class Attack(ABC):
+class Attack:
     """Reconstructs private batches from observations.
 
-    Subclasses are frozen dataclasses of options; they set ``requires`` and implement ``_reconstruct``.
+    Subclasses are frozen dataclasses of options; they set ``requires`` and implement ``_one``, or ``_reconstruct``
+    where several observations advance together.
     """
 
     requires: Knowledge = Knowledge.NOTHING
 
     def reconstruct(
-        self, observation: Observation, *, seed: int = 0, callback: Callback | None = None
+        self,
+        observation: Observation,
+        *,
+        seed: int = 0,
+        callback: Callback | None = None,
+        deadline: Deadline | None = None,
     ) -> Reconstruction:
-        """Reconstruct one batch.
+        """Reconstruct one batch, and say what the update proves about the result.
 
         Args:
             observation: what the threat model shows.
             seed: seeds a private generator; equal seeds give equal results, global generators are untouched.
             callback: receives :class:`Progress` now and then.
+            deadline: when to end with the best so far (status "budget").
 
         Raises:
             MissingKnowledge: the threat model does not grant ``requires``.
@@ -55,10 +67,15 @@ class Attack(ABC):
             InvalidModel: the forward map cannot be reproduced.
 
         """
-        return self.reconstruct_all([observation], seed=seed, callback=callback)[0]
+        return self.reconstruct_all([observation], seed=seed, callback=callback, deadline=deadline)[0]
 
     def reconstruct_all(
-        self, observations: Sequence[Observation], *, seed: int = 0, callback: Callback | None = None
+        self,
+        observations: Sequence[Observation],
+        *,
+        seed: int = 0,
+        callback: Callback | None = None,
+        deadline: Deadline | None = None,
     ) -> list[Reconstruction]:
         """Reconstruct several batches; observations of equal shape advance together where the attack can."""
         if not observations:
@@ -72,39 +89,89 @@ class Attack(ABC):
                     f"This attack needs {wanted}, but the threat model grants only {granted}; "
                     "grant it in ThreatModel(knows=...), or choose an attack that does without."
                 )
-        return self._reconstruct(list(observations), seed, callback)
+            _check_inputs(observation)
+        begin, limit = time.perf_counter(), deadline or Deadline(None)
+        found = self._reconstruct(list(observations), seed, _timed(callback, limit))
+        share = (time.perf_counter() - begin) / len(found)
+        return [self._finished(o, r, share, seed, limit) for o, r in zip(observations, found, strict=True)]
 
-    @abstractmethod
-    def _reconstruct(
-        self, observations: list[Observation], seed: int, callback: Callback | None
-    ) -> list[Reconstruction]:
-        """Reconstruct; knowledge has been checked."""
+    def _reconstruct(self, observations: list[Observation], seed: int, callback: Callback) -> list[Reconstruction]:
+        """Reconstruct; knowledge has been checked, certificates follow. An attack overrides this or :meth:`_one`."""
+        results: list[Reconstruction] = []
+        for number, observation in enumerate(observations):
+            results.append(self._one(observation, seed, callback))
+            last = number + 1 == len(observations)
+            with suppress(KeyboardInterrupt) if last else nullcontext():  # What is complete is not thrown away.
+                callback(Progress(number + 1, len(observations), results[-1].objective, results[-1].status))
+        return results
+
+    def _one(self, observation: Observation, seed: int, callback: Callback) -> Reconstruction:
+        """Reconstruct one batch."""
+        raise NotImplementedError
+
+    def _finished(
+        self, observation: Observation, found: Reconstruction, seconds: float, seed: int, deadline: Deadline
+    ) -> Reconstruction:
+        """Return a result with its certificate, the time it took, and why it ended."""
+        if deadline.over and not deadline.cut_short and found.status in (Status.INTERRUPTED, Status.BUDGET):
+            ended = Note("The time budget ended the attack.", NoteKind.LIMIT)
+            found = replace(found, status=Status.BUDGET, notes=tuple(dict.fromkeys((*found.notes, ended))))
+        if found.certificate is None:
+            try:
+                found = certified(observation, found, seed=seed, deadline=deadline)
+            except TimeSpent:  # What was found stays, only unproved.
+                why = "The time was over before the result could be compared with the update."
+                found = replace(found, certificate=unproved(len(found), why))
+        name = found.attack or getattr(type(self), "name", "")
+        return replace(found, seconds=found.seconds or seconds, attack=name)
 
 
-def as_gradient(observation: Observation) -> Mapping[str, Tensor]:
-    """Return the update in the scale of a gradient: a delta over minus step size and steps is the mean gradient.
+def _check_inputs(observation: Observation) -> None:
+    """Check that the model takes inputs of the space, as many as were stated.
 
-    Only SGD has such a scale; other updates are returned as they are.
+    Raises:
+        NotApplicable: it does not, with what the update shows all the same.
+
     """
-    tensors, training = observation.update.tensors, observation.training
-    training = None if training is None else training.undefended
-    if not isinstance(training, FedAvg) or not isinstance(training.rule, SGD):
-        return tensors
-    factor = -training.rule.lr * training.count(observation.batch_size or 1)
-    return {k: t / factor for k, t in tensors.items()}
+    space, simulator = observation.space, observation.simulator
+    probe = space.neutral().to(simulator.device, simulator.dtype)
+    try:
+        with torch.no_grad():
+            run_quietly(observation.model, observation.params, probe.expand(observation.batch_size or 1, *space.shape))
+    except NotApplicable as error:
+        besides = find_besides(observation)
+        told = ["Ids that are looked up are described by TokenSpace.", *(f.text for f in besides)]
+        refusal = NotApplicable(f"{error} {' '.join(told)}")
+        refusal.findings = besides
+        raise refusal from error
 
 
-def present(observation: Observation, inputs: Tensor, *, exact: bool) -> tuple[Tensor, str | None]:
+def _timed(callback: Callback | None, deadline: Deadline) -> Callback:
+    """Return a callback that also ends the attack when the time is over."""
+
+    def tell(progress: Progress) -> None:
+        if callback is not None:
+            callback(progress)
+        if deadline.over:
+            raise TimeSpent
+
+    return tell
+
+
+def present(observation: Observation, inputs: Tensor, *, exact: bool) -> tuple[Tensor, Note | None]:
     """Return solved model inputs (N, *shape) decoded, at least in float32, and what is wrong with exact ones."""
     first = next(iter(observation.update.tensors.values()))
     wide = inputs.to(torch.promote_types(first.dtype, torch.float32))
-    return observation.space.show(wide) if exact else (observation.space.decode(wide), None)
+    if not exact:
+        return observation.space.decode(wide), None
+    decoded, why = observation.space.show(wide)
+    return decoded, None if why is None else Note(why, NoteKind.RANGE)
 
 
 def is_signs(tensors: Mapping[str, Tensor]) -> bool:
     """Tell whether the entries of each tensor have one size, as signs do and the first step of adaptive optimizers.
 
-    A gradient of one or two live rows may have that by right, as of a binary input.
+    Tensors with one or two live rows are left out: a binary input legitimately gives equal sizes.
     """
     found = [t.double().abs().flatten(1) for t in tensors.values() if t.ndim > 1]
     large = [t[t > 0] for t in found if int(t.any(1).sum()) > 2]

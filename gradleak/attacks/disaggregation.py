@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import Tensor
 
-from gradleak.attacks.base import Attack, Callback, Progress
+from gradleak.attacks.base import Attack, Callback
 from gradleak.errors import NotApplicable
 from gradleak.exact.features import EXACT, NOT_IDENTIFIABLE, Disaggregation
 from gradleak.exact.features import disaggregate as separate
 from gradleak.exact.labels import neighbors, recover_labels
+from gradleak.structure.first_layer import find_input_layer
 from gradleak.structure.head import find_head
 from gradleak.threat import Knowledge, Observation
-from gradleak.training import SGD, CrossEntropy, FedAvg
-from gradleak.types import Certificate, Reconstruction, UpdateKind
+from gradleak.training import CrossEntropy
+from gradleak.types import Certificate, Finding, FindingKind, Note, Reconstruction, Shows, Status, Verdict
 
-__all__ = ["FeatureDisaggregation", "disaggregate", "one_gradient"]
+__all__ = ["FeatureDisaggregation", "disaggregate"]
 
 
 @final
@@ -41,24 +39,13 @@ class FeatureDisaggregation(Attack):
 
     requires = Knowledge.BATCH_SIZE | Knowledge.TRAINING
 
-    def _reconstruct(
-        self, observations: list[Observation], seed: int, callback: Callback | None
-    ) -> list[Reconstruction]:
-        results: list[Reconstruction] = []
-        for number, observation in enumerate(observations):
-            results.append(self._one(observation, seed))
-            if callback is not None:
-                callback(Progress(number + 1, len(observations), results[-1].objective, results[-1].status))
-        return results
-
-    def _one(self, observation: Observation, seed: int) -> Reconstruction:
-        begin = time.perf_counter()
+    def _one(self, observation: Observation, seed: int, callback: Callback) -> Reconstruction:
         assert observation.training is not None and observation.batch_size is not None
         loss, shape = observation.training.loss, tuple(observation.space.shape)
-        if not isinstance(loss, CrossEntropy):
+        if not isinstance(loss, CrossEntropy) or loss.weight is not None:
+            other = "cross-entropy with class weights" if isinstance(loss, CrossEntropy) else type(loss).__name__
             raise NotApplicable(
-                f"Disaggregation solves the gradient of softmax cross-entropy, not of {type(loss).__name__}; "
-                "use matching."
+                f"Disaggregation solves the gradient of plain softmax cross-entropy, not of {other}; use matching."
             )
         head = find_head(observation.model, observation.params, shape)
         if head is None or head.shared:
@@ -72,7 +59,7 @@ class FeatureDisaggregation(Attack):
                 f"The head's gradient has rank at most {bound} (classes less one, or features), so "
                 f"{observation.batch_size} examples cannot be told apart from it; use matching."
             )
-        tensors = one_gradient(observation, [n for n in (head.weight_name, head.bias_name) if n is not None])
+        tensors = observation.gradient.require_single()
         generator = torch.Generator().manual_seed(seed)
         estimate = recover_labels(
             observation.model,
@@ -105,70 +92,71 @@ class FeatureDisaggregation(Attack):
             if best.residual <= best.floor or observation.batch_size > 16:
                 break
         assert best is not None
-        return self._result(observation, best, time.perf_counter() - begin)
+        return self._result(observation, best)
 
-    def _result(self, observation: Observation, found: Disaggregation, seconds: float) -> Reconstruction:
-        exact = found.verdicts.count(EXACT)
+    def _result(self, observation: Observation, found: Disaggregation) -> Reconstruction:
+        exact = torch.tensor([v == EXACT for v in found.verdicts])
+        simulator, count = observation.simulator, len(found.verdicts)
         matched = found.residual <= found.floor
-        training = observation.training
-        assert training is not None
-        proved = exact == len(found.verdicts) and training is training.undefended
-        verdict = "unproved" if not matched else "proved" if proved else "matched"
+        more = matched and found.rank > count  # Then there are more examples than were stated.
+        proved = matched and not more and not simulator.defended and observation.batch_size_stated
+        verdicts = tuple(
+            Verdict.UNPROVED if not matched else Verdict.PROVED if proved and bool(e) else Verdict.MATCHED
+            for e in exact
+        )
+        reason = found.reason
+        if more:
+            reason += f" Rank {found.rank} says that more than {count} examples are behind it; state their number."
         certificate = Certificate(
-            verdict,
+            min(verdicts, key=lambda v: v.strength),
             found.residual,
             found.floor,
             None,
-            len(found.verdicts) ** 2,
-            found.verdicts,
-            "Of the features, from the gradient of the head alone: " + found.reason,
+            count**2,
+            verdicts,
+            "Of the features, from the gradient of the head alone: " + reason,
+            local=True,
         )
         dtype = next(iter(observation.update.tensors.values())).dtype
         features = found.features.to(torch.promote_types(dtype, torch.float32))
-        fits = tuple(observation.space.shape) == tuple(features.shape[1:])
-        notes = [found.reason]
-        if not fits:
-            notes.append("The inputs of this reconstruction are the head's inputs (features), not the client's.")
-        counted = found.verdicts.count(NOT_IDENTIFIABLE) < len(found.verdicts)
+        sure = verdicts.count(Verdict.PROVED)
+        layer = find_input_layer(observation.model, observation.params, tuple(observation.space.shape))
+        head = find_head(observation.model, observation.params, tuple(observation.space.shape))
+        # The head may be the whole model; then its inputs are the client's.
+        direct = layer is not None and head is not None and layer.weight_name == head.weight_name
+        inputs = observation.space.decode(features.reshape(-1, *observation.space.shape)) if direct else features
+        findings = (
+            Finding(
+                FindingKind.FEATURES,
+                f"What the last layer saw of {count if proved and sure == count else sure} of {count} examples follows "
+                "from its gradient.",
+                proved=sure > 0,
+                count=sure,
+                of=count,
+            ),
+            Finding(
+                FindingKind.LABELS,
+                f"The classes of {count} of {count} examples were read off the last layer's gradient.",
+                proved=proved,
+                count=count if matched else 0,
+                of=count,
+            ),
+        )
+        counted = found.verdicts.count(NOT_IDENTIFIABLE) < count
+        status = Status.CONVERGED if matched and counted else Status.STALLED
         return Reconstruction(
-            observation.space.decode(features) if fits else features,
+            inputs,
             found.labels,
             found.residual**2,
-            status="exact" if verdict == "proved" else "converged" if matched and counted else "stalled",
+            status=Status.EXACT if proved and bool(exact.all()) else status,
             iterations=found.iterations,
-            seconds=seconds,
-            notes=tuple(notes),
+            notes=(Note(reason),),
             certificate=certificate,
             features=features,
+            solved=exact & matched,
+            findings=tuple(f for f in findings if f.count),
+            shows=Shows.INPUTS if direct else Shows.FEATURES,
         )
-
-
-def one_gradient(observation: Observation, names: Sequence[str]) -> Mapping[str, Tensor]:
-    """Return these tensors of the update as a gradient; a weight delta of one plain step is scaled by its rate.
-
-    Raises:
-        NotApplicable: the update is no gradient and no delta of one plain step.
-
-    """
-    tensors = {k: observation.update.tensors[k] for k in names}
-    if observation.update.kind is UpdateKind.GRADIENT:
-        return tensors
-    assert observation.training is not None and observation.batch_size is not None
-    training = observation.training.undefended
-    if not isinstance(training, FedAvg):
-        raise NotApplicable(
-            f"Disaggregation turns a weight delta into a gradient only for FedAvg, not for {type(training).__name__}; "
-            "use matching, which simulates the training."
-        )
-    rule = training.rule
-    if training.count(observation.batch_size) > 1 or not isinstance(rule, SGD):
-        raise NotApplicable(
-            "Disaggregation solves one gradient, but the client took several steps or used an adaptive optimizer; "
-            "use matching, which unrolls the training."
-        )
-    factor = rule.lr * (1 + rule.momentum * rule.nesterov)
-    params = observation.params
-    return {k: -t / factor - rule.weight_decay * params[k] for k, t in tensors.items()}
 
 
 def disaggregate(*, restarts: int = 4, iterations: int = 150, tolerance: float = 1e-2) -> FeatureDisaggregation:

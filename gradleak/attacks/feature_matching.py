@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from dataclasses import dataclass, field, replace
 from typing import final
 
@@ -18,11 +17,12 @@ from gradleak.attacks.matching import LBFGS, GradientMatching
 from gradleak.attacks.matching.coordinates import NaturalImages
 from gradleak.attacks.peeling import Separated, separate_batch
 from gradleak.attacks.recursion import solved
+from gradleak.clock import Deadline
 from gradleak.errors import NotApplicable
 from gradleak.structure.chain import Affine, Step
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import CrossEntropy, LocalTraining, Loss, Tensors
-from gradleak.types import Reconstruction, Update, UpdateKind
+from gradleak.types import Note, Reconstruction, Update, UpdateKind
 
 __all__ = ["FeatureMatching", "feature_matching"]
 
@@ -129,7 +129,7 @@ class FeatureMatching(Attack):
 
     Attributes:
         separate: finds features and labels.
-        match: searches the inputs.
+        match: searches the inputs; its budget covers the separation as well.
         weight: of the feature equations against the gradient equations.
 
     """
@@ -143,20 +143,27 @@ class FeatureMatching(Attack):
     def _reconstruct(
         self, observations: list[Observation], seed: int, callback: Callback | None
     ) -> list[Reconstruction]:
-        begin = time.perf_counter()
+        deadline = Deadline(self.match.budget)
         separated = [self._separate(o, seed) for o in observations]
-        results = [solved(o, s, begin) if s.complete else None for o, s in zip(observations, separated, strict=True)]
+        results = [solved(o, s) if s.complete else None for o, s in zip(observations, separated, strict=True)]
         rest = [i for i, found in enumerate(results) if found is None]
         reduced = [decouple(observations[i], separated[i], self.weight) for i in rest]
-        matched = self.match.reconstruct_all(reduced, seed=seed, callback=callback) if rest else []
+        # At least a moment, so that every example is searched at all.
+        match = replace(self.match, budget=None if self.match.budget is None else max(deadline.left(), 1e-3))
+        matched = match._reconstruct(reduced, seed, callback) if rest else []
         for i, result in zip(rest, matched, strict=True):
             s = separated[i]
+            layers = () if s.peeled is None else s.peeled.layers
             results[i] = replace(
                 result,
                 features=s.found.features,
                 labels=s.found.labels,
                 label_probabilities=None,
-                notes=(*s.found.notes[:1], *map(str, () if s.peeled is None else s.peeled.layers), *result.notes),
+                notes=(
+                    *s.found.notes,
+                    *(Note(str(r)) for r in layers),
+                    *result.notes,
+                ),
             )
         return [found for found in results if found is not None]
 
@@ -168,13 +175,19 @@ class FeatureMatching(Attack):
 
 
 def feature_matching(
-    *, iterations: int = 10000, restarts: int = 1, weight: float = 0.2, tolerance: float = 1e-13, trace: bool = True
+    *,
+    iterations: int = 10000,
+    restarts: int = 1,
+    weight: float = 0.2,
+    tolerance: float = 1e-13,
+    budget: float | None = None,
+    trace: bool = True,
 ) -> FeatureMatching:
     """Separate the batch at the head first, then match one feature target per example beside the body's gradient.
 
     With exact features and logit gradients the head drops out of the problem: no softmax couples the examples, their
     order is fixed, and every example has its own target. So do the layers before it whose inputs their own equations
-    determine for all examples (:mod:`gradleak.exact.peel`); the targets are then those inputs, and where that leads
+    determine for all examples (:mod:`gradleak.exact.backward`); the targets are then those inputs, and where that leads
     to the first layer nothing is left to match. The rest is squared-error matching as in :func:`dlg`, in its
     coordinates and for smooth models; published relative: gradient inversion with embeddings (GIE, ICME 2024).
 
@@ -183,6 +196,7 @@ def feature_matching(
         restarts: independent starts, chosen by the objective.
         weight: of the feature equations against the gradient equations, both taken with unit norm.
         tolerance: relative squared distance at which a candidate is done.
+        budget: seconds, None for no limit; the best so far is returned, with status "budget".
         trace: record iterates for the report.
 
     """
@@ -193,6 +207,7 @@ def feature_matching(
         restarts=restarts,
         tolerance=tolerance,
         warm_dtype=torch.float32,
+        budget=budget,
         trace=trace,
     )
     return FeatureMatching(FeatureDisaggregation(), match, weight)

@@ -11,14 +11,14 @@ import torch
 
 from gradleak.attacks.base import Attack, Callback, Progress
 from gradleak.attacks.least_squares import LARGEST, Problem, State, search
-from gradleak.attacks.recursion import check, from_layers, plain_gradient
+from gradleak.attacks.recursion import check, from_layers
 from gradleak.errors import InvalidInput, NotApplicable, ResourceLimit
 from gradleak.exact.one_example import RecursionResult, fit_layers
 from gradleak.formats import number_format
-from gradleak.spaces import ImageSpace
 from gradleak.structure.chain import Chain
+from gradleak.structure.ranks import rank_bound
 from gradleak.threat import Knowledge, Observation
-from gradleak.types import Reconstruction
+from gradleak.types import Note, NoteKind, Reconstruction, Status
 
 __all__ = ["GaussNewton", "by_layers", "gauss_newton"]
 
@@ -35,7 +35,7 @@ def by_layers(
 
     Args:
         observation: what was seen.
-        start: decoded input (*shape); None starts from mid-gray, or zero where the inputs are no images.
+        start: decoded input (*shape); None starts from the space's neutral one (mid-gray, zeros).
         chain: the traced chain of the model.
         seed: of the estimates of condition and error.
         going: (relative residual, steps so far) → whether to go on.
@@ -49,20 +49,20 @@ def by_layers(
     fmt, training = number_format(observation.update.tensors), observation.training
     if fmt not in (torch.float32, torch.float64) or (training is not None and training.undefended is not training):
         raise NotApplicable("Solving all layers together takes a plain float32 or float64 gradient; use matching.")
-    shape, space = tuple(observation.space.shape), observation.space
-    if start is None:
-        start = torch.full(shape, 0.5 if isinstance(space, ImageSpace) else 0.0)
-    params = {k: p.detach() for k, p in observation.model.named_parameters()}
-    like = next(iter(params.values()))
+    space = observation.space
+    device = observation.simulator.device
     return fit_layers(
         observation.model,
-        params,
-        plain_gradient(observation),
-        space.encode(start[None].to(like.device, torch.float64))[0],
+        dict(observation.model.named_parameters()),
+        observation.gradient.tensors,
+        space.neutral().to(device) if start is None else space.encode(start[None].to(device, torch.float64))[0],
         chain=chain,
         seed=seed,
         going=going,
     )
+
+
+_TOGETHER = "solved for all layers together, whose linear system there has full rank"
 
 
 @final
@@ -75,6 +75,7 @@ class GaussNewton(Attack):
         restarts: starts, chosen by the objective.
         init_std: standard deviation of the normal start, model-input units.
         budget: seconds, None for no limit; the best so far is returned.
+        layers_only: whether to refuse where the layers form no chain that can be solved, instead of searching.
 
     """
 
@@ -82,6 +83,7 @@ class GaussNewton(Attack):
     restarts: int = 1
     init_std: float = 0.1
     budget: float | None = None
+    layers_only: bool = False
 
     requires = Knowledge.BATCH_SIZE | Knowledge.TRAINING
 
@@ -92,13 +94,13 @@ class GaussNewton(Attack):
                 f"budget={self.budget}; give positive numbers."
             )
 
-    def _reconstruct(
-        self, observations: list[Observation], seed: int, callback: Callback | None
-    ) -> list[Reconstruction]:
-        return [self._one(o, seed + 7919 * i, callback) for i, o in enumerate(observations)]
-
-    def _one(self, observation: Observation, seed: int, callback: Callback | None) -> Reconstruction:
+    def _one(self, observation: Observation, seed: int, callback: Callback) -> Reconstruction:
         begin = time.perf_counter()
+        if self.layers_only:
+            bound = rank_bound(observation.model, observation.params, tuple(observation.space.shape), 1)
+            if not bound.determined:
+                raise NotApplicable(bound.reason)
+            return self._layers(observation, None, seed, callback, begin)
         try:
             return self._layers(observation, None, seed, callback, begin)
         except (NotApplicable, ResourceLimit):
@@ -112,7 +114,7 @@ class GaussNewton(Attack):
             state = self._search(problem, start.to(problem.like), callback, begin)
             evaluations += state.evaluations
             best = state if best is None or state.cost < best.cost else best
-            if best.status in ("converged", "interrupted"):
+            if best.status in (Status.CONVERGED, Status.INTERRUPTED):
                 break
         assert best is not None
         return problem.result(best, evaluations, time.perf_counter() - begin)
@@ -149,39 +151,36 @@ class GaussNewton(Attack):
     def _layers(
         self, observation: Observation, found: Reconstruction | None, seed: int, callback: Callback | None, begin: float
     ) -> Reconstruction:
-        status = "converged"
+        status = Status.CONVERGED
 
         def going(residual: float, steps: int) -> bool:
             nonlocal status
             if (self.budget is not None and time.perf_counter() - begin > self.budget) or steps >= self.iterations:
-                status = "budget"
+                status = Status.BUDGET
             elif callback is not None:
                 try:
                     callback(Progress(steps, self.iterations, residual**2, "all layers together"))
                 except KeyboardInterrupt:
-                    status = "interrupted"
-            return status == "converged"
+                    status = Status.INTERRUPTED
+            return status is Status.CONVERGED
 
         result = by_layers(observation, None if found is None else found.inputs[0], seed=seed, going=going)
-        value = result.start if result.input is None else result.input
-        assert value is not None
-        label = None if found is None else found.labels
-        if observation.labels is not None and not observation.labels.is_floating_point():
-            label = observation.labels
-        elif label is None and result.label is not None:
-            label = torch.tensor([result.label])
-        notes = (f"{result.steps} Gauss–Newton steps on all layers together.", *map(str, result.layers))
-        if result.input is not None and status == "budget":
-            status = "converged"
-        if result.stopped_at is not None and status == "converged":
-            status, notes = "stalled", (*notes, f"It ended without a unique solution: {result.stopped_at}.")
+        done = from_layers(observation, result, None, _TOGETHER, local=True)
+        notes: tuple[str, ...] = (Note(f"{result.steps} Gauss–Newton steps on all layers together."), *done.notes)
+        if result.input is not None and status is Status.BUDGET:
+            status = Status.CONVERGED
+        if result.stopped_at is not None and status is Status.CONVERGED:
+            status = Status.STALLED
+            notes = (*notes, Note(f"It ended without a unique solution: {result.stopped_at}.", NoteKind.LIMIT))
+        if found is None:
+            return replace(done, status=done.status if done.status is Status.EXACT else status, notes=notes)
         return replace(
-            from_layers(observation, result, value, None, begin),
-            labels=label,
-            label_probabilities=None if found is None else found.label_probabilities,
+            done,
+            labels=done.labels if found.labels is None else found.labels,
+            label_probabilities=found.label_probabilities,
             status=status,
-            notes=notes if found is None else (*found.notes, *notes),
-            features=None if found is None else found.features,
+            notes=(*found.notes, *notes),
+            features=found.features,
         )
 
     def _search(self, problem: Problem, z: torch.Tensor, callback: Callback | None, begin: float) -> State:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradleak.attacks.base import Callback, Progress, as_gradient
+from gradleak.attacks.base import Callback, Progress
 from gradleak.errors import NotApplicable
 from gradleak.exact.labels import recover_labels
 from gradleak.formats import number_format, storage_deviation
-from gradleak.proof.certify import jacobian
 from gradleak.solve.conjugate_gradients import conjugate_gradients
+from gradleak.solve.jacobian import jacobian
 from gradleak.solve.least_squares import State, minimize
 from gradleak.threat import Observation
 from gradleak.training import check_reproducible
@@ -60,7 +60,9 @@ def is_smooth(model: nn.Module, shape: tuple[int, ...]) -> bool:
         """Return first and second derivatives (lines, points) along lines (lines, *shape)."""
         s = t.repeat(len(start)).requires_grad_()
         grid = s.view(len(start), _POINTS, *(1,) * len(shape))
-        out = functional_call(model, tensors, ((start[:, None] + grid * way[:, None]).flatten(0, 1),)).flatten(1)
+        found = functional_call(model, tensors, ((start[:, None] + grid * way[:, None]).flatten(0, 1),))
+        parts = found if isinstance(found, (tuple, list)) else [found]
+        out = torch.cat([part.flatten(1) for part in parts], 1)
         mixed = out @ torch.randn(out.shape[1], generator=draw, dtype=torch.float64).to(out)
         (first,) = torch.autograd.grad(mixed.sum(), s, create_graph=True)
         second = None
@@ -84,7 +86,7 @@ def is_smooth(model: nn.Module, shape: tuple[int, ...]) -> bool:
             # Against the whole variation, not the net change, in which rises and falls may cancel.
             if bool((error > 1e-3 * (second.abs() @ simpson) + 1e-9 * first.norm(dim=1)).any()):
                 return False
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError, IndexError, ValueError, TypeError, AttributeError):
         return False  # an operation without second derivatives cannot be judged, nor taken by this attack
     return True
 
@@ -170,7 +172,7 @@ class Problem:
             estimate = recover_labels(
                 model,
                 observation.params,
-                as_gradient(observation),
+                observation.gradient.tensors,
                 tuple(space.shape),
                 observation.batch_size,
                 observation.training.loss,
@@ -305,7 +307,7 @@ class _Dense:
         try:
             U, self.s, self.Vh = torch.linalg.svd(J, full_matrices=False)
             self.right = U.T @ left
-        except torch._C._LinAlgError:  # LAPACK's iteration may fail on clustered singular values.
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # LAPACK's iteration may fail on clustered singular values.
             values, vectors = torch.linalg.eigh(J.T @ J)
             self.s, self.Vh = values.clamp(min=0).sqrt(), vectors.T
             seen = self.s > float(self.s.max()) * torch.finfo(J.dtype).eps ** 0.5

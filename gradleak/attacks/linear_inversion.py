@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
-from gradleak.attacks.base import Attack, Callback, Progress, is_signs, present
-from gradleak.attacks.labeling import aligned, distance, hides_mixtures, read_labels
+from gradleak.attacks.base import Attack, Callback, is_signs, present
+from gradleak.attacks.labeling import align, read_labels
 from gradleak.errors import InvalidModel, NotApplicable
-from gradleak.exact.first_layer import agreement, invert_linear, single_example_inputs
+from gradleak.exact.first_layer import (
+    agreement,
+    input_scale,
+    invert_linear,
+    outer_product_misfit,
+    single_example_inputs,
+)
+from gradleak.exact.labels import one_hot_label
 from gradleak.formats import number_format, storage_deviation
-from gradleak.structure.first_layer import find_input_layer
+from gradleak.proof.alternatives import tells_examples_apart
+from gradleak.structure.first_layer import InputLayer, find_input_layer, sees_input
+from gradleak.structure.head import find_head
+from gradleak.structure.probe import linear_inputs
 from gradleak.threat import Knowledge, Observation
-from gradleak.training import SGD, FedAvg
-from gradleak.types import Reconstruction, UpdateKind
+from gradleak.training import CrossEntropy, TargetKind, target_kind
+from gradleak.types import Construction, Finding, FindingKind, Note, NoteKind, Reconstruction, Status, UpdateKind
 
-__all__ = ["LinearInversion", "invert_first_layer", "linear_inversion"]
+__all__ = ["LinearInversion", "linear_inversion"]
+
+_CLASSES = 64
+"""Classes of which each is tried for a row of a batch, at most."""
 
 
 @final
@@ -29,175 +43,398 @@ class LinearInversion(Attack):
 
     requires = Knowledge.NOTHING
 
-    def _reconstruct(
-        self, observations: list[Observation], seed: int, callback: Callback | None
-    ) -> list[Reconstruction]:
-        del seed
-        results: list[Reconstruction] = []
-        for number, observation in enumerate(observations):
-            results.append(invert_first_layer(observation)[0])
-            if callback is not None:
-                callback(Progress(number + 1, len(observations), results[-1].objective, results[-1].status))
-        return results
+    def _one(self, observation: Observation, seed: int, callback: Callback) -> Reconstruction:
+        return _Reader.of(observation).read()
 
 
-def invert_first_layer(observation: Observation) -> tuple[Reconstruction, bool]:
-    """Return what the first layer shows, and whether its gradient tells one example from a mixture of several."""
-    begin = time.perf_counter()
-    shape = tuple(observation.space.shape)
-    layer = find_input_layer(observation.model, observation.params, shape)
-    if layer is None:
-        raise NotApplicable(
-            "Linear inversion needs a linear layer that sees the flattened input itself, and this model has none; "
-            "use recursion() or matching."
-        )
-    if layer.bias_name is None:
-        raise NotApplicable(
-            f"Linear inversion divides by the bias gradient, but {layer.weight_name!r} has no trained bias; "
-            "use matching."
-        )
-    dw, db = observation.update.tensors[layer.weight_name], observation.update.tensors[layer.bias_name]
-    _check(observation, dw)
-    x = invert_linear(dw, db)
-    explained = db.double()[:, None] * x
-    misfit = float((explained - dw.double()).norm() / dw.double().norm().clamp_min(1e-300))
-    size, several = observation.batch_size, hides_mixtures(observation, db)
-    close = agreement(number_format(observation.update.tensors))  # What was rounded may be stored in a wider format.
-    notes: list[str] = []
-    if misfit <= max(close, _subtraction(observation, layer.weight_name)):
-        alone = "as of one example" if not several else "as any batch may give where only one output can vary"
-        notes.append(f"The layer's gradient is an outer product down to {misfit:.1e}, {alone}.")
-        inputs, status = x.expand(size or 1, -1), "exact" if (size or 1) == 1 and not several else "converged"
-        if size is not None and size > 1:
-            only = "one of them reaches the loss" if not several else "a mixture of them is shown"
-            notes.append(f"All {size} examples show the same input, or only {only}.")
-    elif size == 1:
-        inputs, status = x[None], "stalled"
-        notes.append(
-            f"The layer's gradient deviates from an outer product by {misfit:.1e}, so the update is noised, pruned or "
-            "not of one example; the input is a least-squares estimate."
-        )
-    else:
-        inputs, status = _batch(dw, db, size, misfit, close, notes)
-    inputs = inputs.reshape(-1, *shape)
-    labels, soft = _labels(observation, inputs)
-    if status == "exact" and len(inputs) > 1:
-        inputs, labels, soft, status = _verified(observation, inputs, labels, soft, close, notes)
-    elif several and size == 1 and status == "converged" and labels is not None and observation.training is not None:
-        # The scale of the update tells an example from a mixture; the direction cannot.
-        residual = distance(observation, inputs, labels if soft is None else soft)
-        status = "exact" if residual <= 10 * close else status
-    decoded, why = present(observation, inputs, exact=status == "exact")
-    found = Reconstruction(
-        decoded,
-        labels,
-        misfit**2,
-        label_probabilities=soft,
-        status=status,
-        seconds=time.perf_counter() - begin,
-        notes=tuple(notes) if why is None else (why, *notes),
-    )
-    return found, not several
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    """The first layer of one observation: its weight gradient (m, n) and bias gradient (m,).
 
-
-def _check(observation: Observation, dw: Tensor) -> None:
-    """Check that the update has more of a gradient than its signs.
-
-    Raises:
-        NotApplicable: an adaptive optimizer made it, or all its entries have one size.
+    Attributes:
+        observation: what was seen.
+        layer: the first layer.
+        bias: name of its bias.
+        dw: weight gradient.
+        db: bias gradient.
+        close: relative distance at which numbers of the update count as equal.
 
     """
-    training = None if observation.training is None else observation.training.undefended
-    if isinstance(training, FedAvg) and not isinstance(training.rule, SGD):
-        raise NotApplicable(
-            "Linear inversion divides gradients, but the client's optimizer is adaptive and rescales each entry; use "
-            "matching, which simulates it."
+
+    observation: Observation
+    layer: InputLayer
+    bias: str
+    dw: Tensor
+    db: Tensor
+    close: float
+
+    @classmethod
+    def of(cls, observation: Observation) -> _Reader:
+        """Return the reader of an observation.
+
+        Raises:
+            NotApplicable: there is no such layer, or its update has no ratios to read.
+
+        """
+        layer = find_input_layer(observation.model, observation.params, tuple(observation.space.shape))
+        if layer is None:
+            raise NotApplicable(
+                "Linear inversion needs a linear layer that sees the flattened input itself, and this model has none; "
+                "use recursion() or matching."
+            )
+        if layer.bias_name is None:
+            raise NotApplicable(
+                f"Linear inversion divides by the bias gradient, but {layer.weight_name!r} has no trained bias; "
+                "use matching."
+            )
+        gradient = observation.gradient
+        if not gradient.single and not gradient.scaled:
+            raise NotApplicable(gradient.reason)
+        dw, db = gradient.tensors[layer.weight_name], gradient.tensors[layer.bias_name]
+        if is_signs({"first layer": dw}):
+            raise NotApplicable(
+                "The entries of the first layer's update all have one size, as signs do and the first step of an "
+                "adaptive optimizer; they show the input's signs only; use matching with what the client did stated."
+            )
+        # What was rounded may be stored in a wider format.
+        return cls(observation, layer, layer.bias_name, dw, db, agreement(number_format(observation.update.tensors)))
+
+    @property
+    def size(self) -> int | None:
+        """The number of examples, None where it is not known."""
+        return self.observation.batch_size
+
+    def read(self) -> Reconstruction:
+        """Return what the first layer shows."""
+        x = invert_linear(self.dw, self.db)
+        misfit = outer_product_misfit(self.dw, self.db, x)
+        if misfit <= max(self.close, self._subtraction()):
+            return self._one(x, misfit) if self.size in (None, 1) else self._shared(x, misfit)
+        if self.size == 1:
+            note = Note(
+                f"The layer's gradient deviates from an outer product by {misfit:.1e}, so the update is noised, pruned "
+                "or not of one example; the input is a least-squares estimate.",
+                NoteKind.LIMIT,
+            )
+            return self._result(self._shaped(x[None]), misfit, Status.STALLED, (note,))
+        return self._batch(misfit)
+
+    def _subtraction(self) -> float:
+        """Return what subtracting rounded weights does to a weight delta, relative; zero for a gradient."""
+        if self.observation.update.kind is not UpdateKind.WEIGHT_DELTA:
+            return 0.0
+        name = self.layer.weight_name
+        delta, weight = self.observation.update.tensors[name].double(), self.observation.params[name]
+        rounding = float(storage_deviation(weight.double(), weight.dtype).norm())
+        return min(4 * rounding / max(float(delta.norm()), 1e-300), 1e-2)
+
+    def _shaped(self, rows: Tensor) -> Tensor:
+        return rows.reshape(-1, *self.observation.space.shape)
+
+    # ------------------------------------------------------------------------------------------- one example
+
+    def _one(self, x: Tensor, misfit: float) -> Reconstruction:
+        """Return the input of the only example."""
+        observation, simulator = self.observation, self.observation.simulator
+        inputs = self._shaped(x[None])
+        if not sees_input(observation.model, observation.params, self.layer, inputs.to(simulator.dtype)):
+            raise NotApplicable(
+                "The model limits its input before the first layer (clamping, rectifying) just where the solution "
+                "lies, so the input itself does not show; use matching."
+            )
+        alone = tells_examples_apart(simulator, self.bias, self.db, inputs)
+        labels, soft = self._labels(inputs)
+        agrees = self._agrees(inputs, labels if soft is None else soft)
+        factor: float | None = 1.0
+        if not agrees:
+            factor = self._factor(inputs)
+            if factor is not None and factor != 1.0:
+                inputs = factor * inputs
+                labels, soft = self._labels(inputs)
+        notes = [
+            f"The layer's gradient is an outer product down to {misfit:.1e}"
+            + (", as one example would produce." if alone else ", as any batch may give whose examples pull alike.")
+        ]
+        if factor is None:
+            notes.append(
+                "Nothing else fixes the scale: weight and bias of the layer may carry factors of their own (clipping "
+                "per tensor), and the input is right up to one factor."
+            )
+        elif factor != 1.0:
+            notes.append(
+                f"Weight and bias of the layer carry factors of their own; what follows fixes the input's scale, "
+                f"{factor:.4g} times their ratio."
+            )
+        # Without evidence of one example only the scale of the update tells it from a mixture.
+        exact = factor is not None and (alone or agrees) and not (simulator.known and not alone and soft is not None)
+        error = max(misfit, float(torch.finfo(self.dw.dtype).eps)) * float(inputs.square().mean().sqrt())
+        proof = Construction(
+            inputs.numel(),
+            error,
+            "the first layer's gradient is the input times a known vector",
+            alone=alone,
+            scaled=factor is not None,
         )
-    if is_signs({"first layer": dw}):
-        raise NotApplicable(
-            "The entries of the first layer's update all have one size, as signs do and the first step of an adaptive "
-            "optimizer; they show the input's signs only; use matching with what the client did stated."
+        found = self._result(
+            inputs,
+            misfit,
+            Status.EXACT if exact else Status.CONVERGED,
+            tuple(Note(n) for n in notes),
+            labels=labels,
+            soft=soft,
         )
+        return replace(found, construction=proof, solved=torch.tensor([exact]))
 
+    def _agrees(self, inputs: Tensor, labels: Tensor | None) -> bool:
+        """Tell whether the re-simulated update agrees with the seen one, with the client's scale."""
+        simulator = self.observation.simulator
+        if labels is None or not simulator.known:
+            return False
+        with suppress(RuntimeError, InvalidModel):
+            return simulator.relative(inputs, labels, self.observation.update.tensors) <= 10 * self.close
+        return False
 
-def _subtraction(observation: Observation, name: str) -> float:
-    """Return what subtracting rounded weights does to a weight delta, relative; zero for a gradient."""
-    if observation.update.kind is not UpdateKind.WEIGHT_DELTA:
-        return 0.0
-    delta, weight = observation.update.tensors[name].double(), observation.params[name]
-    rounding = float(storage_deviation(weight.double(), weight.dtype).norm())
-    return min(4 * rounding / max(float(delta.norm()), 1e-300), 1e-2)
+    def _factor(self, inputs: Tensor) -> float | None:
+        """Return the factor that fixes the input's scale, from what later layers saw or from the loss."""
+        for mismatch in (self._deeper(inputs), self._loss(inputs)):
+            found = None if mismatch is None else input_scale(mismatch, tolerance=self.close)
+            if found is not None:
+                return found
+        return None
 
+    def _deeper(self, inputs: Tensor) -> Callable[[float], float] | None:
+        """Return how far the inputs of later linear layers point elsewhere than their gradients show, by factor."""
+        model, params, tensors = self.observation.model, self.observation.params, self.observation.gradient.tensors
+        names = {id(p): k for k, p in model.named_parameters()}
+        wide = {k: p.double() for k, p in params.items()}
+        wide |= {k: b for k, b in self.observation.simulator.buffers(torch.float64).items() if k not in wide}
+        targets: dict[str, Tensor] = {}
+        for name, seen in linear_inputs(model, wide, inputs).items():
+            module = model.get_submodule(name)
+            keys = names.get(id(module.weight), ""), names.get(id(module.bias), "")
+            if name == self.layer.module or len(seen) > 1 or seen[0].ndim != 2 or not all(k in tensors for k in keys):
+                continue
+            dw, db = tensors[keys[0]], tensors[keys[1]]
+            if bool((db != 0).any()):
+                h = invert_linear(dw, db)
+                if outer_product_misfit(dw, db, h) <= 100 * self.close and bool(h.any()):
+                    targets[name] = h / h.norm()
+        if not targets:
+            return None
 
-def _batch(
-    dw: Tensor, db: Tensor, size: int | None, misfit: float, close: float, notes: list[str]
-) -> tuple[Tensor, str]:
-    """Return the inputs that several rows of the layer agree on, padded with the batch's mean mixture."""
-    found, rows = single_example_inputs(dw, db, tolerance=close)
-    if len(found) == 0:
-        raise NotApplicable(
-            "The update mixes several examples in every row of the first layer (its gradient deviates from an outer "
-            f"product by {misfit:.1e}); linear inversion needs one example, or units that a single one activates "
-            "(ReLU, more units, fewer examples)."
+        def mismatch(t: float) -> float:
+            found = linear_inputs(model, wide, t * inputs)
+            turns = [found[k][0][0] / found[k][0][0].norm().clamp_min(1e-300) - h for k, h in targets.items()]
+            return max(float(v.norm()) for v in turns)
+
+        return mismatch
+
+    def _loss(self, inputs: Tensor) -> Callable[[float], float] | None:
+        """Return how far the simulated update points elsewhere than the seen one, tensor by tensor, by factor."""
+        observation, simulator = self.observation, self.observation.simulator
+        head = find_head(observation.model, observation.params, tuple(observation.space.shape))
+        if head is None or head.bias_name is None or not isinstance(simulator.undefended.loss, CrossEntropy):
+            return None
+        label = torch.tensor([one_hot_label(None, observation.gradient.tensors[head.bias_name])])
+        seen = {k: t.double() / t.double().norm().clamp_min(1e-300) for k, t in observation.gradient.tensors.items()}
+        sign = -1.0 if observation.update.kind is UpdateKind.WEIGHT_DELTA else 1.0
+
+        def mismatch(t: float) -> float:
+            with suppress(RuntimeError, InvalidModel):
+                found = simulator.update(t * inputs, label)
+                return max(
+                    float((sign * v / v.norm().clamp_min(1e-300) - seen[k]).norm())
+                    for k, v in found.items()
+                    if k in seen
+                )
+            return float("inf")
+
+        return mismatch
+
+    # --------------------------------------------------------------------------------------------- a batch
+
+    def _shared(self, x: Tensor, misfit: float) -> Reconstruction:
+        """Return the one input that a batch shows whose layer gradient is an outer product."""
+        inputs = self._shaped(x.expand(self.size or 1, -1))
+        alone = tells_examples_apart(self.observation.simulator, self.bias, self.db, inputs[:1])
+        only = "one of them reaches the loss" if alone else "a mixture of them is shown"
+        note = Note(
+            f"The layer's gradient is an outer product down to {misfit:.1e}: all {self.size} examples show the same "
+            f"input, or only {only}.",
+            NoteKind.LIMIT,
         )
-    count = len(found) if size is None else min(size, len(found))
-    notes.append(
-        f"{count} inputs are shown by several units, as where no other example activates them (by "
-        f"{rows[:count].tolist()} units)."
-    )
-    found = found[:count]
-    if count == size:
-        return found, "exact"
-    if size is None:
-        notes.append("Without the number of examples they cannot be verified by simulating the client.")
-        return found, "converged"
-    notes.append(f"The other {size - count} of {size} examples never act alone; in their place stands a mixture.")
-    mixture = dw.double().T @ db.double().abs() / db.double().square().sum().clamp_min(1e-300)
-    return torch.cat([found, mixture.expand(size - count, -1)]), "stalled"
+        return self._result(inputs, misfit, Status.CONVERGED, (note,))
 
+    def _batch(self, misfit: float) -> Reconstruction:
+        """Return the inputs that several rows agree on and that pass for inputs of single examples."""
+        found, rows = single_example_inputs(self.dw, self.db, tolerance=self.close)
+        if len(found) == 0:
+            raise NotApplicable(
+                f"No two rows of {self.layer.weight_name!r} agree, so no input shows by itself (the gradient deviates "
+                f"from an outer product by {misfit:.1e}); linear inversion needs one example, or units that a single "
+                "one activates (ReLU, more units, fewer examples)."
+            )
+        size = self.size
+        passed = [i for i in range(len(found)) if self._is_single(found[i], rows[i])]
+        if size is None or not passed:
+            return self._undecided(found, rows, misfit)
+        passed = passed[:size]
+        inputs, units = self._shaped(found[passed]), [len(rows[i]) for i in passed]
+        note = Note(
+            f"{len(passed)} inputs are shown by several units each, which no other example activates (by {units} "
+            "units), and explain these units' gradients."
+        )
+        if len(passed) == size:
+            return self._complete(inputs, misfit, (note,))
+        rest = Note(
+            f"The other {size - len(passed)} of {size} examples never act alone; in their place stands a mixture.",
+            NoteKind.LIMIT,
+        )
+        mixture = self.dw.double().T @ self.db.double().abs() / self.db.double().square().sum().clamp_min(1e-300)
+        every = torch.cat([inputs, self._shaped(mixture.expand(size - len(passed), -1))])
+        result = self._result(every, misfit, Status.STALLED, (note, rest))
+        finding = Finding(
+            FindingKind.ROWS,
+            f"The inputs of {len(passed)} of {size} examples were read off the first layer.",
+            proved=True,
+            count=len(passed),
+            of=size,
+        )
+        return replace(result, solved=torch.arange(size) < len(passed), findings=(finding,))
 
-def _labels(observation: Observation, inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Return the labels of inputs (N, *shape), as read or as granted, and probabilities where they are soft."""
-    granted = observation.labels
-    if granted is not None and len(inputs) == 1:
-        return (None, granted) if granted.is_floating_point() else (granted, None)
-    try:
-        return read_labels(observation, inputs)
-    except InvalidModel:  # Dropout and the like: the inputs stand without labels.
+    def _is_single(self, x: Tensor, rows: Tensor) -> bool:
+        """Tell whether ``x`` (n,), on which ``rows`` agree, is the input of one example and not a mixture.
+
+        One example alone would give these rows the bias gradients that its own forward and backward pass say, scale
+        included, for one of the classes. A mixture does so by coincidence only.
+        """
+        observation, simulator = self.observation, self.observation.simulator
+        inputs = self._shaped(x[None])
+        gradient = observation.gradient
+        with torch.no_grad():
+            outputs = simulator.outputs(inputs, torch.float64)
+        if not isinstance(outputs, Tensor):
+            return False
+        kind = target_kind(simulator.undefended.loss, outputs)
+        if (
+            simulator.known
+            and gradient.single
+            and gradient.scaled
+            and (kind is not TargetKind.VALUES or observation.labels is not None)
+        ):
+            share = 1.0 if getattr(simulator.undefended.loss, "reduction", "mean") == "sum" else 1 / (self.size or 1)
+            wanted = self.db.double()[rows] / share
+            for label in self._labels_to_try(kind, outputs):
+                ours = self._bias_gradient(inputs, label)
+                if ours is not None:
+                    left = (ours[rows] - wanted).norm() / wanted.norm()
+                    if float(left) <= 100 * self.close:
+                        return True
+            if self.size is not None and outputs.shape[1] <= _CLASSES:
+                return False
+        return len(rows) > 1 and tells_examples_apart(simulator, self.bias, self._only(rows), inputs)
+
+    def _labels_to_try(self, kind: TargetKind, outputs: Tensor) -> list[Tensor]:
+        """Return the labels of one example to try, as granted or of the form that the loss takes."""
+        granted = self.observation.labels
+        if granted is not None:
+            return list(granted.unique(dim=0)[:, None])
+        if kind is TargetKind.BINARY:
+            count = outputs.shape[1] if outputs.ndim == 2 else 0
+            if not 1 <= count <= 6:
+                return []
+            return [torch.tensor([[float(i >> k & 1) for k in range(count)]]).to(outputs) for i in range(2**count)]
+        if outputs.ndim != 2 or outputs.shape[1] > _CLASSES:
+            return []
+        return [torch.tensor([c], device=outputs.device) for c in range(outputs.shape[1])]
+
+    def _only(self, rows: Tensor) -> Tensor:
+        """Return the bias gradient with all but ``rows`` left out."""
+        kept = torch.zeros_like(self.db)
+        kept[rows] = self.db[rows]
+        return kept
+
+    def _bias_gradient(self, inputs: Tensor, label: Tensor) -> Tensor | None:
+        """Return the gradient of the layer's bias for one example, None where it cannot be simulated."""
+        observation, simulator = self.observation, self.observation.simulator
+        with suppress(RuntimeError, ValueError, TypeError, IndexError, InvalidModel), torch.no_grad():
+            found = replace(observation.update, tensors={self.bias: simulator.update(inputs, label)[self.bias]})
+            return simulator.as_gradient(found, 1).tensors[self.bias].flatten()
+        return None
+
+    def _undecided(self, found: Tensor, rows: list[Tensor], misfit: float) -> Reconstruction:
+        """Return inputs that rows agree on, of which nothing says that they are of single examples."""
+        count = len(found) if self.size is None else min(self.size, len(found))
+        why = (
+            "the number of examples is not known"
+            if self.size is None
+            else "mixtures of examples that activate the same units agree as well"
+        )
+        note = Note(
+            f"{count} inputs are shown by several units each (by {[len(r) for r in rows[:count]]} units); whether they "
+            f"are of single examples is not known, since {why}.",
+            NoteKind.LIMIT,
+        )
+        rest = self._shaped(found[:count])
+        if self.size is not None and count < self.size:
+            rest = torch.cat([rest, rest[-1:].expand(self.size - count, *rest.shape[1:])])
+        return self._result(rest, misfit, Status.CONVERGED if self.size is None else Status.STALLED, (note,))
+
+    def _complete(self, inputs: Tensor, misfit: float, notes: tuple[Note, ...]) -> Reconstruction:
+        """Return a batch all of whose inputs were read, in the order of granted labels."""
+        observation = self.observation
+        labels = soft = None
+        with suppress(InvalidModel):
+            labels, soft = read_labels(observation, inputs)
+        inputs, (labels, soft) = align(observation.labels, inputs, labels, soft)
+        proof = Construction(
+            inputs.numel(),
+            0.1 * self.close * float(inputs.square().mean().sqrt()),
+            "every example activates units that no other does, whose gradients are its input times known numbers",
+        )
+        found = self._result(inputs, misfit, Status.EXACT, notes, labels=labels, soft=soft)
+        return replace(found, construction=proof, solved=torch.ones(len(inputs), dtype=torch.bool))
+
+    # --------------------------------------------------------------------------------------------- results
+
+    def _labels(self, inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the label of one example, as granted or as read."""
+        granted = self.observation.labels
+        if granted is not None:
+            return (None, granted) if granted.is_floating_point() else (granted, None)
+        with suppress(InvalidModel):  # Dropout and the like: the inputs stand without labels.
+            return read_labels(self.observation, inputs)
         return None, None
 
-
-def _verified(
-    observation: Observation,
-    inputs: Tensor,
-    labels: Tensor | None,
-    soft: Tensor | None,
-    close: float,
-    notes: list[str],
-) -> tuple[Tensor, Tensor | None, Tensor | None, str]:
-    """Re-simulate a batch that rows agree on: mixtures agree as well where examples activate the same units.
-
-    Returns inputs, labels and probabilities, in the order of granted labels where these are the same, and the status.
-    """
-    training = observation.training
-    if labels is None or training is None:
-        notes.append("Their labels are not known, so they cannot be verified by simulating the client.")
-        return inputs, labels, soft, "converged"
-    residual = distance(observation, inputs, labels if soft is None else soft)
-    order = aligned(observation.labels, labels, soft)
-    if order is not None:
-        inputs, labels, soft = inputs[order], labels[order], None if soft is None else soft[order]
-    notes.append(f"The re-simulated update agrees to {residual:.1e}.")
-    return inputs, labels, soft, "exact" if residual <= close else "stalled"
+    def _result(
+        self,
+        inputs: Tensor,
+        misfit: float,
+        status: Status,
+        notes: tuple[Note, ...],
+        *,
+        labels: Tensor | None = None,
+        soft: Tensor | None = None,
+    ) -> Reconstruction:
+        decoded, why = present(self.observation, inputs, exact=status is Status.EXACT)
+        return Reconstruction(
+            decoded,
+            labels,
+            misfit**2,
+            label_probabilities=soft,
+            status=status,
+            notes=notes if why is None else (why, *notes),
+        )
 
 
 def linear_inversion() -> LinearInversion:
     """Divide the first layer's weight gradient by its bias gradient: exact for one example, in milliseconds.
 
     Sources: Phong et al., *Privacy-preserving deep learning via additively homomorphic encryption*, 2018, Section III;
-    Geiping et al. 2020, Proposition 3.1. Deviations: least squares over all rows instead of one; in a batch, inputs
-    that at least two rows agree on are returned as well (units that a single example activates). Neither batch size nor
-    loss nor step size is needed; several plain local steps on one example change nothing.
+    Geiping et al. 2020, Proposition 3.1. Deviations: least squares over all rows instead of one; where weight and bias
+    carry factors of their own, later layers fix the scale; in a batch, inputs that at least two rows agree on are
+    returned as well (units that a single example activates), if they explain these rows' gradients as one example does.
+    Neither batch size nor loss nor step size is needed; several plain local steps on one example change nothing.
 
     """
     return LinearInversion()

@@ -9,10 +9,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from gradleak.attacks.disaggregation import FeatureDisaggregation, one_gradient
+from gradleak.attacks.disaggregation import FeatureDisaggregation
 from gradleak.errors import NotApplicable
 from gradleak.exact.backward import Walked, obstacle, walk_back
-from gradleak.exact.features import EXACT
 from gradleak.exact.layer_iterative import Known
 from gradleak.structure.chain import Chain
 from gradleak.structure.head import Head, find_head
@@ -23,7 +22,7 @@ from gradleak.types import Reconstruction
 __all__ = ["Separated", "separate_batch"]
 
 _ACCUMULATED = 16.0
-"""Error of separated features, in rounding units of their size: what a prediction below the tolerance may leave."""
+"""Error of separated features, in rounding units of their size."""
 
 
 @final
@@ -80,14 +79,14 @@ def separate_batch(
     params = {k: p.detach() for k, p in observation.model.named_parameters()}
     chain = _chain(observation, head, params, whole=whole)
     found = separate.reconstruct(observation, seed=seed)
-    verdicts = found.certificate.examples if found.certificate is not None else ()
-    if any(v != EXACT for v in verdicts) or found.features is None or found.labels is None:
+    if found.solved is None or not bool(found.solved.all()) or found.features is None or found.labels is None:
+        sure = 0 if found.solved is None else int(found.solved.sum())
         raise NotApplicable(
-            f"Only {sum(v == EXACT for v in verdicts)} of {len(verdicts)} examples have proved features "
+            f"Only {sure} of {len(found)} examples have proved features "
             "(classes that repeat in a batch may not show theirs); use dlg()."
         )
     assert head is not None and observation.training is not None  # Or the disaggregation would not have applied.
-    gradient = one_gradient(observation, list(observation.update.tensors))
+    gradient = observation.gradient.require_single()
     features = found.features.double()
     loss, labels = observation.training.loss, found.labels
 
@@ -96,8 +95,7 @@ def separate_batch(
             leaf = features.clone().requires_grad_()
             return torch.autograd.grad(loss(head.logits(leaf), labels), leaf)[0]
 
-    cotangents = pull(features)
-    peeled = None
+    cotangents, peeled = pull(features), None
     if chain is not None:
         noise = max(torch.finfo(t.dtype).eps for t in observation.update.tensors.values())
         deviation = _ACCUMULATED * noise * float(features.square().mean().sqrt())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import final
@@ -13,19 +13,19 @@ from torch import Tensor
 
 from gradleak.attacks.base import Attack, Callback, Progress, is_signs, present
 from gradleak.attacks.disaggregation import disaggregate
-from gradleak.attacks.labeling import aligned, distance, hides_mixtures, read_labels
+from gradleak.attacks.labeling import order_as_granted, read_labels
 from gradleak.attacks.least_squares import Problem, search
 from gradleak.attacks.peeling import Separated, separate_batch
 from gradleak.errors import InvalidModel, NotApplicable
-from gradleak.exact.backward import Walked
 from gradleak.exact.one_example import RecursionResult, invert_layers
+from gradleak.proof.alternatives import tells_examples_apart
 from gradleak.structure.chain import Affine, Chain, Elementwise
 from gradleak.structure.reader import trace_chain
 from gradleak.threat import Knowledge, Observation
-from gradleak.training import SGD, CrossEntropy, FedAvg
-from gradleak.types import Reconstruction
+from gradleak.training import CrossEntropy
+from gradleak.types import Construction, Note, NoteKind, Reconstruction, Status
 
-__all__ = ["Recursion", "check", "hides", "invert_batch", "mixtures_fit", "plain_gradient", "recursion", "solved"]
+__all__ = ["Recursion", "check", "from_layers", "hides", "invert_batch", "recursion", "solved"]
 
 
 @final
@@ -35,7 +35,7 @@ class Recursion(Attack):
 
     Attributes:
         polish: whether to finish with Gauss–Newton steps on the whole map.
-        quick: whether to try the iterative way first.
+        quick: whether to leave them out where the walk's own estimated error is small enough.
 
     """
 
@@ -44,96 +44,102 @@ class Recursion(Attack):
 
     requires = Knowledge.BATCH_SIZE
 
-    def _reconstruct(
-        self, observations: list[Observation], seed: int, callback: Callback | None
-    ) -> list[Reconstruction]:
-        results: list[Reconstruction] = []
-        for number, observation in enumerate(observations):
-            results.append(self._one(observation, seed))
-            if callback is not None:
-                callback(Progress(number + 1, len(observations), results[-1].objective, results[-1].status))
-        return results
+    def _one(self, observation: Observation, seed: int, callback: Callback) -> Reconstruction:
+        def going() -> bool:
+            callback(Progress(0, 1, math.inf, "solving a layer"))  # It raises to end the attack.
+            return True
 
-    def _one(self, observation: Observation, seed: int) -> Reconstruction:
         if observation.batch_size != 1:
-            return invert_batch(observation, seed=seed)[0]
-        begin = time.perf_counter()
+            return invert_batch(observation, seed=seed, going=going)
         check(observation)
         shape = tuple(observation.space.shape)
         chain = trace_chain(observation.model, shape)
-        params = {k: p.detach() for k, p in observation.model.named_parameters()}
         result = invert_layers(
             observation.model,
-            params,
-            plain_gradient(observation),
+            dict(observation.model.named_parameters()),
+            observation.gradient.tensors,
             shape,
             chain=chain,
             polish=self.polish,
             quick=self.quick,
             seed=seed,
+            going=going,
         )
-        if result.input is None:
-            start = "" if result.start is None else ", which can start from there"
-            raise NotApplicable(f"The recursion stops: {result.stopped_at}; use matching{start}.")
-        found = from_layers(observation, result, result.input, chain, begin)
-        more = [
-            f"The re-simulated gradient agrees to {result.residual:.1e}; "
-            f"the update itself deviates from an outer product by {result.noise:.1e}."
-        ]
-        if found.status != "exact":
-            more.append("That is above rounding, so the update is not the plain gradient of one example on this model.")
-        return replace(found, notes=(*found.notes, *more))
+        if result.input is not None:
+            return from_layers(observation, result, chain, _BACKWARD)
+        if result.start is None:
+            raise NotApplicable(f"The recursion stops: {result.stopped_at}; use matching.")
+        note = Note(f"The recursion stops: {result.stopped_at}; what lies behind is its best guess.", NoteKind.LIMIT)
+        found = from_layers(observation, result, chain, _BACKWARD)
+        return replace(found, notes=(note, *found.notes))
 
 
 def from_layers(
-    observation: Observation, result: RecursionResult, value: Tensor, chain: Chain | None, begin: float
+    observation: Observation, result: RecursionResult, chain: Chain | None, statement: str, *, local: bool = False
 ) -> Reconstruction:
-    """Return ``value`` (*shape), which solving layers led to, as a reconstruction; ``begin`` is when the work began.
+    """Return the input that solving layers led to, or the start that it left, as a reconstruction.
 
-    It is called exact where the layers' equations hold down to rounding and nothing before them hides the input.
+    It is called exact where the layers' equations hold down to rounding, nothing before them hides the input, and the
+    update is evidence of a single example.
     """
-    rounding = torch.finfo(next(iter(observation.update.tensors.values())).dtype).eps
-    hidden = None if chain is None else hides(chain, value[None])
-    exact = (
-        result.input is not None
-        and result.noise <= 16 * rounding
-        and result.residual <= _FLOOR * rounding
-        and hidden is None
-    )
-    label, soft = None if result.label is None else torch.tensor([result.label]), None
-    loss = None if observation.training is None else observation.training.loss
+    value = result.start if result.input is None else result.input
+    assert value is not None
+    inputs = value[None]
+    rounding = _rounding(observation)
+    hidden = None if chain is None else hides(chain, inputs)
+    solved = result.input is not None and hidden is None
+    plain = solved and result.noise <= 16 * rounding and result.residual <= _FLOOR * rounding
+    labels, soft = None if result.label is None else torch.tensor([result.label]), None
+    loss = observation.simulator.undefended.loss
     smoothed = isinstance(loss, CrossEntropy) and loss.label_smoothing > 0
-    if exact and (label is None or smoothed):  # Then the signs do not tell it.
+    if plain and (labels is None or smoothed):  # Then the signs do not tell it.
         with suppress(InvalidModel):
-            label, soft = read_labels(observation, value[None])
-    if exact and mixtures_fit(observation, chain):
-        # Then only the scale of the update tells one example from a mixture.
-        labels = label if soft is None else soft
-        exact = (
-            labels is not None
-            and observation.training is not None
-            and distance(observation, value[None], labels) <= _FLOOR * rounding
+            labels, soft = read_labels(observation, inputs)
+    alone = not solved or chain is None or _is_single(observation, chain, inputs)
+    exact = plain and (alone or _agrees(observation, inputs, labels if soft is None else soft))
+    construction = None
+    if solved and not math.isnan(result.spread):
+        # A residual of zero is luck: nothing is known better than to the rounding of the numbers it came from.
+        error = max(result.spread**0.5, rounding * float(value.square().mean().sqrt()))
+        construction = Construction(value.numel(), error, statement, local, alone)
+    decoded, why = present(observation, inputs, exact=exact)
+    notes = [*(n for n in (why, hidden) if n is not None), *map(str, result.layers)]
+    if solved and not plain:
+        notes.append(
+            f"The layers' equations hold to {result.residual:.1e} and the update deviates from an outer product by "
+            f"{result.noise:.1e}; that is above rounding, so it is not the plain gradient of one example."
         )
-    decoded, why = present(observation, value[None], exact=exact)
     return Reconstruction(
         decoded,
-        label,
+        labels,
         result.residual**2,
         label_probabilities=soft,
-        status="exact" if exact else "stalled",
+        status=Status.EXACT if exact else Status.STALLED,
         iterations=result.steps,
-        seconds=time.perf_counter() - begin,
-        notes=tuple(n for n in (why, hidden, *map(str, result.layers)) if n is not None),
+        notes=tuple(n if isinstance(n, Note) else Note(n) for n in notes),
         features=result.features[None] if result.head else None,
+        construction=construction,
+        solved=torch.tensor([exact]),
     )
 
 
-def mixtures_fit(observation: Observation, chain: Chain | None) -> bool:
-    """Tell whether the layer where the recursion starts gives an outer product for several examples as well."""
-    if chain is None or chain.anchor.bias_name is None:
+def _rounding(observation: Observation) -> float:
+    return float(torch.finfo(next(iter(observation.update.tensors.values())).dtype).eps)
+
+
+def _is_single(observation: Observation, chain: Chain, inputs: Tensor) -> bool:
+    """Tell whether the layer where the recursion starts is evidence of a single example."""
+    bias = chain.anchor.bias_name
+    if bias is None:
         return False
-    bias = observation.update.tensors[chain.anchor.bias_name]
-    return len(bias) <= 2 if chain.head and len(bias) != 1 else hides_mixtures(observation, bias)
+    return tells_examples_apart(observation.simulator, bias, observation.update.tensors[bias], inputs)
+
+
+def _agrees(observation: Observation, inputs: Tensor, labels: Tensor | None) -> bool:
+    """Tell whether the update re-simulated with the client's own scale agrees down to rounding."""
+    if labels is None or not observation.simulator.known:
+        return False
+    return observation.simulator.relative(inputs, labels, observation.update.tensors) <= _FLOOR * _rounding(observation)
 
 
 def hides(chain: Chain, inputs: Tensor) -> str | None:
@@ -154,10 +160,8 @@ _FLAT = 1e-4
 """Derivative of an activation on the input below which float32 does not tell the input any longer."""
 
 
-def invert_batch(
-    observation: Observation, *, seed: int = 0, going: Callable[[], bool] | None = None
-) -> tuple[Reconstruction, Walked]:
-    """Return every example of a batch where the equations of all layers determine them, and how.
+def invert_batch(observation: Observation, *, seed: int = 0, going: Callable[[], bool] | None = None) -> Reconstruction:
+    """Return every example of a batch where the equations of all layers determine them.
 
     ``going`` says whether to go on, and is asked where a layer takes long.
 
@@ -166,7 +170,6 @@ def invert_batch(
             cross-entropy, how the client trained is not known, or ``going`` said no.
 
     """
-    begin = time.perf_counter()
     if Knowledge.TRAINING not in observation.knows or observation.training is None:
         raise NotApplicable(
             "The recursion of a batch takes the client's loss (TRAINING); grant it in the threat model."
@@ -179,38 +182,41 @@ def invert_batch(
             f"The recursion of {observation.batch_size} examples stops: {peeled.stop}; use feature_matching, which "
             "goes on from there."
         )
-    return solved(observation, separated, begin, going), peeled
+    return solved(observation, separated, going)
 
 
-def solved(
-    observation: Observation, separated: Separated, begin: float, going: Callable[[], bool] | None = None
-) -> Reconstruction:
-    """Return the batch whose layers were all peeled; ``begin`` is when the work began, ``going`` whether to go on."""
-    peeled, found = separated.peeled, separated.found
+def solved(observation: Observation, separated: Separated, going: Callable[[], bool] | None = None) -> Reconstruction:
+    """Return the batch whose layers were all solved; ``going`` says whether to go on."""
+    peeled, found, simulator = separated.peeled, separated.found, observation.simulator
     assert peeled is not None and peeled.stop is None
     assert found.labels is not None and found.features is not None
-    x, steps = peeled.known.values.reshape(-1, *observation.space.shape), 0
-    residual, order = distance(observation, x, found.labels), aligned(observation.labels, found.labels, None)
-    order = torch.arange(len(x)) if order is None else order
-    rounding = torch.finfo(next(iter(observation.update.tensors.values())).dtype).eps
+    x, steps, seen = peeled.known.values.reshape(-1, *observation.space.shape), 0, observation.update.tensors
+    rounding, residual = _rounding(observation), simulator.relative(x, found.labels, seen)
     if residual > _ROUGH * rounding:
         # Layer by layer, errors add up; all equations together take most of them back.
         x, steps = _sharpened(observation, x, found.labels, going)
-        residual = distance(observation, x, found.labels)
-    notes = (*found.notes[:1], *map(str, peeled.layers), f"The re-simulated update agrees to {residual:.1e}.")
+        residual = simulator.relative(x, found.labels, seen)
+    order = order_as_granted(observation.labels, found.labels, None)
+    order = torch.arange(len(x)) if order is None else order
     hidden = None if separated.chain is None else hides(separated.chain, x)
-    status = "exact" if residual <= _FLOOR * rounding and hidden is None else "stalled"
-    decoded, why = present(observation, x[order], exact=status == "exact")
-    notes = (*(n for n in (why, hidden) if n is not None), *notes)
+    exact = residual <= _FLOOR * rounding and hidden is None
+    decoded, why = present(observation, x[order], exact=exact)
+    notes = (
+        *found.notes,
+        *map(Note, map(str, peeled.layers)),
+        Note(f"The re-simulated update agrees to {residual:.1e}."),
+    )
+    error = max(peeled.error, rounding * float(peeled.known.values.square().mean().sqrt()))
     return Reconstruction(
         decoded,
         found.labels[order],
         residual**2,
-        status=status,
+        status=Status.EXACT if exact else Status.STALLED,
         iterations=found.iterations + steps,
-        seconds=time.perf_counter() - begin,
-        notes=notes,
+        notes=(*(n for n in (why, None if hidden is None else Note(hidden)) if n is not None), *notes),
         features=found.features[order],
+        construction=Construction(peeled.known.values.numel(), error, _BATCHED, local=True),
+        solved=torch.full((len(x),), exact),
     )
 
 
@@ -222,6 +228,9 @@ def _sharpened(
     state = search(problem, inputs.to(problem.like).flatten(), iterations=_STEPS)
     return state.z.reshape(inputs.shape), state.steps
 
+
+_BACKWARD = "solved backward, every layer's linear system has full rank"
+_BATCHED = "solved backward from separated features, every layer's equations determine its inputs for all examples"
 
 _ROUGH = 8.0
 """Residual of a batch, in rounding units, above which steps on the whole update follow."""
@@ -244,28 +253,12 @@ def check(observation: Observation) -> None:
             f"The recursion inverts the update of one example, but this one has {observation.batch_size}; "
             "use matching, or disaggregate the batch first."
         )
-    training = observation.training
-    if isinstance(training, FedAvg) and (training.count(1) > 1 or not isinstance(training.rule, SGD)):
-        raise NotApplicable(
-            "The recursion inverts one gradient, but the client took several steps or used an adaptive optimizer, so "
-            "its update is no multiple of one; use matching, which unrolls the training."
-        )
+    observation.gradient.require_single()
     if is_signs(observation.update.tensors):
         raise NotApplicable(
             "The entries of each tensor all have one size, as signs do and the first step of an adaptive optimizer, so "
             "the update is no multiple of a gradient; use matching with what the client did stated."
         )
-
-
-def plain_gradient(observation: Observation) -> Mapping[str, Tensor]:
-    """Return a multiple of the gradient: weight decay, where it is known, is taken out of a weight delta."""
-    tensors, training = observation.update.tensors, observation.training
-    if not isinstance(training, FedAvg) or not isinstance(training.rule, SGD) or not training.rule.weight_decay:
-        return tensors
-    rule = training.rule
-    factor = rule.lr * (1 + rule.momentum * rule.nesterov)
-    params = observation.params
-    return {k: -d.double() / factor - rule.weight_decay * params[k].double() for k, d in tensors.items()}
 
 
 def recursion(*, polish: bool = True, quick: bool = True) -> Recursion:
@@ -276,15 +269,15 @@ def recursion(*, polish: bool = True, quick: bool = True) -> Recursion:
     the update is scaled, so a weight delta of one plain step will do.
 
     A batch takes more: the loss must be known cross-entropy, ``disaggregate`` must prove every example's features, and
-    then each layer must determine its inputs for all examples (:mod:`gradleak.exact.peel`): by its gradient alone,
+    then each layer must determine its inputs for all examples (:mod:`gradleak.exact.backward`): by its gradient alone,
     as a linear layer does up to as many examples as it has outputs, or together with its recovered outputs
-    (:mod:`gradleak.exact.joint`), where both kinds of equation are more than the values. Gauss–Newton steps on the
-    whole update finish.
+    (:mod:`gradleak.exact.layer_iterative`), where both kinds of equation are more than the values. Gauss–Newton steps
+    on the whole update finish.
 
     Args:
         polish: finish with Gauss–Newton steps on the whole map, which brings float32 updates to their noise floor.
-        quick: take iterative solves where their estimated error is small enough, an order of magnitude above that
-            floor in a fraction of the time and memory; otherwise, and with False, factorize.
+        quick: leave these steps out where the walk's estimated error is small enough: an order of magnitude above that
+            floor, in a fraction of the time and memory.
 
     """
     return Recursion(polish=polish, quick=quick)

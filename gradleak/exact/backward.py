@@ -188,7 +188,7 @@ def obstacle(chain: Chain, params: Tensors, names: Collection[str], examples: in
 def _count(
     step: Affine, weight: Tensor, examples: int, forward: int, shared: bool
 ) -> tuple[LayerReport, bool, str | None]:
-    """Return the report of a layer before it is solved, whether its gradient alone may do, and if not, what stops it."""
+    """Return a layer's report before it is solved, whether its gradient alone may do, and what stops it if not."""
     own, unknowns = counts(step, weight, examples), examples * step.inputs
     rank = own.rank * step.channels * shared
     report = LayerReport(step.name, unknowns, forward, weight.numel() * shared, min(unknowns, forward + rank))
@@ -200,6 +200,12 @@ def _count(
             f"solving for the input of {step.name!r} takes more than {_WORK:.0e} multiplications in every iteration"
         )
     return report, alone, reason
+
+
+def _too_long(step: Affine, weight: Tensor, examples: int) -> str | None:
+    if examples * weight.numel() * math.prod(step.out_shape[1:]) <= _WORK:
+        return None
+    return f"solving for the input of {step.name!r} takes more than {_WORK:.0e} multiplications in every iteration"
 
 
 def _kept(pending: list[Step], known: int, where: str) -> str:
@@ -311,6 +317,8 @@ class _Walk:
         alone = alone and (len(known.values) > 1 or kink is not None)
         if reason is not None and not alone:
             self._end(report, reason)
+            if _too_long(step, self.params[step.weight_name], len(known.values)):
+                raise _StoppedError  # Not even a start is worth so much time.
         for flip in range(_FLIPS + 1 if kink is not None else 1):
             equations = LayerEquations(maps, gradient, known.pull)
             robust = kink is not None and flip == 0

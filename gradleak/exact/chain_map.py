@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradleak.exact.outer_product import OuterProduct
 from gradleak.solve.cholesky import Factor
-from gradleak.solve.conjugate_gradients import Rows, conjugate_gradients
+from gradleak.solve.conjugate_gradients import conjugate_gradients
 from gradleak.structure.chain import Affine, Chain, Elementwise, Fixed, Step
 
 __all__ = ["ChainMap", "Linearized", "Point", "feature_scale"]

@@ -7,12 +7,15 @@ in the rows that a single example reaches, which ReLU makes common in small batc
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from gradleak.errors import NotApplicable
 
-__all__ = ["agreement", "invert_linear", "single_example_inputs"]
+__all__ = ["agreement", "input_scale", "invert_linear", "outer_product_misfit", "single_example_inputs"]
 
 
 def agreement(dtype: torch.dtype) -> float:
@@ -48,11 +51,17 @@ def invert_linear(dw: Tensor, db: Tensor) -> Tensor:
     return torch.einsum("...mn,...m->...n", dw, db) / power[..., None]
 
 
-def single_example_inputs(dw: Tensor, db: Tensor, *, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
-    """Return inputs that two or more rows agree on, each the input of a single example of the batch.
+def outer_product_misfit(dw: Tensor, db: Tensor, inputs: Tensor) -> float:
+    """Return the relative distance of ``dw`` (m, n) from the outer product of ``db`` (m,) and ``inputs`` (n,)."""
+    dw = dw.double()
+    return float((db.double()[:, None] * inputs - dw).norm() / dw.norm().clamp_min(1e-300))
+
+
+def single_example_inputs(dw: Tensor, db: Tensor, *, tolerance: float | None = None) -> tuple[Tensor, list[Tensor]]:
+    """Return inputs that two or more rows agree on, each of which a single example of the batch may have.
 
     Rows whose unit only one example activates all show the ratio ``∂W_j / ∂b_j = x_i``; rows that mix examples show
-    different mixtures each. So agreement of several rows is evidence that does not need the truth.
+    different mixtures each, unless the examples' gradients at the layer's output are parallel.
 
     Args:
         dw: (m, n) weight gradient.
@@ -60,15 +69,15 @@ def single_example_inputs(dw: Tensor, db: Tensor, *, tolerance: float | None = N
         tolerance: relative distance up to which two rows agree; by default :func:`agreement` of the update's format.
 
     Returns:
-        (K, n) inputs, most rows first, and (K,) the number of rows behind each.
+        (K, n) inputs, most rows first, and for each of them the indices of the rows behind it.
 
     """
     tolerance = agreement(dw.dtype) if tolerance is None else tolerance
     dw, db = dw.double(), db.double()
-    active = db.abs() > 1e-6 * db.abs().max()
+    active = (db.abs() > 1e-6 * db.abs().max()).nonzero().flatten()
     weights, ratios = db[active].abs(), dw[active] / db[active, None]
     if len(ratios) == 0:
-        return ratios, torch.zeros(0, dtype=torch.long, device=dw.device)
+        return ratios, []
     size = ratios.norm(dim=1)
     near = torch.cdist(ratios, ratios, compute_mode="donot_use_mm_for_euclid_dist") <= tolerance * torch.maximum(
         size[:, None], size
@@ -83,7 +92,37 @@ def single_example_inputs(dw: Tensor, db: Tensor, *, tolerance: float | None = N
         group = near[best] & free
         # The largest bias gradients carry the least relative rounding.
         found.append((weights[group, None] * ratios[group]).sum(0) / weights[group].sum())
-        rows.append(int(group.sum()))
+        rows.append(active[group])
         free &= ~group
-    inputs = torch.stack(found) if found else ratios[:0]
-    return inputs, torch.tensor(rows, dtype=torch.long, device=dw.device)
+    return torch.stack(found) if found else ratios[:0], rows
+
+
+def input_scale(mismatch: Callable[[float], float], *, tolerance: float) -> float | None:
+    """Return the factor t at which an input that is known up to a factor fits the rest of an update, None if none does.
+
+    A layer's weight and bias may carry factors of their own (clipping per tensor, step sizes per group), and then their
+    ratio is the input times an unknown factor. Later layers, or the loss, see the input through biases, so only one
+    factor fits them.
+
+    Args:
+        mismatch: t → how far the rest of the update is from what t times the input gives, 0 where it fits; it must not
+            depend on any layer's own factor.
+        tolerance: mismatch up to which it fits.
+
+    """
+    if mismatch(1.0) <= tolerance:
+        # Where every factor fits, the scale does not show.
+        return 1.0 if max(mismatch(0.5), mismatch(2.0)) > 10 * tolerance else None
+    grid = [10 ** (k / 12) for k in range(-36, 37)]
+    values = [mismatch(t) for t in grid]
+    best = min(range(len(grid)), key=values.__getitem__)
+    low, high = math.log(grid[max(best - 1, 0)]), math.log(grid[min(best + 1, len(grid) - 1)])
+    ratio = (math.sqrt(5) - 1) / 2
+    while high - low > 1e-9:  # Golden section.
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        if mismatch(math.exp(left)) < mismatch(math.exp(right)):
+            high = right
+        else:
+            low = left
+    found = math.exp((low + high) / 2)
+    return found if mismatch(found) <= tolerance < max(mismatch(0.5 * found), mismatch(2 * found)) / 10 else None

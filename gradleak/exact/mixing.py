@@ -21,6 +21,10 @@ from gradleak.training import CrossEntropy
 
 __all__ = ["Fit", "MixingEquations"]
 
+_LIVE = 32.0
+"""Spacings of the number format, relative to the largest feature, below which a feature counts as zero for all
+examples: where weight decay was subtracted, features of zero keep its rounding."""
+
 
 @dataclass(frozen=True, eq=False)
 class Fit:
@@ -79,6 +83,7 @@ class MixingEquations:
 
     @property
     def size(self) -> int:
+        """Number of examples."""
         return int(self.basis.shape[0])
 
     @property
@@ -90,6 +95,7 @@ class MixingEquations:
     def build(
         cls, gw: Tensor, gb: Tensor | None, head: Head, estimate: LabelEstimate, means: Tensor, loss: CrossEntropy
     ) -> MixingEquations:
+        """Scale the equations of a head's gradient ``gw`` (C, d) and ``gb`` (C,); see :func:`disaggregate`."""
         size, classes = int(estimate.counts.sum()), head.classes
         eps = rounding(gw.dtype, loss)
         factor = float(size) if loss.reduction == "mean" else 1.0
@@ -103,7 +109,7 @@ class MixingEquations:
         row = torch.where(seen.abs().amax(1) > 0, 1 / magnitude.clamp_min(1e-30), 0.0)
         scaled = seen * row[:, None]
         column = scaled.norm(dim=0) / math.sqrt(classes)
-        live = column > 1e-12 * column.max()
+        live = column > _LIVE * eps * column.max()
         column = column[live]
         scaled = scaled[:, live] / column
         u, s, vh = torch.linalg.svd(scaled, full_matrices=False)
@@ -180,6 +186,7 @@ class MixingEquations:
         return p, ((p - self.soft) * self.row).mT @ self.augment(mixing) - self.target
 
     def residual_of(self, fit: Fit) -> float:
+        """Return the relative residual of a fit."""
         return math.sqrt(max(fit.objective, 0.0)) / max(self.scale, 1e-300)
 
     def jacobian(self, p: Tensor, mixing: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,7 +26,7 @@ from gradleak.exact.backward import LayerReport, walk_back
 from gradleak.exact.chain_map import ChainMap, Linearized, feature_scale
 from gradleak.exact.layer_iterative import SAMPLES, Going, Known
 from gradleak.exact.normal_matrix import LARGEST, factorize
-from gradleak.exact.outer_product import OuterProduct, read_outer_product
+from gradleak.exact.outer_product import read_outer_product
 from gradleak.solve.cholesky import Factor
 from gradleak.solve.conjugate_gradients import Rows, conjugate_gradients
 from gradleak.solve.least_squares import State, minimize
@@ -228,7 +228,7 @@ def fit_layers(
 
 
 def _condition(local: Linearized, seed: int) -> tuple[float, float]:
-    """Return a bound on the scaled normal matrix' least eigenvalue, zero without one, and its inverse's mean diagonal."""
+    """Return about the least eigenvalue of the scaled normal matrix, and the mean diagonal of its inverse."""
     factor, n = local.factor, len(local.descent)
     assert factor is not None
     probe = _signs((_PROBES, n), seed).to(local.descent)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradleak.clock import Deadline
+
 __all__ = ["Best", "Evaluate", "Monitor", "Outcome", "Project", "Referee", "Solver"]
 
 Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -37,6 +39,7 @@ class Outcome:
         converged: the objective reached the tolerance.
         stalled: the solver found no way on.
         interrupted: the whole run was stopped from outside.
+        late: the time was over before the rounds were.
 
     """
 
@@ -47,6 +50,7 @@ class Outcome:
     converged: Tensor
     stalled: Tensor
     interrupted: bool = False
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,12 @@ class Solver(ABC):
         referee: Referee | None = None,
         slots: int | None = None,
         spent: Sequence[int] | None = None,
+        deadline: Deadline | None = None,
     ) -> Outcome:
         """Minimize from ``start`` (P, D); a problem stops once its objective is at most ``tolerance``.
 
-        A ``KeyboardInterrupt`` (from the keyboard or from ``monitor``) ends the run with the best iterates so far.
+        A ``KeyboardInterrupt`` (from the keyboard or from ``monitor``) ends the run with the best iterates so far; so
+        does the deadline, which is looked at in every round.
 
         Args:
             evaluate: returns objectives and gradients.
@@ -81,6 +87,7 @@ class Solver(ABC):
             referee: is asked now and then which problems should end.
             slots: how many problems work at a time; None lets all of them.
             spent: rounds that each problem has had before, which count against ``iterations``.
+            deadline: when to end, with one evaluation of the first problems at least.
 
         """
 
@@ -107,8 +114,7 @@ class Best:
         self.objective[rows] = torch.where(better, objective, self.objective[rows])
         self.x[rows] = torch.where(better[:, None], x, self.x[rows])
 
-    def outcome(self, interrupted: bool) -> Outcome:
+    def outcome(self, *, interrupted: bool, late: bool) -> Outcome:
         """Return the best so far."""
-        return Outcome(
-            self.x, self.objective, self.iterations, self.evaluations, self.converged, self.stalled, interrupted
-        )
+        seen = self.x, self.objective, self.iterations, self.evaluations, self.converged, self.stalled
+        return Outcome(*seen, interrupted, late)

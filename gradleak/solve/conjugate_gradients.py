@@ -36,8 +36,8 @@ def conjugate_gradients(
         tolerance: relative accuracy, in the norm of the system.
         limit: iterations.
         least: energy that counts as zero, for all rows or (k, 1).
-        image: (r, P r) → the product of the latter, where knowing r makes that cheaper: with A = B + N and P = B⁻¹ it is
-            r + N P r. Products with directions then come from a recurrence.
+        image: (r, P r) → the product of the latter, where knowing r makes that cheaper: with A = B + N and P = B⁻¹ it
+            is r + N P r. Products with directions then come from a recurrence.
         going: twice the fall of xᵀ A x / 2 − xᵀ right so far, summed over the rows → whether to go on; asked before
             every iteration.
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from gradleak.clock import Deadline, TimeSpent
 from gradleak.solve.base import Best, Evaluate, Monitor, Outcome, Project, Referee, Solver
+from gradleak.solve.schedules import Constant, Schedule
 
 __all__ = ["Adam", "GradientDescent"]
 
@@ -22,7 +25,8 @@ class _FirstOrder(Solver, ABC):
         lr: step size.
         iterations: number of steps.
         signed: use only the sign of the gradient (Geiping et al. 2020, Section 5.1).
-        decay: multiply the step size by 0.1 after 3/8, 5/8 and 7/8 of the iterations (same source).
+        schedule: how the step size changes. A deadline shortens the schedule: where the time is the shorter of the
+            two, the share of it that is over decides, so the small steps at the end are taken all the same.
         check_every: rounds between looks at the stopping rule.
 
     """
@@ -30,14 +34,12 @@ class _FirstOrder(Solver, ABC):
     lr: float = 0.1
     iterations: int = 2000
     signed: bool = False
-    decay: bool = False
+    schedule: Schedule = field(default_factory=Constant)
     check_every: int = 50
 
-    def _rate(self, step: int) -> float:
-        if not self.decay:
-            return self.lr
-        passed = sum(step >= self.iterations * k / 8 for k in (3, 5, 7))
-        return float(self.lr * 0.1**passed)
+    def _rate(self, step: int, spent: float) -> float:
+        """Return the step size after ``step`` rounds and the share ``spent`` of the time."""
+        return self.lr * self.schedule(max(step / self.iterations, spent))
 
     @abstractmethod
     def _step(self, gradient: Tensor, state: list[Tensor], step: int) -> Tensor:
@@ -58,22 +60,31 @@ class _FirstOrder(Solver, ABC):
         referee: Referee | None = None,
         slots: int | None = None,
         spent: Sequence[int] | None = None,
+        deadline: Deadline | None = None,
     ) -> Outcome:
         """Minimize from ``start`` (P, D); the step size follows each problem's own rounds, so groups take turns."""
         best, had = Best(start), list(spent or [0] * len(start))
         left = [i for i, n in enumerate(had) if n < self.iterations]
         every, begun = torch.tensor(left, dtype=torch.long, device=start.device), min((had[i] for i in left), default=0)
         groups = every.split(slots or max(len(every), 1)) if left else ()
-        interrupted = False
+        interrupted = late = False
         try:
             for number, rows in enumerate(groups):
-                waiting = number + 1 < len(groups)
-                if self._minimize(evaluate, start, rows, best, begun, waiting, tolerance, project, monitor, referee):
+                waiting = len(groups) - number - 1
+                # Groups share what is left of the time.
+                window = Deadline(None if deadline is None else deadline.left() / (waiting + 1))
+                stop, short = self._minimize(
+                    evaluate, start, rows, best, begun, waiting > 0, tolerance, project, monitor, referee, window
+                )
+                late |= short
+                if stop:
                     break
+        except TimeSpent:
+            late = True
         except KeyboardInterrupt:
             interrupted = True
         best.converged |= best.objective <= tolerance
-        return best.outcome(interrupted)
+        return best.outcome(interrupted=interrupted, late=late)
 
     def _minimize(
         self,
@@ -87,22 +98,26 @@ class _FirstOrder(Solver, ABC):
         project: Project | None,
         monitor: Monitor | None,
         referee: Referee | None,
-    ) -> bool:
-        """Work on ``rows`` until they are done; return whether the monitor stopped the run."""
+        window: Deadline,
+    ) -> tuple[bool, bool]:
+        """Work on ``rows`` until they are done; return whether the monitor stopped the run, and the time ended it."""
         x = start[rows]
-        state = self._state(x)
+        state, seconds = self._state(x), window.left()
         for step in range(begun, self.iterations + 1):
             objective, gradient = evaluate(x, rows)
             best.see(rows, x, objective)
             best.evaluations[rows] += 1
             if monitor is not None and monitor(step, rows, x, objective):
-                return True
+                return True, False
+            spent = 1 - window.left() / seconds if 0 < seconds < math.inf else 0.0
             if step == self.iterations:
                 break
+            if window.over:
+                return False, True
             best.iterations[rows] += 1
             if self.signed:
                 gradient = gradient.sign()
-            x = x + self._rate(step) * self._step(torch.nan_to_num(gradient), state, step)
+            x = x + self._rate(step, spent) * self._step(torch.nan_to_num(gradient), state, step)
             if project is not None:
                 x = project(x)
             if step % self.check_every == self.check_every - 1 and (tolerance > 0 or referee is not None):
@@ -119,7 +134,7 @@ class _FirstOrder(Solver, ABC):
                     keep = ~done
                     rows, x = rows[keep], x[keep]
                     state[:] = [s[keep] for s in state]
-        return False
+        return False, False
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import InvalidInput
 from gradleak.solve.base import Best, Evaluate, Monitor, Outcome, Project, Referee, Solver
 
@@ -73,6 +74,7 @@ class LBFGS(Solver):
         referee: Referee | None = None,
         slots: int | None = None,
         spent: Sequence[int] | None = None,
+        deadline: Deadline | None = None,
     ) -> Outcome:
         """Minimize from ``start`` (P, D); ``project`` is refused: a projected step breaks the Wolfe conditions."""
         if project is not None:
@@ -82,7 +84,7 @@ class LBFGS(Solver):
         waiting = [i for i, n in enumerate(left) if n > 0]
         taken, waiting = waiting[: slots or len(waiting)], waiting[slots or len(waiting) :]
         run = _Lockstep(self, start[taken], taken, [left[i] for i in taken])
-        step, interrupted = 0, False
+        step, interrupted, late = 0, False, False
         try:
             while run.rows.numel():
                 objective, gradient = evaluate(run.trial(), run.rows)
@@ -90,6 +92,8 @@ class LBFGS(Solver):
                 step += 1
                 if monitor is not None and monitor(step - 1, run.rows, run.x, run.f):
                     break
+                if deadline is not None:
+                    deadline.raise_if_over()
                 if step % self.check_every and step < run.next_end:
                     continue
                 done = run.check(step, tolerance, referee, bool(waiting))
@@ -102,10 +106,12 @@ class LBFGS(Solver):
                 if len(come) < len(places):
                     gone = set(places[len(come) :])
                     run.keep([i for i in range(len(done)) if i not in gone])
+        except TimeSpent:
+            late = True
         except KeyboardInterrupt:
             interrupted = True
         run.report(best, step, tolerance)
-        return best.outcome(interrupted)
+        return best.outcome(interrupted=interrupted, late=late)
 
 
 def _pick(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gradleak.structure.probe import probe_inputs, run_quietly
+from gradleak.structure.probe import linear_inputs, probe_inputs
 
-__all__ = ["InputLayer", "find_input_layer"]
+__all__ = ["InputLayer", "find_input_layer", "sees_input"]
+
+_FAR = 64.0
+"""Spread of the probe: far beyond usual inputs, so that what clamps, rectifies or folds them shows."""
 
 
 @dataclass(frozen=True)
@@ -18,40 +21,47 @@ class InputLayer:
     """A linear layer that sees the flattened model input itself.
 
     Attributes:
+        module: name of the layer, as in ``model.get_submodule``.
         weight_name: name of its weight among the parameters.
-        bias_name: name of its bias, None where it has none.
+        bias_name: name of its bias, None where it has none that is trained.
 
     """
 
+    module: str
     weight_name: str
     bias_name: str | None
 
 
 def find_input_layer(model: nn.Module, params: Mapping[str, Tensor], shape: tuple[int, ...]) -> InputLayer | None:
-    """Return the linear layer whose input is the flattened model input, found by running the model once, if any."""
+    """Return the linear layer whose input is the flattened model input, found by running the model once, if any.
+
+    A layer that runs twice, or whose weight serves another layer too, does not count: its gradient is a sum.
+    """
     names = {id(p): k for k, p in model.named_parameters()}
     like = next(iter(params.values()))
-    # Far beyond the usual range, so that a layer behind a clamp, a rectifier or an absolute value is not taken for one.
-    probe = 64 * (probe_inputs(shape, 2, like) - 0.5)
-    found: list[str] = []
-    handles = []
+    probe = _FAR * (probe_inputs(shape, 2, like) - 0.5)
+    found: list[InputLayer] = []
+    for name, values in linear_inputs(model, params, probe).items():
+        module = model.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        weight = names.get(id(module.weight), "")
+        uses = sum(p is module.weight for m in model.modules() for p in m.parameters(recurse=False))
+        if weight not in params or uses > 1 or len(values) > 1 or not _is_flat(values[0], probe):
+            continue
+        bias = None if module.bias is None else names.get(id(module.bias))
+        found.append(InputLayer(name, weight, bias if bias in params else None))
+    return next((f for f in found if f.bias_name is not None), found[0] if found else None)
 
-    def look(name: str, value: Tensor) -> None:
-        if value.ndim == 2 and value.numel() == probe.numel() and torch.equal(value, probe.flatten(1)):
-            found.append(name)
 
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and names.get(id(module.weight)) in params:
-            handles.append(module.register_forward_pre_hook(lambda _m, args, name=name: look(name, args[0])))
-    try:
-        run_quietly(model, params, probe)
-    finally:
-        for handle in handles:
-            handle.remove()
-    layers = [model.get_submodule(name) for name in found]
-    with_bias = [m for m in layers if isinstance(m, nn.Linear) and m.bias is not None]
-    for module in (*with_bias, *layers):
-        if isinstance(module, nn.Linear):
-            bias = names.get(id(module.bias)) if module.bias is not None else None
-            return InputLayer(names[id(module.weight)], bias if bias in params else None)
-    return None
+def sees_input(model: nn.Module, params: Mapping[str, Tensor], layer: InputLayer, inputs: Tensor) -> bool:
+    """Tell whether the layer sees the model input at ``inputs`` (N, *shape) and around, where nothing limits it."""
+    draw = torch.Generator().manual_seed(0)
+    signs = (torch.randint(0, 2, inputs.shape, generator=draw) * 2 - 1).to(inputs)
+    step = 1e-2 * signs * inputs.abs().clamp_min(float(inputs.abs().mean()) + 1e-30)
+    around = torch.cat([inputs, inputs + step, inputs - step])
+    seen = linear_inputs(model, params, around).get(layer.module, [])
+    return len(seen) == 1 and _is_flat(seen[0], around)
+
+
+def _is_flat(value: Tensor, inputs: Tensor) -> bool:
+    return value.ndim == 2 and value.numel() == inputs.numel() and torch.equal(value, inputs.flatten(1))

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["probe_inputs", "run_quietly"]
+from gradleak.errors import NotApplicable
+
+__all__ = ["linear_inputs", "probe_inputs", "run_quietly"]
 
 Tensors = Mapping[str, Tensor]
 
@@ -24,8 +26,41 @@ def probe_inputs(shape: tuple[int, ...], count: int, like: Tensor, generator: to
 
 
 def run_quietly(model: nn.Module, params: Tensors, inputs: Tensor, buffers: Tensors | None = None) -> Tensor:
-    """Run the model; batch statistics go into copies of its buffers, random masks leave the global generator alone."""
+    """Run the model; batch statistics go into copies of its buffers, random masks leave the global generator alone.
+
+    Raises:
+        NotApplicable: the model cannot be run on such inputs.
+
+    """
     own = {k: b.clone() for k, b in model.named_buffers()}
-    devices = [inputs.device] if inputs.device.type == "cuda" else []
+    devices = [inputs.device] if inputs.device.type == "cuda" and torch.cuda.is_available() else []
     with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH):
-        return functional_call(model, {**params, **own, **(buffers or {})}, (inputs,))
+        try:
+            return functional_call(model, {**params, **own, **(buffers or {})}, (inputs,))
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise NotApplicable(
+                f"The model does not run on {len(inputs)} probing inputs of shape {tuple(inputs.shape[1:])} "
+                f"({reason}); describe what it takes, or use an attack that does not look into the model."
+            ) from error
+
+
+def linear_inputs(model: nn.Module, params: Tensors, inputs: Tensor) -> dict[str, list[Tensor]]:
+    """Return what every linear layer sees of ``inputs``, by the layer's name, one tensor for each time it runs."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, value: Tensor) -> None:
+        seen.setdefault(name, []).append(value.detach())
+
+    handles = [
+        module.register_forward_pre_hook(lambda _m, args, name=name: keep(name, args[0]))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        with torch.no_grad():
+            run_quietly(model, params, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

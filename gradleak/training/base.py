@@ -22,6 +22,7 @@ __all__ = [
     "LocalTraining",
     "Tensors",
     "batch_statistics",
+    "check_repeatable",
     "check_reproducible",
     "gradient",
     "parameters",
@@ -56,6 +57,49 @@ def check_reproducible(model: nn.Module) -> None:
                 "the same (command line: --mode batch); else put it into evaluation mode with model.eval() (command "
                 "line: --mode eval)."
             )
+
+
+def check_repeatable(model: nn.Module, inputs: Tensor) -> None:
+    """Check, by running it twice on ``inputs`` (N, *shape), that the model gives the same outputs every time.
+
+    Raises:
+        InvalidModel: it draws random numbers, cannot be run on such inputs, or returns no tensors.
+
+    """
+    before = {k: b.clone() for k, b in model.named_buffers()}
+    devices = [inputs.device] if inputs.device.type == "cuda" and torch.cuda.is_available() else []
+    runs: list[list[Tensor]] = []
+    for seed in (0, 1):
+        own = {k: b.clone() for k, b in before.items()}
+        try:
+            with torch.random.fork_rng(devices), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+                torch.default_generator.manual_seed(seed)
+                outputs = functional_call(model, own, (inputs,))
+        except GradleakError:
+            raise
+        except Exception as error:
+            raise InvalidModel(_misfit(model, inputs, error)) from error
+        runs.append(
+            [outputs] if isinstance(outputs, Tensor) else [o for o in _leaves(outputs) if isinstance(o, Tensor)]
+        )
+    if not runs[0]:
+        raise InvalidModel(
+            f"The model returns a {type(outputs).__name__} without tensors; wrap it so that it returns its logits."
+        )
+    if not all(torch.equal(a, b) or bool((a.isnan() & b.isnan()).any()) for a, b in zip(*runs, strict=True)):
+        raise InvalidModel(
+            "The model's outputs differ from run to run, as with active dropout in its forward (F.dropout(x, "
+            "training=self.training)), whose random mask the attacker cannot reproduce; put the model into evaluation "
+            "mode with model.eval() (command line: --mode eval)."
+        )
+
+
+def _leaves(outputs: object) -> list[object]:
+    if isinstance(outputs, Mapping):
+        outputs = list(outputs.values())
+    if isinstance(outputs, (list, tuple)):
+        return [leaf for item in outputs for leaf in _leaves(item)]
+    return [outputs]
 
 
 def batch_statistics(model: nn.Module) -> nn.Module:

@@ -199,7 +199,7 @@ def as_loss(loss: Any) -> Loss:
             f"A loss is a function (outputs, targets) → scalar, not a {type(loss).__name__}; pass for example "
             "gl.CrossEntropy()."
         )
-    return loss  # type: ignore[no-any-return]
+    return loss
 
 
 def target_kind(loss: Loss, outputs: Tensor) -> TargetKind:

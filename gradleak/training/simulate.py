@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradleak.errors import NotApplicable
-from gradleak.training.base import LocalTraining, Tensors, parameters
+from gradleak.training.base import LocalTraining, Tensors, check_repeatable, check_reproducible, parameters
 from gradleak.training.fedavg import FedAvg
 from gradleak.training.fedsgd import FedSGD
 from gradleak.training.optimizers import SGD
@@ -67,7 +67,9 @@ class Simulator:
         self.undefended = self.training.undefended
         self._params: dict[torch.dtype | None, Tensors] = {None: parameters(model)}
         frozen = {k: p.detach() for k, p in model.named_parameters() if not p.requires_grad}
-        self._buffers: dict[torch.dtype | None, Tensors] = {None: frozen | dict(model.named_buffers())}
+        # Copies: some models write into their buffers.
+        buffers = {k: b.clone() for k, b in model.named_buffers()}
+        self._buffers: dict[torch.dtype | None, Tensors] = {None: frozen | buffers}
 
     @property
     def defended(self) -> bool:
@@ -96,11 +98,21 @@ class Simulator:
             self._buffers[dtype] = cast(self._buffers[None], dtype)
         return self._buffers[dtype]
 
+    def check(self, inputs: Tensor) -> None:
+        """Check that the client can be simulated at model inputs (N, *shape): nothing is random, nothing is stored.
+
+        Raises:
+            InvalidModel: active dropout, running statistics, or a model that cannot be run on such inputs.
+
+        """
+        check_reproducible(self.model)
+        check_repeatable(self.model, cast_one(inputs, self.dtype).to(self.device))
+
     def outputs(self, inputs: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return the model's outputs at model inputs (N, *shape), computed in ``dtype``."""
         values = {**self.params(dtype), **self.buffers(dtype)}
         with sdpa_kernel(SDPBackend.MATH):
-            return functional_call(self.model, values, (cast_one(inputs, dtype),))
+            return functional_call(self.model, values, (cast_one(inputs, dtype or self.dtype).to(self.device),))
 
     def update(self, inputs: Tensor, labels: Tensor, dtype: torch.dtype | None = torch.float64) -> dict[str, Tensor]:
         """Return the undefended update by name, computed in ``dtype``; differentiable, traceable by torch.func.
@@ -114,8 +126,8 @@ class Simulator:
         return self.undefended.tensors(
             self.model,
             self.params(dtype),
-            cast_one(inputs, dtype),
-            cast_one(labels, dtype),
+            cast_one(inputs, dtype or self.dtype).to(self.device),
+            cast_one(labels, dtype or self.dtype).to(self.device),
             buffers=self.buffers(dtype),
         )
 
@@ -125,13 +137,15 @@ class Simulator:
 
     def relative(self, inputs: Tensor, labels: Tensor, observed: Tensors) -> float:
         """Return the relative distance of the update simulated in float64 to the seen one; infinite if that is zero."""
-        ours, seen = self.update(inputs, labels), cast(observed, torch.float64)
+        seen = cast(observed, torch.float64)
+        with torch.no_grad():
+            ours = self.update(inputs, labels)
         left = self.residual({k: ours[k] for k in seen}, seen)
         total = sum(float(t.square().sum()) for t in seen.values())
         return math.sqrt(sum(float(t.square().sum()) for t in left.values()) / total) if total > 0 else math.inf
 
     def as_gradient(self, update: Update, batch_size: int | None, names: Collection[str] | None = None) -> Gradient:
-        """Return ``update`` as a gradient; float64 where step size or weight decay are undone.
+        """Return ``update`` as a gradient, in its own number format.
 
         Args:
             update: what was seen.
@@ -157,7 +171,8 @@ class Simulator:
             )
         params = self.params()
         factor = -rule.lr * (1 + rule.momentum * rule.nesterov if steps == 1 else steps)
-        found = {k: t.double() / factor - rule.weight_decay * params[k].double() for k, t in tensors.items()}
+        # In the update's own number format, which tells how large its rounding is.
+        found = {k: t / factor - rule.weight_decay * params[k].to(t) for k, t in tensors.items()}
         if steps == 1:
             return Gradient(found, single=True, scaled=True)
         why = f"The client took {steps} local steps, so its update is no single gradient"

@@ -121,11 +121,26 @@ def test_the_recursion_does_not_look_behind_a_first_activation(first: type[nn.Mo
         assert verdict(A.auto(iterations=5), seen)[1] != "proved"
 
 
-def test_rows_that_agree_may_show_a_mixture() -> None:
-    model = seeded(lambda: nn.Sequential(nn.Linear(50, 256), nn.ReLU(), nn.Linear(256, 2)).double())
-    seen = observe(model, rows(4, 50).double(), torch.tensor([0, 1, 0, 1]))
-    with contextlib.suppress(NotApplicable):
-        assert A.linear_inversion().reconstruct(seen).status != "exact"
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_that_agree_are_told_from_mixtures_by_their_own_gradients(seed: int) -> None:
+    # With two classes, units that the same examples activate all show the same mixture of them.
+    model = seeded(lambda: nn.Sequential(nn.Linear(50, 256), nn.ReLU(), nn.Linear(256, 2)).double(), seed)
+    x = rows(4, 50, seed).double()
+    found = A.linear_inversion().reconstruct(observe(model, x, torch.tensor([0, 1, 0, 1])))
+    assert found.solved is not None
+    assert bool(found.solved.any())
+    nearest = torch.cdist(found.inputs[found.solved], x).min(1)
+    assert float(nearest.values.max()) <= 1e-9
+    assert nearest.indices.unique().numel() == int(found.solved.sum())
+
+
+def test_one_output_of_unknown_value_shows_mixtures_and_none_is_called_an_input() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(20, 128), nn.ReLU(), nn.Linear(128, 1)), 1)
+    x, y = rows(3, 20), torch.tensor([[1.0], [-2.0], [5.0]])
+    found = A.linear_inversion().reconstruct(observe(model, x, y, gl.FedSGD(nn.functional.mse_loss)))
+    assert found.status != "exact"
+    assert found.solved is None or not bool(found.solved.any())
+    assert "not known" in found.notes[0]
 
 
 def test_without_the_number_of_examples_nothing_is_exact() -> None:

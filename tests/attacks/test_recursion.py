@@ -53,7 +53,7 @@ def test_what_it_cannot_do_is_an_answer() -> None:
     too_few = "6144 unknowns, 1536 forward and 3600 gradient equations of rank at most 5136"
     with pytest.raises(NotApplicable, match=too_few):
         simulate(Client(lenet(image_size=16, seed=2), batch(8)), recursion())
-    with pytest.raises(NotApplicable, match="several steps"):
+    with pytest.raises(NotApplicable, match="3 local steps"):
         simulate(Client(lenet(image_size=16, seed=2), batch(), FedAvg(lr=0.1, epochs=3)), recursion())
     with pytest.raises(NotApplicable, match="keeps"):
         simulate(Client(resnet18(width=4, seed=0).eval(), batch()), recursion())
@@ -97,9 +97,7 @@ def test_a_layer_that_takes_too_long_is_said_and_auto_goes_on(monkeypatch: pytes
     monkeypatch.setattr(backward, "_WORK", 1000)
     with pytest.raises(NotApplicable, match=r"takes more than .* multiplications in every iteration; use matching"):
         simulate(client, recursion())
-    found = simulate(client, auto(iterations=2, polish=False)).reconstruction
-    assert any("multiplications" in note for note in found.notes)
-    assert found.certificate is not None
+    assert simulate(client, auto(iterations=2, polish=False)).reconstruction.certificate is not None
 
 
 def perceptron(act: type[nn.Module]) -> nn.Module:
@@ -181,8 +179,10 @@ def test_values_that_no_equation_touches_are_not_called_determined() -> None:
     layers = (nn.Conv2d(3, 16, 1, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(16 * 16, 10))
     small = Batch(torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double(), torch.tensor([3]))
     for quick in (True, False):
-        with pytest.raises(NotApplicable, match="stops"):
-            simulate(Client(nn.Sequential(*layers).double(), small), recursion(quick=quick))
-        float32 = Client(nn.Sequential(*layers).float(), Batch(small.inputs.float(), small.labels))
-        with pytest.raises(NotApplicable, match="stops"):
-            simulate(float32, recursion(quick=quick))
+        for dtype in (torch.float64, torch.float32):
+            client = Client(nn.Sequential(*layers).to(dtype), Batch(small.inputs.to(dtype), small.labels))
+            found = simulate(client, recursion(quick=quick)).reconstruction
+            assert found.status == "stalled"
+            assert "stops" in found.notes[0]
+            assert found.certificate is not None
+            assert found.certificate.verdict != "proved"

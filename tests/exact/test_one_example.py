@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradleak.errors import NotApplicable
-from gradleak.exact.outer_product import read_outer_product
 from gradleak.exact.one_example import RecursionResult, invert_layers
+from gradleak.exact.outer_product import read_outer_product
 from gradleak.models import lenet, resnet18
 
 

@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradleak import defenses
 from gradleak.errors import InvalidModel
 from gradleak.formats import number_format, storage_deviation
 from gradleak.models import lenet
-from gradleak.proof.certify import certify, examine, jacobian
-from gradleak.training import CrossEntropy, FedAvg, FedSGD
-from gradleak.types import Batch, Construction
+from gradleak.proof import certify as proof
+from gradleak.solve.jacobian import jacobian
+from gradleak.training import CrossEntropy, FedAvg, FedSGD, LocalTraining, Simulator
+from gradleak.types import Batch, Certificate, Construction
 
 SHAPE = (1, 8, 8)
+
+
+def certify(
+    model: nn.Module,
+    update: Mapping[str, Tensor],
+    inputs: Tensor,
+    labels: Tensor,
+    training: LocalTraining | None = None,
+    **options: Any,
+) -> Certificate:
+    return proof.certify(Simulator(model, training), update, inputs, labels, **options)
 
 
 def victim(n: int = 2, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Batch]:
@@ -63,9 +77,10 @@ def test_bound_holds_and_is_not_loose() -> None:
     model, batch = victim(dtype=torch.float64)
     off = batch.inputs + 1e-10 * torch.randn(batch.inputs.shape, generator=torch.Generator().manual_seed(0)).double()
     single = {k: v.float() for k, v in FedSGD()(model, batch).tensors.items()}
-    evidence = examine(model, single, off, batch.labels, training=FedSGD())
-    assert evidence.certificate.verdict == "proved"
-    assert 1e-10 < max(evidence.errors) < 1e-4
+    found = certify(model, single, off, batch.labels, training=FedSGD())
+    assert found.verdict == "proved"
+    assert found.bound is not None
+    assert 1e-10 < found.bound < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -135,9 +150,9 @@ def test_known_rounding_is_part_of_the_floor() -> None:
 
 def test_unknown_training_leaves_a_factor_open() -> None:
     model, batch = victim(1)
-    evidence = examine(model, FedAvg(lr=0.25)(model, batch).tensors, batch.inputs, batch.labels)
-    assert evidence.certificate.verdict == "proved"
-    assert evidence.factor == pytest.approx(-0.25, rel=1e-5)
+    found = certify(model, FedAvg(lr=0.25)(model, batch).tensors, batch.inputs, batch.labels)
+    assert found.verdict == "proved"
+    assert found.factor == pytest.approx(-0.25, rel=1e-5)
 
 
 def test_probabilities_count_as_unknowns() -> None:
@@ -161,11 +176,11 @@ def test_a_construction_replaces_the_jacobian() -> None:
 def test_too_many_unknowns_are_matched_only() -> None:
     model, batch = victim(1)
     update = FedSGD()(model, batch).tensors
-    evidence = examine(model, update, batch.inputs, batch.labels, training=FedSGD(), largest=10)
-    assert evidence.certificate.verdict == "matched"
-    assert "unknown" in evidence.certificate.reason
-    asked = examine(model, update, batch.inputs, batch.labels, training=FedSGD(), largest=10, uniqueness=True)
-    assert asked.certificate.verdict == "proved"
+    found = certify(model, update, batch.inputs, batch.labels, training=FedSGD(), largest=10)
+    assert found.verdict == "matched"
+    assert "unknown" in found.reason
+    asked = certify(model, update, batch.inputs, batch.labels, training=FedSGD(), largest=10, uniqueness=True)
+    assert asked.verdict == "proved"
 
 
 def test_zero_update_and_random_masks() -> None:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from gradleak.attacks.base import Attack, Callback, Progress
-from gradleak.errors import InvalidInput
+from gradleak.clock import TimeSpent
+from gradleak.errors import InvalidInput, NotApplicable
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import check_reproducible, soft_labels
-from gradleak.types import Reconstruction
+from gradleak.types import Note, NoteKind, Reconstruction, Status
 
 __all__ = ["ModelInversion", "model_inversion"]
+
+_REPORTED = 50
+"""Steps between two reports of progress, at which the run can be stopped."""
 
 
 @final
@@ -46,28 +48,27 @@ class ModelInversion(Attack):
                 f"confidence {self.confidence}; give counts of at least 1, lr > 0, and a confidence in (0, 1]."
             )
 
-    def _reconstruct(
-        self, observations: list[Observation], seed: int, callback: Callback | None
-    ) -> list[Reconstruction]:
-        return [self._one(observation, callback) for observation in observations]
-
-    def _one(self, observation: Observation, callback: Callback | None) -> Reconstruction:
-        begin = time.perf_counter()
+    def _one(self, observation: Observation, seed: int, callback: Callback) -> Reconstruction:
         check_reproducible(observation.model)
         labels, space = observation.labels, observation.space
         assert labels is not None
-        params = observation.params
-        like = next(iter(params.values()))
-        fixed = {**params, **dict(observation.model.named_buffers())}
-        black = torch.zeros(len(labels), *space.shape, dtype=like.dtype, device=like.device)
-        x = space.encode(black)
+        simulator = observation.simulator
+        dtype, device = simulator.dtype, simulator.device
+        x = space.encode(torch.zeros(len(labels), *space.shape, dtype=dtype, device=device))
+        with torch.no_grad():
+            outputs = simulator.outputs(x)
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
+            found = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+            raise NotApplicable(
+                f"model_inversion climbs the confidence in a class, but the model returns {found}; use an attack that "
+                "reads the update (gradleak list attacks)."
+            )
+        target = soft_labels(labels.to(device), outputs.shape[1], dtype)
 
         def confidences(x: Tensor) -> Tensor:
-            outputs = functional_call(observation.model, fixed, (x,)).softmax(-1)
-            target = soft_labels(labels.to(like.device), outputs.shape[-1], like.dtype)
-            return (outputs * target).sum(-1)
+            return (simulator.outputs(x).softmax(1) * target).sum(1)
 
-        best, best_cost, costs, status, step = x, float("inf"), [], "budget", 0
+        best, best_cost, costs, status, step = x, float("inf"), list[float](), Status.BUDGET, 0
         for step in range(self.iterations + 1):
             leaf = x.detach().requires_grad_()
             # The sum: examples do not know of each other, so each takes the step it would take alone.
@@ -76,13 +77,17 @@ class ModelInversion(Attack):
             costs.append(float(loss.detach()) / len(labels))
             if costs[-1] < best_cost:
                 best, best_cost = leaf.detach(), costs[-1]
-            if callback is not None and step % 50 == 0:
-                callback(Progress(step, self.iterations, best_cost))
+            try:
+                if step % _REPORTED == 0:
+                    callback(Progress(step, self.iterations, best_cost))
+            except KeyboardInterrupt as stop:
+                status = Status.BUDGET if isinstance(stop, TimeSpent) else Status.INTERRUPTED
+                break
             if best_cost <= 1 - self.confidence:
-                status = "converged"
+                status = Status.CONVERGED
                 break
             if step >= self.patience and costs[-1] >= max(costs[-1 - self.patience : -1]):
-                status = "stalled"
+                status = Status.STALLED
                 break
             x = space.project(leaf.detach() - self.lr * slope)
         return Reconstruction(
@@ -92,8 +97,12 @@ class ModelInversion(Attack):
             status=status,
             iterations=step,
             evaluations=len(costs),
-            seconds=time.perf_counter() - begin,
-            notes=("Only the model and the labels were used, not the update: this shows a class, not an example.",),
+            notes=(
+                Note(
+                    "Only the model and the labels were used, not the update: this shows a class, not an example.",
+                    NoteKind.LIMIT,
+                ),
+            ),
         )
 
 

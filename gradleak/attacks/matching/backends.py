@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-__all__ = ["BACKENDS", "agree", "can_compile", "compile_seconds", "compiled", "prepared", "remember", "traced"]
+__all__ = ["BACKENDS", "agree", "can_compile", "compiled", "prepared", "remember", "traced"]
 
-BACKENDS = ("auto", "eager", "trace", "compile")
+BACKENDS = ("eager", "trace", "compile")
 
 Function = Callable[..., tuple[Tensor, Tensor]]
 """Tensors → objectives (A,) and gradients (A, D)."""
@@ -37,11 +37,6 @@ def can_compile(device: torch.device) -> bool:
     """Tell whether what inductor needs is here: a C++ compiler, and Triton for a GPU."""
     found = any(shutil.which(name) for name in (os.environ.get("CXX", ""), *_COMPILERS) if name)
     return found and (device.type == "cpu" or importlib.util.find_spec("triton") is not None)
-
-
-def compile_seconds(graph: GraphModule) -> float:
-    """Return about how long compiling takes on one core: 7 to 12 s for the 500 to 700 operations of a LeNet."""
-    return 0.015 * len(graph.graph.nodes)
 
 
 def traced(function: Function, arguments: Sequence[Tensor]) -> GraphModule:

@@ -1,4 +1,4 @@
-"""Coordinates in which a search takes its steps; they change the way to a minimum, not the minimum."""
+"""Coordinates in which a search takes its steps: other axes for the same inputs, or fewer unknowns than inputs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,23 @@ __all__ = ["Coordinates", "NaturalImages"]
 
 
 class Coordinates(ABC):
-    """A smooth one-to-one map from coordinates to model inputs."""
+    """A smooth map from coordinates to model inputs.
+
+    A one-to-one map changes the way to a minimum and not the minimum. A map from fewer coordinates (a coarse grid, the
+    latent variables of a generator) excludes all inputs that it cannot reach, which is a strong assumption about them.
+    """
+
+    def shape(self, space: InputSpace) -> tuple[int, ...]:
+        """Return the shape of one example's coordinates; by default that of its inputs."""
+        return tuple(space.shape)
+
+    def start(self, count: int, space: InputSpace, generator: torch.Generator, std: float) -> Tensor:
+        """Draw the coordinates (count, *shape) in which ``count`` examples start, in float64; by default normal."""
+        return std * torch.randn(count, *self.shape(space), generator=generator, dtype=torch.float64)
 
     @abstractmethod
     def inputs(self, z: Tensor, space: InputSpace) -> Tensor:
-        """Return the model inputs (N, *shape) at coordinates ``z`` (N, *shape)."""
+        """Return the model inputs (N, *space.shape) at coordinates ``z`` (N, *shape)."""
 
 
 @dataclass(frozen=True)

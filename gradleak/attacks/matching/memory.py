@@ -57,13 +57,17 @@ class _Counting(TorchDispatchMode):
 def candidate_bytes(function: Callable[..., Any], arguments: tuple[Any, ...]) -> int:
     """Return the bytes of all intermediate tensors of ``function(*arguments)``, which is run on shapes alone.
 
-    That is what it takes if nothing is freed on the way; a gradient of a gradient frees little.
+    That is what it takes if nothing is freed on the way; a gradient of a gradient frees little. A model that does not
+    run on shapes alone, because it looks at values, counts for nothing.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _Counting() as counting:
         fakes = pytree.tree_map(lambda t: mode.from_tensor(t) if isinstance(t, Tensor) else t, arguments)
-        with _Counting() as counting:
+        before = counting.total
+        try:
             function(*fakes)
-    return counting.total
+        except Exception:  # noqa: BLE001 - it is the user's module, which may raise anything
+            return 0
+    return counting.total - before
 
 
 def fitting(wanted: int, each: int, keeps: int, *, once: int, free: int) -> int:

@@ -1,21 +1,119 @@
-"""What a plausible input looks like, as a penalty on candidates (N, *shape)."""
+"""What plausible inputs look like, as penalties on candidates."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Prior", "TotalVariation"]
+from gradleak.training import Tensors
+
+__all__ = ["Context", "GroupPrior", "Normalized", "Prior", "TotalVariation"]
+
+
+@dataclass(frozen=True, eq=False)
+class Normalized:
+    """What one BatchNorm layer sees of a candidate batch, and what it stored of the training data.
+
+    Attributes:
+        mean: (C,) mean of its input over the batch.
+        variance: (C,) biased variance of its input over the batch.
+        running_mean: (C,) stored mean, None where the layer stores none.
+        running_variance: (C,) stored variance, None where the layer stores none.
+
+    """
+
+    mean: Tensor
+    variance: Tensor
+    running_mean: Tensor | None
+    running_variance: Tensor | None
+
+
+class Context:
+    """The model and what it makes of a candidate batch, for priors that ask; one forward pass, and only if asked.
+
+    Attributes:
+        model: the model that was sent out.
+        params: its trainable parameters by name, in the number type of the search.
+        targets: labels of the candidate, as the loss takes them.
+
+    """
+
+    def __init__(self, model: nn.Module, params: Tensors, buffers: Tensors, inputs: Tensor, targets: Tensor) -> None:
+        """Remember the candidate; nothing is computed yet."""
+        self.model, self.params, self.targets = model, params, targets
+        self._tensors, self._inputs = {**params, **buffers}, inputs
+
+    @property
+    def outputs(self) -> Any:
+        """What the model returns for the candidate batch."""
+        return self._pass[0]
+
+    @property
+    def features(self) -> Tensor | None:
+        """The input of the linear layer that ran last, (N, ..., d); None in a model without linear layers."""
+        return self._pass[1]
+
+    @property
+    def statistics(self) -> Mapping[str, Normalized]:
+        """What every BatchNorm layer sees, by module name."""
+        return self._pass[2]
+
+    @cached_property
+    def _pass(self) -> tuple[Any, Tensor | None, dict[str, Normalized]]:
+        features: list[Tensor] = []
+        statistics: dict[str, Normalized] = {}
+        hooks = []
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear):
+                hooks.append(module.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0])))
+            elif isinstance(module, _BatchNorm):
+
+                def look(layer: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+                    channels = inputs[0].transpose(0, 1).flatten(1)
+                    stored = layer.running_mean, layer.running_var
+                    statistics[name] = Normalized(channels.mean(1), channels.var(1, unbiased=False), *stored)  # type: ignore[arg-type]
+
+                hooks.append(module.register_forward_pre_hook(look))
+        try:
+            with sdpa_kernel(SDPBackend.MATH):  # The others have no second derivative.
+                outputs = functional_call(self.model, self._tensors, (self._inputs,))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return outputs, features[-1] if features else None, statistics
 
 
 class Prior(ABC):
     """A penalty on one candidate batch."""
 
     @abstractmethod
+    def __call__(self, inputs: Tensor, context: Context) -> Tensor:
+        """Return the weighted scalar penalty of model inputs (N, *shape), differentiable.
+
+        Args:
+            inputs: the whole batch, so that a penalty may compare its examples.
+            context: the model, and on demand its outputs, features and BatchNorm statistics.
+
+        """
+
+
+class GroupPrior(ABC):
+    """A penalty that ties the restarts of one observation to each other; it takes a first-order solver."""
+
+    @abstractmethod
     def __call__(self, inputs: Tensor) -> Tensor:
-        """Return the weighted scalar penalty of ``inputs`` (N, *shape)."""
+        """Return the weighted penalty (R,) of each of R candidate batches (R, N, *shape).
+
+        The search follows the gradient of their sum.
+        """
 
 
 @dataclass(frozen=True)
@@ -31,8 +129,8 @@ class TotalVariation(Prior):
 
     weight: float
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Return the penalty of images (N, C, H, W)."""
+    def __call__(self, inputs: Tensor, context: Context | None = None) -> Tensor:
+        """Return the penalty of images (N, C, H, W); the model has no say in it."""
         down = (inputs[..., 1:, :] - inputs[..., :-1, :]).abs().mean()
         right = (inputs[..., :, 1:] - inputs[..., :, :-1]).abs().mean()
         return self.weight * (down + right)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import gradleak as gl
+from gradleak.attacks.base import Progress
 from gradleak.attacks.baselines import model_inversion
-from gradleak.errors import InvalidInput, MissingKnowledge
+from gradleak.clock import TimeSpent
+from gradleak.errors import InvalidInput, MissingKnowledge, NotApplicable
 
 SHAPE = (1, 8, 8)
 
@@ -55,3 +57,25 @@ def test_labels_are_needed() -> None:
 def test_impossible_options_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(InvalidInput, match="model_inversion"):
         model_inversion(**options)
+
+
+def test_a_model_without_classes_is_refused_in_one_sentence() -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1))
+    batch = gl.Batch(torch.rand(1, *SHAPE), torch.tensor([[1.0]]))
+    training = gl.FedSGD(gl.training.BinaryCrossEntropy())
+    observation = gl.ThreatModel(gl.Knowledge.LABELS).observe(
+        model, training(model, batch), space=gl.ImageSpace(SHAPE), labels=batch.labels
+    )
+    with pytest.raises(NotApplicable, match=r"shape \(1, 1\)"):
+        model_inversion().reconstruct(observation)
+
+
+@pytest.mark.parametrize(("error", "status"), [(TimeSpent, "budget"), (KeyboardInterrupt, "interrupted")])
+def test_a_stop_returns_the_best_so_far(error: type[BaseException], status: str) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.done >= 100:
+            raise error
+
+    found = model_inversion(confidence=1.0, patience=10**6).reconstruct(seen(0), callback=stop)
+    assert found.status == status
+    assert found.iterations == 100

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradleak as gl
-from gradleak.attacks.matching import engine
+from gradleak.attacks.matching import evaluate
 from gradleak.attacks.matching.convolutions import LeanConvolutions
 from gradleak.models import resnet18
 
@@ -123,7 +123,7 @@ def test_a_large_model_is_searched_with_fewer_convolutions(monkeypatch: pytest.M
     counts, found = [], []
     for plain in (False, True):
         if plain:
-            monkeypatch.setattr(engine, "LeanConvolutions", nullcontext)
+            monkeypatch.setattr(evaluate, "LeanConvolutions", nullcontext)
         with Counter() as counter:
             found.append(attack.reconstruct(seen))
         counts.append(counter.count)

@@ -1,0 +1,111 @@
+"""From an attack's result to its certificate: which labels it is simulated with, and what it then proves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from gradleak.attacks.labeling import read_labels
+from gradleak.clock import Deadline
+from gradleak.errors import InvalidModel, NotApplicable
+from gradleak.proof.certify import certify, unproved
+from gradleak.threat import Observation
+from gradleak.types import Certificate, Reconstruction, Shows
+
+__all__ = ["better", "certificate", "certified"]
+
+_UNKNOWN = 0.1
+"""Residual assumed when the update cannot be re-simulated."""
+
+
+def certificate(
+    observation: Observation,
+    found: Reconstruction,
+    *,
+    uniqueness: bool | None = None,
+    deadline: Deadline | None = None,
+    seed: int = 0,
+) -> Certificate:
+    """Return what the observed update proves about ``found``; no truth is involved.
+
+    Args:
+        observation: what was seen.
+        found: any attack's result on it.
+        uniqueness: whether to compute the Jacobian; None does so where it is cheap.
+        deadline: where it is over, uniqueness is not asked.
+        seed: of the random moves by which noise and curvature are measured.
+
+    """
+    proof = certified(observation, found, uniqueness=uniqueness, deadline=deadline, seed=seed).certificate
+    assert proof is not None
+    return proof
+
+
+def certified(
+    observation: Observation,
+    found: Reconstruction,
+    *,
+    uniqueness: bool | None = None,
+    deadline: Deadline | None = None,
+    seed: int = 0,
+) -> Reconstruction:
+    """Return ``found`` with its certificate, and with the labels that follow from its inputs where it had none."""
+    if found.shows is not Shows.INPUTS:
+        return replace(found, certificate=unproved(len(found), "Features are no inputs, which could be simulated."))
+    space, device = observation.space, observation.simulator.device
+    decoded = found.inputs.detach().to(device)
+    inputs = space.encode(decoded.double() if decoded.is_floating_point() else decoded)
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    hard, soft = found.labels, found.label_probabilities
+    granted = observation.labels
+    try:
+        if granted is not None:  # They are taken as they are.
+            hard, soft = (None, granted) if granted.is_floating_point() else (granted, None)
+        elif hard is None and soft is None:
+            hard, soft = read_labels(observation, inputs)
+        best: Certificate | None = None
+        simulated: Tensor | None = None
+        for labels in (hard, soft):
+            if labels is None or (best is not None and best.verdict.strength > 0):
+                continue
+            proof = certify(
+                observation.simulator,
+                observation.update.tensors,
+                inputs,
+                labels.to(device),
+                construction=found.construction,
+                uniqueness=uniqueness,
+                stated=observation.batch_size_stated and observation.batch_size is not None,
+                granted=granted is not None,
+                unit=space.unit,
+                deadline=deadline,
+                seed=seed,
+            )
+            if best is None or better(proof, best):
+                best, simulated = proof, labels
+    except (InvalidModel, NotApplicable) as reason:
+        return replace(found, certificate=unproved(len(found), str(reason)))
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:  # of a user's model or loss
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        why = f"The update could not be re-simulated with this result ({first})."
+        return replace(found, certificate=unproved(len(found), why))
+    if best is None:
+        return replace(
+            found,
+            certificate=unproved(len(found), "The labels are not known, so the update cannot be re-simulated."),
+        )
+    if found.labels is None and found.label_probabilities is None and granted is None:
+        found = replace(found, labels=hard, label_probabilities=soft if simulated is soft else None)
+    return replace(found, certificate=best)
+
+
+def better(one: Certificate, other: Certificate | None) -> bool:
+    """Tell whether ``one`` says more than ``other``: by verdict, then by residual; both are the attacker's own."""
+    return other is None or _order(one) > _order(other)
+
+
+def _order(proof: Certificate) -> tuple[int, float]:
+    # Nothing could be simulated: that loses against what explains the most, not against what explains little.
+    known = proof.residual == proof.residual
+    return proof.verdict.strength, -(proof.residual if known else _UNKNOWN)

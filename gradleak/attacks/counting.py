@@ -1,0 +1,97 @@
+"""How many examples are behind an update, as far as it shows.
+
+The weight gradient of a linear layer that sees one vector per example is a sum of one outer product per example, so its
+rank is the number of examples, or less where their vectors depend on each other, and never more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gradleak.errors import NotApplicable
+from gradleak.spaces import InputSpace
+from gradleak.structure.probe import linear_inputs
+from gradleak.training import LocalTraining, Simulator, TargetKind
+from gradleak.types import Update
+
+__all__ = ["CountedExamples", "count_examples"]
+
+_NOISE = 64.0
+"""Spacings of the number format, times the largest singular value, below which another one is rounding."""
+
+
+@dataclass(frozen=True)
+class CountedExamples:
+    """The number of examples that an update shows.
+
+    Attributes:
+        count: the smallest number that explains the ranks, None where they are as large as they can be.
+        proved: whether it is the only one; a certificate may prove it later.
+        reason: one sentence for a reader.
+
+    """
+
+    count: int | None
+    proved: bool
+    reason: str
+
+
+def count_examples(
+    model: nn.Module, update: Update, training: LocalTraining | None, space: InputSpace
+) -> CountedExamples:
+    """Return the number of examples behind ``update``, as the ranks of its linear layers show it.
+
+    Args:
+        model: as it was sent out, in the client's mode.
+        update: what the client shared.
+        training: the client's forward map, None where it is not known.
+        space: what one input looks like.
+
+    """
+    simulator = Simulator(model, training)
+    names = {id(p): k for k, p in model.named_parameters()}
+    like = space.neutral().to(simulator.device, simulator.dtype)
+    draw = torch.Generator().manual_seed(0)
+    probe = like + 0.1 * torch.randn(2, *space.shape, generator=draw).to(like)
+    try:
+        layers = linear_inputs(model, simulator.params(), probe)
+    except NotApplicable as reason:
+        return CountedExamples(None, False, str(reason))
+    best, room, where = 0, 0, ""
+    last = list(layers)[-1] if layers else ""
+    for name, seen in layers.items():
+        weight = names.get(id(model.get_submodule(name).weight))
+        gradient = update.tensors.get(weight or "")
+        if gradient is None or len(seen) > 1 or seen[0].ndim != 2:
+            continue
+        rank, limit = _rank(gradient), min(gradient.shape)
+        if name == last and getattr(simulator.undefended.loss, "targets", None) is TargetKind.CLASSES:
+            limit = min(gradient.shape[0] - 1, gradient.shape[1])  # p − y sums to zero
+        if rank > best or (rank == best and limit > room):
+            best, room, where = rank, limit, name
+    if not where:
+        return CountedExamples(
+            None, False, "No linear layer sees one vector per example, so the update does not show their number."
+        )
+    if best >= room and best > 1:
+        return CountedExamples(
+            None,
+            False,
+            f"The gradient of {where!r} has the largest rank it can have, {best}, so there may be as many examples or "
+            "more.",
+        )
+    several = "example is" if best == 1 else "examples are"
+    return CountedExamples(
+        max(best, 1),
+        False,
+        f"The gradient of {where!r} has rank {best}, so at least {best} {several} behind the update.",
+    )
+
+
+def _rank(gradient: Tensor) -> int:
+    values = torch.linalg.svdvals(gradient.detach().double())
+    noise = _NOISE * torch.finfo(gradient.dtype).eps * max(1.0, float(max(gradient.shape)) ** 0.5)
+    return int((values > noise * values[0]).sum()) if float(values[0]) > 0 else 0

@@ -1,0 +1,7 @@
+"""Published attacks as choices of parts, one file each; a docstring cites the source and states every deviation."""
+
+from gradleak.attacks.matching.papers.dlg import dlg
+from gradleak.attacks.matching.papers.idlg import idlg
+from gradleak.attacks.matching.papers.inverting_gradients import inverting_gradients
+
+__all__ = ["dlg", "idlg", "inverting_gradients"]

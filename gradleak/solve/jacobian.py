@@ -1,0 +1,32 @@
+"""Jacobians column by column, for functions of few variables and many values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+
+from gradleak.solve.mapping import mapped
+
+__all__ = ["jacobian"]
+
+_COLUMNS = 64
+"""Columns that are computed together."""
+
+
+def jacobian(function: Callable[[Tensor], Tensor], z: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the transposed Jacobian (n, m) of ``function`` at ``z`` (n,), column by column, in ``dtype``.
+
+    Jᵀ u is linear in u, so its transpose is J: the function is linearized once, and only that transpose is vmapped.
+    """
+    value, pull, *_ = vjp(function, z)
+    push = vjp(lambda u: pull(u)[0], torch.zeros_like(value))[1]
+    eye = torch.eye(len(z), dtype=z.dtype, device=z.device)
+
+    def column(v: Tensor) -> Tensor:
+        return push(v, retain_graph=True)[0]
+
+    with torch.no_grad():
+        return torch.cat([mapped(column, rows).to(dtype or z.dtype) for rows in eye.split(_COLUMNS)])
