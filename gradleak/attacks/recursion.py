@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -45,8 +46,11 @@ class Recursion(Attack):
     requires = Knowledge.BATCH_SIZE
 
     def _one(self, observation: Observation, seed: int, callback: Callback) -> Reconstruction:
+        begin = time.monotonic()
+
         def going() -> bool:
-            callback(Progress(0, 1, math.inf, "solving a layer"))  # It raises to end the attack.
+            if time.monotonic() - begin > _PROMPT:
+                callback(Progress(0, 1, math.inf, "solving a layer"))  # It raises to end the attack.
             return True
 
         if observation.batch_size != 1:
@@ -232,6 +236,8 @@ def _sharpened(
 _BACKWARD = "solved backward, every layer's linear system has full rank"
 _BATCHED = "solved backward from separated features, every layer's equations determine its inputs for all examples"
 
+_PROMPT = 0.5
+"""Seconds that solving may take without asking whether to go on; most results are complete by then."""
 _ROUGH = 8.0
 """Residual of a batch, in rounding units, above which steps on the whole update follow."""
 _STEPS = 3
