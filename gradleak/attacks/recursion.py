@@ -219,7 +219,7 @@ def solved(observation: Observation, separated: Separated, going: Callable[[], b
         iterations=found.iterations + steps,
         notes=(*(n for n in (why, None if hidden is None else Note(hidden)) if n is not None), *notes),
         features=found.features[order],
-        construction=Construction(peeled.known.values.numel(), error, _BATCHED, local=True),
+        construction=None if hidden else Construction(peeled.known.values.numel(), error, _BATCHED, local=True),
         solved=torch.full((len(x),), exact),
     )
 

@@ -123,8 +123,13 @@ class Walked:
 
     @property
     def error(self) -> float:
-        """Predicted root mean square error of the values (three standard errors), of the worst example."""
-        return 3 * self.known.deviation if any(r.determined for r in self.layers) else math.nan
+        """Predicted root mean square error of the values (three standard errors), of the worst example.
+
+        NaN where no layer was solved, infinite where an activation hides some value.
+        """
+        if not any(r.determined for r in self.layers):
+            return math.nan
+        return 3 * self.known.deviation if bool((self.known.weights > 0).all()) else math.inf
 
 
 def walk_back(

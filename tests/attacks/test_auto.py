@@ -107,7 +107,7 @@ def test_a_batch_is_matched() -> None:
     for client, found in zip(clients, results, strict=True):
         assert found.certificate is not None
         assert found.certificate.examples == ("proved", "proved")
-        assert found.attack in {"feature_matching", "idlg and gauss_newton"}
+        assert found.attack != "recursion"
         assert any("one example" in n for n in found.notes)
         assert error(client, found) < 1e-11
 
