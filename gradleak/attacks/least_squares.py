@@ -34,6 +34,8 @@ _OVERSAMPLED = 4
 """Sampled rows per unknown."""
 _POINTS = 9
 """Points of a line, for Simpson's rule."""
+_KINK = 1e-3
+"""Relative error of Simpson's rule above which a line meets a kink: on smooth activations it is far smaller."""
 
 
 def is_smooth(model: nn.Module, shape: tuple[int, ...]) -> bool:
@@ -84,7 +86,7 @@ def is_smooth(model: nn.Module, shape: tuple[int, ...]) -> bool:
             change = first[:, -1] - first[:, 0]
             error = (second @ simpson - change).abs()
             # Against the whole variation, not the net change, in which rises and falls may cancel.
-            if bool((error > 1e-3 * (second.abs() @ simpson) + 1e-9 * first.norm(dim=1)).any()):
+            if bool((error > _KINK * (second.abs() @ simpson) + 1e-9 * first.norm(dim=1)).any()):
                 return False
     except (NotImplementedError, RuntimeError, IndexError, ValueError, TypeError, AttributeError):
         return False  # an operation without second derivatives cannot be judged, nor taken by this attack

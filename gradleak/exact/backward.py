@@ -32,13 +32,11 @@ Refine = Callable[[int, Tensor, Rows], Tensor]
 """(Index of a layer, its inputs (N, n), an approximate inverse of its normal matrix for rows) → better inputs."""
 
 _DIRECT = 1e-3
-"""Relative error (three standard errors) up to which gradient equations alone are enough. Measured on perceptrons, a
-layer solved to less leaves the next one to the steps on the whole update at the end."""
+"""Relative error (three standard errors) up to which gradient equations alone are enough."""
 _TOGETHER = 2e-2
 """The same where forward equations helped: enough as a start of steps on the whole update."""
 _MARGIN = 1.02
-"""Equations for an unknown from which on a batch's layer is tried: at equal numbers, its system is hardly ever well
-enough conditioned, and finding that out takes minutes."""
+"""Equations for an unknown from which on a batch's layer is tried: a square system would be ill-conditioned."""
 _WORK = 1 << 30
 """Multiplications of one pass through a layer, for all examples, up to which it is solved: some thousand passes."""
 _FLIPS = 6

@@ -26,7 +26,7 @@ from torch import Tensor
 from gradleak.errors import InvalidInput, ResourceLimit
 from gradleak.exact.features_refined import LARGEST, Refined, refine
 from gradleak.exact.labels import LabelEstimate, rounding
-from gradleak.exact.mixing import Fit, MixingEquations
+from gradleak.exact.mixing import EXPLAINED, ROUNDED, Fit, MixingEquations
 from gradleak.structure.head import Head
 from gradleak.training import CrossEntropy
 
@@ -137,12 +137,12 @@ def disaggregate(
         fit = system.solve(starts, min(iterations, left), pause=repeated)
         restarts, left = restarts - together, left - fit.iterations * together
         best = fit if best is None or fit.objective < best.objective else best
-        if best.ended and system.residual_of(best) <= 16 * system.eps:
+        if best.ended and system.residual_of(best) <= EXPLAINED * system.eps:
             break
     assert best is not None
     judged = _judge(system, best, estimate, tolerance)
     # Under more noise than rounding the errors are no longer small, and linearized ones would mislead.
-    rounded = max(judged.residual, system.outside) <= 16 * system.eps
+    rounded = max(judged.residual, system.outside) <= EXPLAINED * system.eps
     if not repeated or not rounded or bool(judged.exact.all()):
         return judged
     refined = refine(system, best.mixing)
@@ -218,14 +218,14 @@ def _judge(system: MixingEquations, fit: Fit, estimate: LabelEstimate, tolerance
     left = torch.cholesky_solve((-gradient[0] / diagonal)[:, None], factor)[:, 0] / diagonal
     # Noise per number: what the fit leaves, what lies outside the row space, or the number format, whichever most.
     entries = classes * width
-    beyond = max(system.outside, 0.25 * system.eps) * system.scale / math.sqrt(entries)
+    beyond = max(system.outside, ROUNDED * system.eps) * system.scale / math.sqrt(entries)
     # Few degrees of freedom may show less noise than there is: two standard errors more.
     sigma = max(math.sqrt(fit.objective / system.freedom) * (1 + 2 / math.sqrt(2 * system.freedom)), beyond)
     metric = (system.basis * system.column**2) @ system.basis.T
     own = torch.einsum("klkm,lm->k", inverse, metric) * sigma**2
     # The part of the noise outside the row space reaches the features through the pseudo-inverse of Ω Dᵀ.
     pinv = torch.linalg.pinv(d[0].T)
-    level = beyond if max(system.residual_of(fit), system.outside) <= 16 * system.eps else sigma
+    level = beyond if max(system.residual_of(fit), system.outside) <= EXPLAINED * system.eps else sigma
     own = own + (pinv.norm(dim=1) * level) ** 2 * float((system.column**2).sum())
     left = left.view(b, b)
     remaining = torch.einsum("kl,lm,km->k", left, metric, left)
@@ -233,7 +233,7 @@ def _judge(system: MixingEquations, fit: Fit, estimate: LabelEstimate, tolerance
     spread = _spread(features)
     errors = (9 * own + remaining).clamp_min(0).sqrt() / spread
     share = system.residual_of(fit)
-    floor = 16 * max(system.eps, system.outside)
+    floor = EXPLAINED * max(system.eps, system.outside)
     matched = share <= floor
     # A start that ran out of iterations may lie in a valley; then the next full step must be negligible as well.
     settled = remaining.clamp_min(0).sqrt() <= (math.inf if fit.stationary else 0.1 * tolerance) * spread

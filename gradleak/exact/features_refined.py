@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradleak.exact.mixing import MixingEquations
+from gradleak.exact.mixing import ROUNDED, MixingEquations
 from gradleak.solve.cholesky import cholesky, cholesky_solve
 
 __all__ = ["LARGEST", "Refined", "refine"]
@@ -201,7 +201,7 @@ def _draws(system: MixingEquations, state: _State, linear: _Linear, extra: Tenso
     freedom = system.freedom
     sigma = math.sqrt(inside / freedom) * (1 + 2 / math.sqrt(2 * freedom))
     spare = max((classes - b) * (width - b), 1)
-    floor = 0.25 * system.eps * system.scale / math.sqrt(classes * width)
+    floor = ROUNDED * system.eps * system.scale / math.sqrt(classes * width)
     beyond = max(float(state.outside.norm()) / math.sqrt(spare), floor)
     noise = torch.randn((len(linear.normal), _DRAWS), generator=generator, dtype=torch.float64).to(state.inside)
     drawn = torch.linalg.solve_triangular(factor.mT, noise, upper=True) / linear.diagonal[:, None]

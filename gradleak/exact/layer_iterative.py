@@ -34,7 +34,8 @@ Going = Callable[[], bool]
 SAMPLES = 4
 """Samples of the error; pooled over the channels, they say dozens of times how well a position is known."""
 _LEFT = 1e-3
-"""Energy that solving may leave per value, in units of the noise: nothing beside the error that the noise makes."""
+"""Energy that solving may leave per value, in units of the noise. Measured on LeNets, the mean squared error is a third
+larger at three times as much."""
 _MISSING = 1e-3
 """Root mean square of what may be missing of the random vector."""
 _LIMIT = 1500

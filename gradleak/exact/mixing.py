@@ -19,7 +19,13 @@ from gradleak.solve.cholesky import cholesky, cholesky_solve
 from gradleak.structure.head import Head
 from gradleak.training import CrossEntropy
 
-__all__ = ["Fit", "MixingEquations"]
+__all__ = ["EXPLAINED", "ROUNDED", "Fit", "MixingEquations"]
+
+ROUNDED = 0.25
+"""Root mean square rounding of one number, in spacings of its format at one."""
+EXPLAINED = 16.0
+"""Relative residual, in such spacings, up to which a gradient counts as explained: roundings that add up on the client.
+"""
 
 _LIVE = 32.0
 """Spacings of the number format, relative to the largest feature, below which a feature counts as zero for all
@@ -124,9 +130,9 @@ class MixingEquations:
         scale = float(target.norm())
         spare = max((1 - size / classes) * (1 - size / max(scaled.shape[1], size + 1)), 1e-3)
         outside = float(s[size:].norm() / s.norm()) / math.sqrt(spare) if len(s) > size else 0.0
-        rank = int((s > 16 * eps * s[0]).sum())
+        rank = int((s > EXPLAINED * eps * s[0]).sum())
         entries = math.sqrt(scaled.numel())
-        noise = max(outside, 0.25 * eps) * scale / entries
+        noise = max(outside, ROUNDED * eps) * scale / entries
         mean = ((means[:, live] / column) @ rows.T).repeat_interleave(counts, 0).square().mean(0)
         whiten = (1 + (0.35 * eps / noise) ** 2 * mean).rsqrt()
         basis = rows / whiten[:, None]
@@ -273,7 +279,7 @@ class MixingEquations:
             fresh = bool(better.any())
             slow = torch.where(better & (gain < 0.01), slow + 1, torch.where(better, 0, slow))
             still = (calm >= 3) | (damping > 1e4) | (objective.sqrt() <= 1e-15 * self.scale)
-            explained = objective.sqrt() <= 16 * self.eps * self.scale
+            explained = objective.sqrt() <= EXPLAINED * self.eps * self.scale
             ended = still | (explained & (slow >= 3)) if pause else still
             settled = ended & explained
             if bool(ended.all()) or bool(settled.any()):
