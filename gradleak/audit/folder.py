@@ -20,7 +20,7 @@ import numpy.typing as npt
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from gradleak.audit.records import REFUSED, Curves, Record, from_json, to_json
+from gradleak.audit.records import NOTHING, Curves, Record, from_json, to_json
 from gradleak.errors import InvalidFile
 from gradleak.files import check_writable, read_file, write_files
 
@@ -153,12 +153,12 @@ def _check_together(directory: Path, folder: Folder) -> None:
     points = len(record.curves.iterations) if record.curves is not None else 0
     fits = (
         inputs.ndim >= 1
-        and (inputs.size > 0) == (record.outcome.status not in REFUSED)
+        and (inputs.size > 0) == (record.outcome.shows != NOTHING)
         and all(a is None or a.dtype.kind in "fiub" for a in (inputs, truth, snapshots))
         and (
             record.subject.input_kind != "image"
             or features
-            or record.outcome.status in REFUSED
+            or record.outcome.shows == NOTHING
             or inputs.shape[1:] == shape
         )
         and (truth is None or truth.shape[1:] == inputs.shape[1:])
