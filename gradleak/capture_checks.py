@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from gradleak.errors import InvalidUpdate
+from gradleak.errors import InvalidUpdate, NotApplicable
 from gradleak.spaces import InputSpace
 from gradleak.structure.head import Head, find_head
 from gradleak.training import CrossEntropy, FedAvg, LocalTraining, Simulator, parameters
@@ -54,7 +54,10 @@ def check_capture(
     loss = None if training is None else training.undefended.loss
     if training is None or space is None or not isinstance(loss, CrossEntropy):
         return ()
-    head = find_head(model, parameters(model), tuple(space.shape))
+    try:
+        head = find_head(model, parameters(model), tuple(space.shape))
+    except NotApplicable:  # It takes ids, say; an attack will tell.
+        return ()
     gradient = _bias_gradient(head, model, update, training, batch_size)
     if gradient is None:
         return ()

@@ -50,7 +50,7 @@ class GradleakError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By its message: it is raised in worker processes as well, and subclasses take other arguments.
-        return _again, (type(self), str(self))
+        return _again, (type(self), str(self)), self.__dict__ or None
 
 
 def _again(kind: type[GradleakError], message: str) -> GradleakError:

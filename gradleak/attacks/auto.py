@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import final
 
 import torch
 
-from gradleak.attacks.base import Attack, Callback
+from gradleak.attacks.base import Attack, Callback, nothing_found
 from gradleak.attacks.certifying import better, certificate, certified
 from gradleak.attacks.feature_matching import feature_matching
 from gradleak.attacks.findings import find_besides
@@ -26,7 +27,7 @@ from gradleak.exact.labels import recover_labels
 from gradleak.spaces import TokenSpace
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import FedSGD
-from gradleak.types import Attempt, Note, NoteKind, Reconstruction, Status, Verdict
+from gradleak.types import Attempt, Finding, Note, NoteKind, Reconstruction, Status, Verdict
 
 __all__ = ["WAYS", "Auto", "Way", "auto", "certificate"]
 
@@ -283,7 +284,7 @@ class Auto(Attack):
                     raise  # there is nothing yet to return
                 stopped = True
             status = Status.INTERRUPTED if stopped else Status.BUDGET if (late or deadline.over) and case.open else None
-            results.append(self._result(case, status, time.perf_counter() - begin, deadline, seed))
+            results.append(self._result(case, status, time.perf_counter() - begin))
         return results
 
     def _try_all(self, case: Case, seed: int, callback: Callback | None, deadline: Deadline, stopped: bool) -> None:
@@ -321,12 +322,12 @@ class Auto(Attack):
                 return found
         return certified(observation, found, uniqueness=self.uniqueness, deadline=deadline, seed=seed)
 
-    def _result(
-        self, case: Case, status: Status | None, seconds: float, deadline: Deadline, seed: int
-    ) -> Reconstruction:
+    def _result(self, case: Case, status: Status | None, seconds: float) -> Reconstruction:
         """Return the best, with the ways that were tried and what was found besides."""
         notes = [Note(f"{a.attack}: {a.verdict or 'not taken'}. {a.reason}", NoteKind.ATTEMPT) for a in case.attempts]
-        besides = find_besides(case.observation) if case.open else ()
+        besides: tuple[Finding, ...] = ()
+        with suppress(TimeSpent):
+            besides = tuple(find_besides(case.observation)) if case.open else ()
         best = case.best
         if best is None:
             told = " ".join(f.text for f in besides)
@@ -335,7 +336,7 @@ class Auto(Attack):
                 refusal = NotApplicable(f"No attack applies. {told}{' ' if told else ''}{reasons}")
                 refusal.findings, refusal.attempts = besides, tuple(case.attempts)
                 raise refusal
-            best = self._nothing(case, deadline, seed)
+            best = nothing_found(case.observation)
         explained = best.certificate is not None and best.certificate.verdict is not Verdict.UNPROVED
         solved = best.status is Status.EXACT and not explained
         why = "Its equations are solved exactly" if solved else "Chosen by its certificate"
@@ -348,14 +349,6 @@ class Auto(Attack):
             attempts=tuple(case.attempts),
             seconds=seconds,
         )
-
-    def _nothing(self, case: Case, deadline: Deadline, seed: int) -> Reconstruction:
-        """Return the guess that says least, where the time ended before there was any other."""
-        observation = case.observation
-        guess = observation.space.neutral().expand(observation.batch_size or 1, *observation.space.shape)
-        decoded = observation.space.decode(guess.to(observation.simulator.device))
-        found = Reconstruction(decoded, None, float("inf"), status=Status.BUDGET, attack="nothing")
-        return certified(observation, found, deadline=deadline, seed=seed)
 
 
 def auto(

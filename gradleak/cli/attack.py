@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from gradleak.attacks.counting import count_examples
 from gradleak.audit.folder import check_writable
 from gradleak.capture_checks import check_capture
 from gradleak.cli.console import warn
 from gradleak.cli.failures import is_memory, reason
-from gradleak.cli.pending import count_examples
 from gradleak.cli.request import Request, read_request
 from gradleak.cli.running import Job, run
 from gradleak.cli.signals import Watch
@@ -43,8 +43,9 @@ def attack(*, budget: float | None, **asked: Any) -> int:
     count, source, noted = _count(request, subject, losses[0])
     job = _job(request, subject, losses, count, source, noted)
     step = _one_step(job.observations[0], count, subject.outputs)
-    _try_out(step, request.model.spec)
-    choose_threads(step)
+    if not subject.tokens:
+        _try_out(step, request.model.spec)
+        choose_threads(step)
     for note in job.warnings:
         warn(note)
     with Watch(Deadline(budget)) as watch:

@@ -24,9 +24,9 @@ from gradleak.models import locate, parse_options
 from gradleak.models.loading import Option
 from gradleak.training import Loss
 
-__all__ = ["TOKENS", "ChosenAttack", "build_attack", "build_defense", "find_loss"]
+__all__ = ["ChosenAttack", "build_attack", "build_defense", "find_loss"]
 
-TOKENS = (
+_TOKENS = (
     "takes tokens, which the command line cannot describe; in Python, gl.attacks.read_sentences() reads the masked "
     "language models of gradleak.integrations.huggingface."
 )
@@ -62,7 +62,7 @@ def build_attack(name: str, options: Mapping[str, Any], budget: float | None = N
     if not isinstance(built, Attack):
         raise InvalidInput(f"The factory {name!r} returned a {type(built).__name__}; it must return an Attack.")
     if isinstance(built, ReadSentences):
-        raise InvalidInput(f"The attack 'read_sentences' {TOKENS}")
+        raise InvalidInput(f"The attack 'read_sentences' {_TOKENS}")
     defaults = {k: p.default for k, p in _signature(name, factory).parameters.items() if p.default is not p.empty}
     return ChosenAttack(built, name, defaults | given)
 

@@ -16,7 +16,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
 import gradleak.models
-from gradleak.cli.factories import TOKENS
 from gradleak.cli.failures import is_memory, reason
 from gradleak.cli.request import ModelChoice
 from gradleak.data.tensors import float64_bytes, named, read_tensors
@@ -25,6 +24,7 @@ from gradleak.models.loading import check_values, load
 from gradleak.spaces import InputSpace
 from gradleak.structure.probe import probe_inputs
 from gradleak.training import batch_statistics, check_reproducible, parameters
+from gradleak.training.base import check_repeatable
 from gradleak.types import Note, NoteKind, Update, UpdateKind, name_prefix
 
 __all__ = ["Subject", "load_subject"]
@@ -43,6 +43,7 @@ class Subject:
         update: what the client shared, in the model's number type.
         captured: the number type in which it was captured.
         outputs: number of outputs of the model.
+        tokens: whether it takes ids that it looks up, which no option describes; attacks refuse it, and name the ids.
         notes: what was taken for granted while reading.
 
     """
@@ -52,6 +53,7 @@ class Subject:
     update: Update
     captured: torch.dtype
     outputs: int
+    tokens: bool
     notes: tuple[Note, ...]
 
 
@@ -102,8 +104,8 @@ def load_subject(
     model = model.to(choice.device)
     sent, captured, more = _read_update(update, model, kind, limit)
     check_reproducible(model)
-    outputs = _try_out(model, choice, space, batch_size or 1)
-    return Subject(model, _name(choice), sent, captured, outputs, notes + more)
+    outputs, tokens = _try_out(model, choice, space, batch_size or 1)
+    return Subject(model, _name(choice), sent, captured, outputs, tokens, notes + more)
 
 
 def _name(choice: ModelChoice) -> str:
@@ -206,46 +208,52 @@ def _read_update(
     return update, captured, notes
 
 
-def _try_out(model: nn.Module, choice: ModelChoice, space: InputSpace, count: int) -> int:
-    """Check that the model takes such inputs and is the same function every time; return its number of outputs."""
+def _try_out(model: nn.Module, choice: ModelChoice, space: InputSpace, count: int) -> tuple[int, bool]:
+    """Check that the model takes such inputs and is the same function every time.
+
+    Returns:
+        The number of its outputs, and whether it takes ids instead, which it looks up.
+
+    """
     like = next(p for p in model.parameters() if p.requires_grad)
     if count * math.prod(space.shape) > _MOST_UNKNOWNS:
         raise InvalidInput(
-            f"{count:,} inputs of shape {tuple(space.shape)} are more than {_MOST_UNKNOWNS:,} unknowns, which "
-            "no attack here takes on; check --batch-size and --input-shape."
+            f"{count:,} inputs of shape {tuple(space.shape)} are more than {_MOST_UNKNOWNS:,} unknowns, which no "
+            "attack here takes on; check --batch-size and --input-shape."
         )
-    inputs = probe_inputs(tuple(space.shape), count, like)
-    devices = [like.device] if like.device.type == "cuda" else []
+    inputs, tokens = probe_inputs(tuple(space.shape), count, like), False
+    outputs = _run(model, inputs)
+    if isinstance(outputs, BaseException) and any(isinstance(m, nn.Embedding) for m in model.modules()):
+        looked_up = _run(model, torch.zeros_like(inputs, dtype=torch.long))
+        outputs, tokens = (outputs, False) if isinstance(looked_up, BaseException) else (looked_up, True)
+    if isinstance(outputs, BaseException):
+        raise InvalidInput(
+            f"The model does not take {count} inputs of shape {tuple(space.shape)} ({reason(outputs)}); check "
+            "--input-shape, and that the model runs on such a batch."
+        ) from outputs
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != count or not outputs.is_floating_point():
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise InvalidModel(
+            f"The model returns {found}, where logits (examples, classes) are needed; wrap it so that it returns them."
+        )
+    if not tokens:
+        check_repeatable(model, inputs)
+    if choice.classes is not None and outputs.shape[1] != choice.classes:
+        raise InvalidInput(
+            f"The model has {outputs.shape[1]} classes, not {choice.classes}; correct --classes or --model-arg."
+        )
+    return int(outputs.shape[1]), tokens
+
+
+def _run(model: nn.Module, inputs: Tensor) -> object:
+    """Return the model's outputs, or the error that its forward pass ended with; nothing of the run stays."""
+    devices = [inputs.device] if inputs.device.type == "cuda" else []
     try:
-        # Outside of any attack, but as attacks run it. The generators and buffers stay as they were.
         with torch.no_grad(), torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH):
-            first, second = (
-                functional_call(model, {k: b.clone() for k, b in model.named_buffers()}, (inputs,)) for _ in range(2)
-            )
+            return functional_call(model, {k: b.clone() for k, b in model.named_buffers()}, (inputs,))
     except (GradleakError, KeyboardInterrupt):
         raise
     except BaseException as error:  # the user's forward pass, which may fail in any way
         if is_memory(error):
             raise
-        if any(isinstance(m, nn.Embedding) for m in model.modules()):  # it was given numbers
-            raise InvalidModel(f"The model {choice.spec!r} {TOKENS}") from error
-        raise InvalidInput(
-            f"The model does not take {count} inputs of shape {tuple(space.shape)} ({reason(error)}); check "
-            "--input-shape, and that the model runs on such a batch."
-        ) from error
-    if not isinstance(first, Tensor) or first.ndim != 2 or len(first) != count or not first.is_floating_point():
-        found = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
-        raise InvalidModel(
-            f"The model returns {found}, where logits (examples, classes) are needed; wrap it so that it returns them."
-        )
-    if not torch.equal(first, second):
-        raise InvalidModel(
-            "The model gives two outputs for one input, so its forward pass is random or keeps a state: active "
-            "dropout, such as F.dropout(x, training=self.training), cannot be reproduced; put the model into "
-            "evaluation mode (--mode eval), or make it deterministic."
-        )
-    if choice.classes is not None and first.shape[1] != choice.classes:
-        raise InvalidInput(
-            f"The model has {first.shape[1]} classes, not {choice.classes}; correct --classes or --model-arg."
-        )
-    return int(first.shape[1])
+        return error

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradleak.data.archives import read_arrays
+from gradleak.data.images import load_images
 from gradleak.errors import InvalidFile, InvalidInput
 from gradleak.files import write_bytes
 
@@ -80,14 +81,11 @@ def images(name: str, split: str, data: Path | None, downloads: Path) -> tuple[T
     if name not in _TORCHVISION:
         raise _missing(f"{name}.npz", data, "create it, because no public loader has it in this form")
     try:
-        module = importlib.import_module("torchvision.datasets")
-        choice = {"split": split} if name == "svhn_mini" else {"train": split == "train"}
-        stored = getattr(module, _TORCHVISION[name])(str(downloads), download=True, **choice)
-        pairs = [(np.asarray(image, np.float64) / 255.0, int(label)) for image, label in stored]
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        raise _missing(f"{name}.npz", data, f"install the extra {_VISION} ({error})") from error
-    x = np.stack([image if image.ndim == 3 else image[..., None] for image, _ in pairs])
-    return torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), torch.tensor([label for _, label in pairs])
+        found = load_images(f"torchvision:{_TORCHVISION[name]}", split=split, dtype=torch.float64, root=downloads)
+    except InvalidInput as error:
+        raise _missing(f"{name}.npz", data, f"install the extra {_VISION} ({str(error).rstrip('.')})") from error
+    assert found.labels is not None  # these data sets have them
+    return found.inputs, found.labels
 
 
 def _stored(path: Path, split: str) -> tuple[Tensor, Tensor]:

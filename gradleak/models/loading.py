@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,9 +51,11 @@ def _value(text: str) -> Option:
         return text.lower() == "true"
     for kind in (int, float):
         try:
-            return kind(text)
+            value = kind(text)
         except ValueError:
             continue
+        # A number that float64 cannot hold is no infinity.
+        return text if math.isinf(value) and "inf" not in text.lower() else value
     return text
 
 
@@ -127,9 +130,8 @@ def _call(spec: str, factory: object, options: dict[str, Option]) -> nn.Module:
     except (GradleakError, KeyboardInterrupt):
         raise
     except BaseException as error:  # also SystemExit, with which a factory would end the audit as if it had succeeded
-        raise InvalidModel(
-            f"The factory {spec!r} failed with {_said(error)}; make it run with these options first."
-        ) from error
+        given = f" with {', '.join(f'{k}={v}' for k, v in options.items())}" if options else ""
+        raise InvalidModel(f"The factory {spec!r} failed with {_said(error)}; make it run{given} first.") from error
     if not isinstance(model, nn.Module):
         raise InvalidModel(f"The factory {spec!r} returned a {type(model).__name__}; it must return a torch.nn.Module.")
     return _whole(spec, model)

@@ -33,7 +33,7 @@ def run_quietly(model: nn.Module, params: Tensors, inputs: Tensor, buffers: Tens
 
     """
     own = {k: b.clone() for k, b in model.named_buffers()}
-    devices = [inputs.device] if inputs.device.type == "cuda" else []
+    devices = [inputs.device] if inputs.device.type == "cuda" and torch.cuda.is_available() else []
     with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH):
         try:
             return functional_call(model, {**params, **own, **(buffers or {})}, (inputs,))

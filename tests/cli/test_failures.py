@@ -162,11 +162,6 @@ FAILURES = {
         {"model": "victim:sequence", "weights": None},
         "where logits",
     ),
-    "tokens": (
-        looked_up,
-        {"model": "victim:tokens", "weights": None, "input_shape": "3"},
-        "The model 'victim:tokens' takes tokens, which the command line cannot describe; in Python, gl.attacks.",
-    ),
     "attack on tokens": (None, {"attack": "read_sentences", "update": "nowhere"}, "'read_sentences' takes tokens"),
     "unknown attack option": (None, {"attack_option": "restart=2"}, "did you mean 'restarts'"),
     "wrong attack option": (None, {"attack_option": "restarts=many"}, "'restarts' of dlg is int, not 'many'"),
@@ -300,6 +295,14 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_attack(case, monk
     assert "cannot be written" in done.err
 
 
+def test_a_model_of_tokens_is_refused_and_its_ids_are_named(case) -> None:
+    looked_up(case)
+    done = case.attack(model="victim:tokens", weights=None, input_shape="3", attack=None)
+    assert done.code == 3
+    assert case.record().outcome.status == "not_applicable"
+    assert "TokenSpace" in case.record().verdict.reason
+
+
 def test_an_attack_that_does_not_apply_is_a_recorded_result(case, monkeypatch) -> None:
     from gradleak.errors import NotApplicable
 
@@ -310,7 +313,9 @@ def test_an_attack_that_does_not_apply_is_a_recorded_result(case, monkeypatch) -
     done = case.attack()
     assert done.code == 3
     assert case.record().outcome.status == "not_applicable"
-    assert "No linear layer sees the data; choose dlg." in case.record().outcome.notes
+    assert "No linear layer sees the data; choose dlg." in case.record().verdict.reason
+    assert "No linear layer sees the data" in done.out
+    assert case.run("report", "out").code == 0
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])

@@ -153,7 +153,7 @@ def test_softmax_over_one_output_is_never_run(case, single, options: tuple[str, 
 def test_a_batch_size_that_is_not_stated_is_read_or_named(
     job, monkeypatch, count: int, proved: bool, source: str
 ) -> None:
-    from gradleak.cli.pending import CountedExamples
+    from gradleak.attacks.counting import CountedExamples
 
     monkeypatch.setattr("gradleak.cli.attack.count_examples", lambda *_: CountedExamples(count, proved, "That is why."))
     made = job(batch_size=None)
@@ -166,7 +166,7 @@ def test_a_batch_size_that_is_not_stated_is_read_or_named(
 
 
 def test_a_batch_size_that_nothing_tells_is_asked_for(case, monkeypatch) -> None:
-    from gradleak.cli.pending import CountedExamples
+    from gradleak.attacks.counting import CountedExamples
 
     monkeypatch.setattr(
         "gradleak.cli.attack.count_examples", lambda *_: CountedExamples(None, False, "No head was found.")

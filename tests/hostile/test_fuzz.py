@@ -222,5 +222,6 @@ def test_options_without_a_meaning(attack: Callable[..., str], option: str) -> N
         more = {"kind": "weight_delta", "lr": "0.1"} if option in TRAINING else {}
         said = attack(**more | {option: value})
         # Not refused for another reason: the sentence names the option, or what was given.
-        shown = {value[:12], repr(value)[1:-1][:12]} if value else {"''", "'.'"}
+        key, _, given = value.partition("=")
+        shown = {value[:12], repr(value)[1:-1][:12], repr(key), given[:12]} - {""} if value else {"''", "'.'"}
         assert option.replace("_", "-") in said or any(v in said for v in shown), (option, value[:99], said)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import sys
 
 import pytest
@@ -175,6 +176,7 @@ def test_options_are_checked(user):
 def test_parse_options():
     parsed = parse_options(["a=1", "b=-2.5", "c=True", "d=relu", "e=1e-3", "f=x=y", "in-channels=3", "g="])
     assert parsed == {"a": 1, "b": -2.5, "c": True, "d": "relu", "e": 1e-3, "f": "x=y", "in_channels": 3, "g": ""}
+    assert parse_options(["a=inf", "b=1e400", "c=" + "9" * 5000]) == {"a": math.inf, "b": "1e400", "c": "9" * 5000}
     assert type(parsed["a"]) is int
     assert type(parsed["c"]) is bool
 

@@ -273,13 +273,13 @@ class TestWithoutAScore:
 
     @pytest.mark.parametrize("status", ["not_applicable", "missing_knowledge"])
     def test_a_refusal_is_said_in_words(self, case, status: str) -> None:
-        outcome = Outcome(status, float("nan"), 0, 0, 0.0, shows="nothing")
+        outcome = Outcome(status, float("nan"), 0, 0, 0.0)
         record = self.blind(
             case, outcome=outcome, verdict=judge_refusal(outcome, "Two outputs."), match=None, curves=None
         )
         html = render(record, picture(record, np.empty((0, 3, 4, 4), np.float32)))
         words = Page(html).words
-        assert "No image was reconstructed: the attack did not run, because" in words
+        assert "No image was reconstructed: the attack did not run." in words
         assert "Two outputs." in words
         assert "What would stop it" not in words
         assert "nan" not in words
@@ -451,12 +451,6 @@ def test_constant_and_enormous_ranges_have_ticks() -> None:
         ys = [float(y) for y in re.findall(r'class="tick" x="50" y="([\d.]+)"', svg)]
         assert 2 <= len(ys) <= 9
         assert all(0 <= y <= 268 for _, y in points(svg))
-
-
-def test_values_at_the_ends_of_float64_are_gaps() -> None:
-    svg = str(log_chart("O", "evaluations", [0, 1, 2, 3], [Series("o", (1.7e308, 1.0, 2.0, 5e-324))]))
-    assert len(points(svg)) == 2
-    assert log_chart("O", "evaluations", [0, 1], [Series("o", (1e308, 5e-324))]) is None
 
 
 def test_report_needs_no_torch(case, tmp_path) -> None:

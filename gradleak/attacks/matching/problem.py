@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gradleak.errors import GradleakError, InvalidInput, InvalidModel, NotApplicable
+from gradleak.errors import InvalidInput, NotApplicable
 from gradleak.exact.labels import recover_labels
 from gradleak.threat import Observation
 from gradleak.training import (
@@ -17,7 +17,6 @@ from gradleak.training import (
     Simulator,
     TargetKind,
     Tensors,
-    check_reproducible,
     class_axis,
     relax,
     soft_labels,
@@ -131,22 +130,26 @@ class Problem:
     @classmethod
     def of(cls, observation: Observation, attack: GradientMatching, seed: int) -> Problem:
         """Cast the observation, and find out how its labels are to be had."""
-        model, fixed = observation.model, attack.fixed
-        check_reproducible(model)
-        simulator = observation.simulator
+        fixed, simulator = attack.fixed, observation.simulator
         dtype, notes = attack.dtype or simulator.dtype, list[str]()
-        outputs = _outputs(simulator, observation, dtype)
-        if isinstance(outputs, Exception) and dtype != simulator.dtype:
-            own = str(simulator.dtype).removeprefix("torch.")
-            reason = f"The model does not compute in {str(dtype).removeprefix('torch.')}, so it was searched in {own}."
-            outputs, dtype = _outputs(simulator, observation, simulator.dtype), simulator.dtype
-            notes.append(Note(reason, NoteKind.METHOD))
-        if isinstance(outputs, Exception):
-            n, shape = observation.batch_size, tuple(observation.space.shape)
-            raise InvalidModel(
-                f"The model does not run on {n} inputs of shape {shape} ({_line(outputs)}); pass the space, the batch "
-                "size and the mode of the model that the client used."
-            ) from outputs
+        probe = torch.randn(
+            (observation.batch_size or 1, *observation.space.shape),
+            generator=torch.Generator().manual_seed(0),
+            dtype=torch.float64,
+        ).to(simulator.device)
+        simulator.check(probe)
+        try:
+            with torch.no_grad():
+                outputs = simulator.outputs(probe, dtype)
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) or dtype == simulator.dtype:
+                raise
+            names = [str(t).removeprefix("torch.") for t in (dtype, simulator.dtype)]
+            text = f"The model does not compute in {names[0]}, so it was searched in {names[1]}."
+            notes.append(Note(text, NoteKind.METHOD))
+            dtype = simulator.dtype
+            with torch.no_grad():
+                outputs = simulator.outputs(probe, dtype)
         params = simulator.params(dtype)
         buffers = {k: b.clone() for k, b in simulator.buffers(dtype).items()}  # some models write into theirs
         shared = observation.update.tensors
@@ -192,37 +195,6 @@ class Problem:
         given = None if t.given is None else (tuple(t.given.shape), t.given.dtype)
         # The computation of two models is taken to be the same when their printed structures are.
         return (repr(self.model), shapes, o.space.shape, self.size, repr(o.training), t.kind, t.shape, given, self.free)
-
-
-def _line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".")[:200] if lines else type(error).__name__
-
-
-def _outputs(simulator: Simulator, observation: Observation, dtype: torch.dtype) -> Any:
-    """Return what the model gives for a random batch of the stated size, or the error that it raises.
-
-    Raises:
-        InvalidModel: it gives something else for the same batch again.
-
-    """
-    generator = torch.Generator().manual_seed(0)
-    shape = (observation.batch_size or 1, *observation.space.shape)
-    probe = torch.randn(shape, generator=generator, dtype=torch.float64).to(simulator.device, dtype)
-    there = [probe.device] if probe.is_cuda and torch.cuda.is_available() else []
-    try:
-        with torch.no_grad(), torch.random.fork_rng(there):
-            found = [simulator.outputs(probe, dtype) for _ in range(2)]
-    except (GradleakError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # noqa: BLE001 - it is the user's module, which may raise anything
-        return error
-    if isinstance(found[0], Tensor) and not torch.equal(found[0].nan_to_num(), found[1].nan_to_num()):
-        raise InvalidModel(
-            "The model gives different outputs for the same inputs, so a client cannot be simulated; remove what is "
-            "random in forward (dropout by function, noise) or what it remembers, or put it into evaluation mode."
-        )
-    return found[0]
 
 
 def _targets(
