@@ -40,6 +40,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "fedavg_memory": ("--steps", "4"),
     "cost": ("--repeats", "1", "--largest", "16"),
     "import_time": ("--rounds", "1"),
+    "hostile": ("--broken", "5", "--results", "20", "--kills", "3", "--commands", "0"),
     "gpu": ("--images", "2", "--published", "1"),
 }
 """What makes benchmarks small; scripts that are not listed have no quick size."""
@@ -79,6 +80,7 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
         ("`import gradleak` against `import torch`", "≤ 1.1 ×"),
         ("`gradleak --help`", "≤ 0.5 s"),
     ),
+    "hostile": (("broken files, results and bombs, kills and signals: not as promised", "0"),),
     "gpu": (("`dlg()` on a GPU against the published algorithm on the same GPU", "≥ 20 ×"),),
 }
 """Every target by the benchmark that measures it, in the order of the table; shown where there is no record."""

@@ -26,21 +26,23 @@ class Deadline:
     inside :meth:`shield`.
     """
 
-    def __init__(self, seconds: float | None = None) -> None:
-        """Start the clock: ``seconds`` from now, or no limit."""
+    def __init__(self, seconds: float | None = None, *, within: Deadline | None = None) -> None:
+        """Start the clock: ``seconds`` from now, or no limit; ``within`` is a deadline that ends this one, too."""
+        self.seconds = seconds
         self._until = math.inf if seconds is None else time.monotonic() + seconds
+        self._within = within
         self._shields = 0
-        self.cut_short = False
-        """Whether :meth:`cut` ended the run, rather than its time."""
+        self._cut = False
 
     def left(self) -> float:
         """Return the seconds that are left, 0 once it is over, infinity without a limit."""
-        return max(0.0, self._until - time.monotonic())
+        own = max(0.0, self._until - time.monotonic())
+        return own if self._within is None else min(own, self._within.left())
 
     @property
     def over(self) -> bool:
         """Whether the time is used up."""
-        return time.monotonic() >= self._until
+        return self.left() <= 0
 
     def raise_if_over(self) -> None:
         """Raise :class:`TimeSpent` if the time is used up."""
@@ -49,7 +51,12 @@ class Deadline:
 
     def cut(self) -> None:
         """End the run now: somebody pressed Ctrl-C, or the system asks the program to stop."""
-        self._until, self.cut_short = min(self._until, time.monotonic()), True
+        self._until, self._cut = min(self._until, time.monotonic()), True
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether :meth:`cut` ended the run, rather than its time."""
+        return self._cut or (self._within is not None and self._within.cut_short)
 
     @contextlib.contextmanager
     def shield(self) -> Iterator[None]:
@@ -64,3 +71,8 @@ class Deadline:
     def shielded(self) -> bool:
         """Whether a block runs that must not be torn apart."""
         return self._shields > 0
+
+    def part(self, share: float) -> Deadline:
+        """Return a deadline for a phase that gets ``share`` of the time that is left."""
+        left = self.left()
+        return Deadline(None if left == math.inf else share * left, within=self)

@@ -8,8 +8,9 @@
     │   ├── InvalidModel      active dropout, train-mode BatchNorm where it must be reproduced, no such factory
     │   ├── InvalidFile       truncated, hostile, pickled or absent file
     │   └── UnknownName       no attack, model, metric or dataset of that name ("did you mean …?")
-    ├── MissingKnowledge      the threat model does not grant what the attack needs
-    ├── NotApplicable         the attack's structural conditions do not hold for this model or update
+    ├── Refusal               an attack does not run here; what was found all the same is recorded
+    │   ├── MissingKnowledge  the threat model does not grant what the attack needs
+    │   └── NotApplicable     the attack's structural conditions do not hold for this model or update
     └── ResourceLimit         the run would not fit in memory
 
 ``MissingKnowledge`` and ``NotApplicable`` are answers, not failures of the program: an audit records them as
@@ -20,10 +21,40 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
+
+_LONGEST = 1000
+"""Characters of a message; names and reasons come out of untrusted files, where they may be a megabyte long."""
+_SHOWN = 100
+"""Characters of a name that was not found."""
+
+
+def clean(text: str, longest: int = _LONGEST) -> str:
+    r"""Return ``text`` as one printable line: control characters spelled out, its middle left out if it is long.
+
+    >>> print(clean("a\x1b[2J\nb"))
+    a\x1b[2J b
+
+    """
+    if len(text) > longest:
+        end = longest // 4
+        text = f"{text[: longest - end - 3]} … {text[-end:]}"
+    return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
 
 
 class GradleakError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose; the message is made printable by :func:`clean`."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(clean(message))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By its message: it is raised in worker processes as well, and subclasses take other arguments.
+        return _again, (type(self), str(self)), self.__dict__ or None
+
+
+def _again(kind: type[GradleakError], message: str) -> GradleakError:
+    return kind.__new__(kind, message)
 
 
 class InvalidInput(GradleakError, ValueError):
@@ -47,17 +78,30 @@ class UnknownName(InvalidInput):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         """Say which ``kind`` of thing was not found and suggest the closest ``known`` names."""
-        known = sorted(known)
+        known, name = sorted(known), clean(name, _SHOWN)
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"choose one of {', '.join(known)}."
         super().__init__(f"There is no {kind} named {name!r}: {hint}")
 
 
-class MissingKnowledge(GradleakError):
+class Refusal(GradleakError):
+    """An attack does not run here.
+
+    Attributes:
+        findings: what was found all the same, ``gradleak.types.Finding``.
+        attempts: the ways that were tried, ``gradleak.types.Attempt``.
+
+    """
+
+    findings: tuple[Any, ...] = ()
+    attempts: tuple[Any, ...] = ()
+
+
+class MissingKnowledge(Refusal):
     """The threat model does not grant what the attack needs."""
 
 
-class NotApplicable(GradleakError):
+class NotApplicable(Refusal):
     """The attack's structural conditions do not hold here."""
 
 

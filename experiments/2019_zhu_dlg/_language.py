@@ -51,7 +51,7 @@ def _plain(text: str) -> list[str]:
 def sentences(lab: Lab, shortest: int = 15, longest: int = 30) -> list[list[int]]:
     """Return every sentence of the WikiText-2 test text of so many tokens without an unknown word, as ids."""
     name = "wikitext2_test.txt"
-    return _sentences(lab.file(name).read_text(encoding="utf-8"), tokenizer(lab).vocabulary, shortest, longest)
+    return _sentences(lab.text(name), tokenizer(lab).vocabulary, shortest, longest)
 
 
 @functools.lru_cache(maxsize=2)
@@ -69,7 +69,7 @@ def _sentences(text: str, vocabulary: Path, shortest: int, longest: int) -> list
 def _windows(lab: Lab, name: str) -> Tensor:
     """Return the whole text as windows (M, WINDOW) of ids between [CLS] and [SEP]."""
     words = tokenizer(lab)
-    stream = [i for s in _plain(lab.file(name).read_text(encoding="utf-8")) for i in words.encode(s)[1:-1]]
+    stream = [i for s in _plain(lab.text(name)) for i in words.encode(s)[1:-1]]
     inner = WINDOW - 2
     body = torch.tensor(stream[: len(stream) // inner * inner]).view(-1, inner)
     edge = torch.ones(len(body), 1, dtype=torch.long)

@@ -79,9 +79,9 @@ class Faces:
 
 def faces(lab: Lab, view: int) -> Faces:
     """Return the faces of View 1, 0 (DevTrain people) or 1 (DevTest people), whose gender is certain."""
-    names = json.loads(lab.file("lfw.json").read_text(encoding="utf-8"))["kumar_attributes"]
-    with np.load(lab.file("lfw.npz"), allow_pickle=False) as stored:
-        x, kumar, views = stored["x"], stored["kumar"], stored["view1"]
+    names = json.loads(lab.text("lfw.json"))["kumar_attributes"]
+    stored = lab.arrays("lfw.npz", ["x", "kumar", "view1"])
+    x, kumar, views = stored["x"], stored["kumar"], stored["view1"]
 
     def column(name: str) -> np.ndarray:
         values: np.ndarray = kumar[:, names.index(name)] == 1

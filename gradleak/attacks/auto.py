@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import final
@@ -23,10 +24,11 @@ from gradleak.attacks.sentences import read_sentences
 from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import InvalidInput, InvalidModel, MissingKnowledge, NotApplicable, ResourceLimit
 from gradleak.exact.labels import recover_labels
+from gradleak.proof.certify import unproved
 from gradleak.spaces import TokenSpace
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import FedSGD
-from gradleak.types import Attempt, Note, NoteKind, Reconstruction, Status, Verdict
+from gradleak.types import Attempt, Finding, Note, NoteKind, Reconstruction, Status, Verdict
 
 __all__ = ["WAYS", "Auto", "Way", "auto", "certificate"]
 
@@ -270,20 +272,20 @@ class Auto(Attack):
     def _reconstruct(
         self, observations: list[Observation], seed: int, callback: Callback | None
     ) -> list[Reconstruction]:
-        deadline, stopped = Deadline(self.budget), False
+        deadline, stopped, late = Deadline(self.budget), False, False
         results: list[Reconstruction] = []
         for observation in observations:
             begin, case = time.perf_counter(), Case(observation, self)
             try:
                 self._try_all(case, seed, callback, deadline, stopped)
             except TimeSpent:
-                pass
+                late = True
             except KeyboardInterrupt:
                 if case.best is None and not results:
                     raise  # there is nothing yet to return
                 stopped = True
-            status = Status.INTERRUPTED if stopped else Status.BUDGET if deadline.over and case.open else None
-            results.append(self._result(case, status, time.perf_counter() - begin, deadline, seed))
+            status = Status.INTERRUPTED if stopped else Status.BUDGET if (late or deadline.over) and case.open else None
+            results.append(self._result(case, status, time.perf_counter() - begin))
         return results
 
     def _try_all(self, case: Case, seed: int, callback: Callback | None, deadline: Deadline, stopped: bool) -> None:
@@ -321,19 +323,21 @@ class Auto(Attack):
                 return found
         return certified(observation, found, uniqueness=self.uniqueness, deadline=deadline, seed=seed)
 
-    def _result(
-        self, case: Case, status: Status | None, seconds: float, deadline: Deadline, seed: int
-    ) -> Reconstruction:
+    def _result(self, case: Case, status: Status | None, seconds: float) -> Reconstruction:
         """Return the best, with the ways that were tried and what was found besides."""
         notes = [Note(f"{a.attack}: {a.verdict or 'not taken'}. {a.reason}", NoteKind.ATTEMPT) for a in case.attempts]
-        besides = find_besides(case.observation) if case.open else ()
+        besides: tuple[Finding, ...] = ()
+        with suppress(TimeSpent):
+            besides = tuple(find_besides(case.observation)) if case.open else ()
         best = case.best
         if best is None:
             told = " ".join(f.text for f in besides)
             if status is None:
                 reasons = " ".join(f"{a.attack}: {a.reason}" for a in case.attempts)
-                raise NotApplicable(f"No attack applies. {told}{' ' if told else ''}{reasons}")
-            best = self._nothing(case, deadline, seed)
+                refusal = NotApplicable(f"No attack applies. {told}{' ' if told else ''}{reasons}")
+                refusal.findings, refusal.attempts = besides, tuple(case.attempts)
+                raise refusal
+            best = self._nothing(case)
         explained = best.certificate is not None and best.certificate.verdict is not Verdict.UNPROVED
         solved = best.status is Status.EXACT and not explained
         why = "Its equations are solved exactly" if solved else "Chosen by its certificate"
@@ -347,13 +351,14 @@ class Auto(Attack):
             seconds=seconds,
         )
 
-    def _nothing(self, case: Case, deadline: Deadline, seed: int) -> Reconstruction:
+    def _nothing(self, case: Case) -> Reconstruction:
         """Return the guess that says least, where the time ended before there was any other."""
         observation = case.observation
         guess = observation.space.neutral().expand(observation.batch_size or 1, *observation.space.shape)
         decoded = observation.space.decode(guess.to(observation.simulator.device))
         found = Reconstruction(decoded, None, float("inf"), status=Status.BUDGET, attack="nothing")
-        return certified(observation, found, deadline=deadline, seed=seed)
+        why = "The time was over before any attack had found anything; what is shown is the guess that says least."
+        return replace(found, certificate=unproved(len(found), why))
 
 
 def auto(

@@ -14,6 +14,7 @@ from gradleak.attacks.certifying import certified
 from gradleak.attacks.findings import find_besides
 from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import InvalidInput, MissingKnowledge, NotApplicable
+from gradleak.proof.certify import unproved
 from gradleak.structure.probe import run_quietly
 from gradleak.threat import Knowledge, Observation
 from gradleak.types import Note, NoteKind, Reconstruction, Status
@@ -112,11 +113,15 @@ class Attack:
         self, observation: Observation, found: Reconstruction, seconds: float, seed: int, deadline: Deadline
     ) -> Reconstruction:
         """Return a result with its certificate, the time it took, and why it ended."""
-        if found.status is Status.INTERRUPTED and deadline.over and not deadline.cut_short:
+        if deadline.over and not deadline.cut_short and found.status in (Status.INTERRUPTED, Status.BUDGET):
             ended = Note("The time budget ended the attack.", NoteKind.LIMIT)
-            found = replace(found, status=Status.BUDGET, notes=(*found.notes, ended))
+            found = replace(found, status=Status.BUDGET, notes=tuple(dict.fromkeys((*found.notes, ended))))
         if found.certificate is None:
-            found = certified(observation, found, seed=seed, deadline=deadline)
+            try:
+                found = certified(observation, found, seed=seed, deadline=deadline)
+            except TimeSpent:  # What was found stays, only unproved.
+                why = "The time was over before the result could be compared with the update."
+                found = replace(found, certificate=unproved(len(found), why))
         name = found.attack or getattr(type(self), "name", "")
         return replace(found, seconds=found.seconds or seconds, attack=name)
 
@@ -134,9 +139,11 @@ def _check_inputs(observation: Observation) -> None:
         with torch.no_grad():
             run_quietly(observation.model, observation.params, probe.expand(observation.batch_size or 1, *space.shape))
     except NotApplicable as error:
-        named = " ".join(f.text for f in find_besides(observation))
-        told = "Ids that are looked up are described by TokenSpace."
-        raise NotApplicable(f"{error} {told}{' ' if named else ''}{named}") from error
+        besides = find_besides(observation)
+        told = ["Ids that are looked up are described by TokenSpace.", *(f.text for f in besides)]
+        refusal = NotApplicable(f"{error} {' '.join(told)}")
+        refusal.findings = besides
+        raise refusal from error
 
 
 def _timed(callback: Callback | None, deadline: Deadline) -> Callback:

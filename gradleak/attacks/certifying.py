@@ -87,11 +87,9 @@ def certified(
     except (InvalidModel, NotApplicable) as reason:
         return replace(found, certificate=unproved(len(found), str(reason)))
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:  # of a user's model or loss
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        return replace(
-            found,
-            certificate=unproved(len(found), f"The update could not be re-simulated with this result ({reason})."),
-        )
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        why = f"The update could not be re-simulated with this result ({first})."
+        return replace(found, certificate=unproved(len(found), why))
     if best is None:
         return replace(
             found,

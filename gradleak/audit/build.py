@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import platform
-import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -18,31 +18,29 @@ from torch import Tensor
 import gradleak
 from gradleak.audit.folder import Folder
 from gradleak.audit.records import (
-    Aggregate,
     AttackRun,
+    AttemptRecord,
     CertificateRecord,
     Curves,
-    Example,
-    Lift,
+    FindingRecord,
     Match,
     Outcome,
     Record,
+    Shown,
     Subject,
-    Success,
     Threat,
 )
-from gradleak.audit.scores import ExampleScore, Scores, error_curve
-from gradleak.audit.verdict import judge
-from gradleak.spaces import ImageSpace
+from gradleak.audit.scores import Scores, error_curve
+from gradleak.audit.verdict import judge, judge_refusal
+from gradleak.errors import MissingKnowledge, NotApplicable
 from gradleak.threat import Knowledge, Observation
-from gradleak.training import CrossEntropy, FedAvg, FedSGD
-from gradleak.types import Batch, Reconstruction, Trace
+from gradleak.training import FedAvg, FedSGD
+from gradleak.training.losses import BinaryCrossEntropy, CrossEntropy, MeanSquaredError
+from gradleak.types import Batch, Certificate, Finding, Note, NoteKind, Reconstruction, Shows, Status
 
-__all__ = ["build_record", "resimulate"]
+__all__ = ["build_record", "build_refusal"]
 
 Array = npt.NDArray[Any]
-
-LABELS = "label_accuracy"
 
 _FORMATS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
 
@@ -61,6 +59,7 @@ def build_record(
     notes: Sequence[str] = (),
     command: str = "",
     classes: int | None = None,
+    batch_size_source: str | None = None,
 ) -> Folder:
     """Return the record of one reconstruction, with its verdict, and the arrays beside it.
 
@@ -77,39 +76,40 @@ def build_record(
         notes: sentences to add to those of the reconstruction.
         command: how to repeat the run from a shell.
         classes: number of classes, where it is known; otherwise read off the label probabilities.
+        batch_size_source: "stated", "read" (off the update, which shows it) or "assumed"; if None, whether it was
+            assumed is asked of the observation.
 
     """
     assert (scores is None) == (truth is None), "scores and truth go together"
-    dtype = dtype or next(iter(observation.update.tensors.values())).dtype
-    simulated = resimulate(observation, reconstruction)
-    match = None if simulated is None else Match(_residual(simulated, observation), float(torch.finfo(dtype).eps))
-    curves, snapshots = _curves(observation, reconstruction, simulated, truth)
+    dtype = dtype or _format(observation)
+    left = _unexplained(observation, reconstruction)
+    match = None if left is None else Match(left.relative, float(torch.finfo(dtype).eps))
+    curves, snapshots = _curves(observation, reconstruction, left, truth)
     if classes is None and reconstruction.label_probabilities is not None:
         classes = int(reconstruction.label_probabilities.shape[-1])
-    subject = _subject(observation, model, dtype, classes)
-    outcome = _outcome(observation, reconstruction, (*notes, *(() if scores is None else scores.notes)))
-    certificate = None
-    if reconstruction.certificate is not None:
-        certificate = CertificateRecord(**dataclasses.asdict(reconstruction.certificate))
-    examples = None if scores is None else _examples(scores)
-    lifts = () if scores is None else tuple(Lift(b.description, b.psnr, b.lift, b.oracle) for b in scores.baselines)
-    withheld = [f.name for f in Knowledge if f not in observation.knows and f is not Knowledge.MALICIOUS and f.name]
+    subject = _subject(observation, model, dtype, classes, batch_size_source)
+    outcome = _outcome(reconstruction, attack, (*notes, *(() if scores is None else scores.notes)))
+    certificate = None if reconstruction.certificate is None else _certificate(reconstruction.certificate)
+    examples = None if scores is None else scores.examples
+    lifts = () if scores is None else scores.lifts
+    success = None if scores is None else scores.success
     record = Record(
         subject=subject,
-        threat=Threat(tuple(f.name for f in Knowledge if f in observation.knows and f.name), tuple(withheld)),
+        threat=_threat(observation),
         attack=AttackRun(attack, {k: _option(v) for k, v in (options or {}).items()}, seed),
         outcome=outcome,
-        verdict=judge(subject, outcome, examples, lifts, match, certificate),
+        verdict=judge(subject, outcome, examples, lifts, match, certificate, success),
         match=match,
         certificate=certificate,
         examples=examples,
-        aggregates=() if scores is None else _aggregates(scores),
-        success=None if scores is None else _success(scores),
+        aggregates=() if scores is None else scores.aggregates,
+        success=success,
         lifts=lifts,
         curves=curves,
+        shown=_shown(observation, reconstruction, truth),
         command=command,
-        environment=_environment(observation),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        environment=_environment(_device(observation)),
+        created=_now(),
     )
     return Folder(
         record,
@@ -120,40 +120,94 @@ def build_record(
     )
 
 
-def resimulate(observation: Observation, reconstruction: Reconstruction) -> dict[str, Tensor] | None:
-    """Return the update that ``reconstruction`` would cause, in float64; None where the threat model cannot tell.
+def build_refusal(
+    subject: Observation | Subject,
+    error: MissingKnowledge | NotApplicable,
+    *,
+    attack: str,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    model: str = "",
+    dtype: torch.dtype | None = None,
+    notes: Sequence[str] = (),
+    command: str = "",
+    classes: int | None = None,
+    batch_size_source: str | None = None,
+    threat: Threat | None = None,
+) -> Folder:
+    """Return the record of an attack that did not run, with its reason and what was found all the same.
+
+    ``subject`` is what the attack saw, or, where no observation could be made, what is known of it (then with
+    ``threat``: what would have been granted). ``error`` says why the attack did not run; its ``findings`` and
+    ``attempts``, where the attack left them there, are recorded. The other arguments are those of :func:`build_record`.
+    The folder's ``inputs`` have no examples: (0, *shape).
+
+    """
+    device = torch.device("cpu")
+    if isinstance(subject, Observation):
+        threat, device = _threat(subject), _device(subject)
+        subject = _subject(subject, model, dtype or _format(subject), classes, batch_size_source)
+    refused = Status.MISSING_KNOWLEDGE if isinstance(error, MissingKnowledge) else Status.NOT_APPLICABLE
+    outcome = Outcome(
+        status=refused.value,
+        objective=float("nan"),
+        iterations=0,
+        evaluations=0,
+        seconds=0.0,
+        notes=tuple(str(n) for n in notes),
+        note_kinds=tuple(_kind(n) for n in notes),
+        findings=_findings(error.findings),
+        attempts=_attempts(error.attempts),
+    )
+    record = Record(
+        subject=subject,
+        threat=threat or Threat(()),
+        attack=AttackRun(attack, {k: _option(v) for k, v in (options or {}).items()}, seed),
+        outcome=outcome,
+        verdict=judge_refusal(outcome, str(error)),
+        command=command,
+        environment=_environment(device),
+        created=_now(),
+    )
+    return Folder(record, np.empty((0, *subject.input_shape), dtype=np.float32))
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What a reconstruction leaves unexplained of the update.
+
+    Attributes:
+        squares: parameter name → squared distance.
+        relative: relative distance of all of them.
+
+    """
+
+    squares: Mapping[str, float]
+    relative: float
+
+
+def _unexplained(observation: Observation, reconstruction: Reconstruction) -> _Left | None:
+    """Compare the update that ``reconstruction`` would cause; None where the threat model cannot tell.
 
     It is computed from the decoded result, as it is handed over, in float64 whatever the attack searched in.
     """
-    labels = reconstruction.label_probabilities
-    labels = reconstruction.labels if labels is None else labels
-    if observation.training is None or labels is None:
+    offered = (reconstruction.label_probabilities, reconstruction.labels, observation.labels)
+    labels = next((found for found in offered if found is not None), None)
+    if observation.training is None or labels is None or reconstruction.shows is not Shows.INPUTS:
         return None
-    if tuple(reconstruction.inputs.shape[1:]) != tuple(observation.space.shape):
-        return None  # Features, not inputs: nothing that the model could be run on.
-    params = {k: v.double() for k, v in observation.params.items()}
-    others = {k: v.detach() for k, v in observation.model.named_parameters() if not v.requires_grad}
-    others |= dict(observation.model.named_buffers())
-    buffers = {k: v.double() if v.is_floating_point() else v for k, v in others.items()}
-    device = next(iter(params.values())).device
-    inputs = reconstruction.inputs.to(device)
+    simulator = observation.simulator
+    inputs = reconstruction.inputs.to(simulator.device)
     inputs = observation.space.encode(inputs.double() if inputs.is_floating_point() else inputs)
-    labels = labels.to(device, torch.float64) if labels.is_floating_point() else labels.to(device)
-    return observation.training.tensors(observation.model, params, inputs, labels, buffers=buffers)
-
-
-def _residual(simulated: Mapping[str, Tensor], observation: Observation) -> float:
     seen = {k: v.double() for k, v in observation.update.tensors.items()}
-    distance = sum(float((simulated[k] - seen[k]).square().sum()) for k in seen)
-    length = sum(float(v.square().sum()) for v in seen.values())
-    return (distance / length) ** 0.5 if length > 0 else float(distance > 0)
+    ours = simulator.update(inputs, labels.to(simulator.device))
+    left = simulator.residual({k: ours[k].detach() for k in seen}, seen)
+    squares = {k: float(v.square().sum()) for k, v in left.items()}
+    total, length = sum(squares.values()), sum(float(v.square().sum()) for v in seen.values())
+    return _Left(squares, (total / length) ** 0.5 if length > 0 else float(total > 0))
 
 
 def _curves(
-    observation: Observation,
-    reconstruction: Reconstruction,
-    simulated: Mapping[str, Tensor] | None,
-    truth: Batch | None,
+    observation: Observation, reconstruction: Reconstruction, left: _Left | None, truth: Batch | None
 ) -> tuple[Curves | None, Array | None]:
     """Return the curves and the snapshots, both with the result itself as their last point where it is missing."""
     trace = reconstruction.trace
@@ -161,51 +215,54 @@ def _curves(
         return None, None
     iterations, objectives, layers = trace.iterations, trace.objectives, {k: tuple(v) for k, v in trace.layers.items()}
     snapshots = None if trace.snapshots is None else trace.snapshots.detach().cpu()
-    whole = snapshots is None or tuple(snapshots.shape[1:]) == tuple(reconstruction.inputs.shape)
-    ended = (
-        snapshots is not None and whole and torch.equal(snapshots[-1], reconstruction.inputs.cpu().to(snapshots.dtype))
-    )
-    if simulated is not None and whole and not ended:
+    result = reconstruction.inputs.detach().cpu()
+    # A search for features may have led to inputs: its snapshots are no earlier states of the result.
+    alike = snapshots is not None and snapshots.shape[1:] == result.shape
+    ended = snapshots is not None and alike and torch.equal(snapshots[-1], result.to(snapshots.dtype))
+    if left is not None and (snapshots is None or alike) and not ended:
         # What finished the search counted in other units, so the result stands one step behind it.
-        end = iterations[-1] + 1
-        seen = observation.update.tensors
-        last = {k: float((simulated[k] - seen[k].double()).square().sum()) for k in layers}
-        iterations, objectives = (*iterations, end), (*objectives, reconstruction.objective)
-        layers = {k: (*v, last[k]) for k, v in layers.items()}
+        iterations, objectives = (*iterations, iterations[-1] + 1), (*objectives, reconstruction.objective)
+        layers = {k: (*v, left.squares.get(k, float("nan"))) for k, v in layers.items()}
         if snapshots is not None:
-            snapshots = torch.cat([snapshots, reconstruction.inputs.detach().cpu().to(snapshots.dtype)[None]])
+            snapshots = torch.cat([snapshots, result.to(snapshots.dtype)[None]])
     errors: tuple[float, ...] = ()
-    if truth is not None and snapshots is not None and whole:
-        curve = error_curve(
-            Trace(iterations, objectives, layers, snapshots),
-            truth,
-            final=reconstruction.inputs,
-            images=isinstance(observation.space, ImageSpace),
-        )
-        errors = () if curve is None else tuple(math.nan if v is None else v for v in curve.means)
-    return Curves(iterations, objectives, layers, errors), None if snapshots is None else _array(snapshots)
+    if truth is not None and snapshots is not None and alike:
+        errors = error_curve(snapshots, truth, observation.space, final=reconstruction.inputs)
+    kept = snapshots if alike else None
+    return Curves(iterations, objectives, layers, errors), None if kept is None else _array(kept)
 
 
-def _subject(observation: Observation, model: str, dtype: torch.dtype, classes: int | None) -> Subject:
+def _subject(
+    observation: Observation, model: str, dtype: torch.dtype, classes: int | None, batch_size_source: str | None
+) -> Subject:
     params, space = observation.params, observation.space
+    known = observation.batch_size is not None and observation.batch_size_stated
     kind = type(observation.model)
-    normalization = ""
-    if isinstance(space, ImageSpace) and (space.mean or space.std):
-        normalization = f"normalized with mean {_list(space.mean or (0.0,))} and std {_list(space.std or (1.0,))}"
     return Subject(
         model=model or kind.__name__,
         model_class=f"{kind.__module__}.{kind.__qualname__}",
         parameters=sum(p.numel() for p in params.values()),
         tensors=len(params),
-        input_kind="image" if isinstance(space, ImageSpace) else "tensor",
+        input_kind=space.kind,
         input_shape=tuple(space.shape),
         classes=classes,
         batch_size=observation.batch_size or 1,
         update_kind=observation.update.kind.value,
         dtype=_FORMATS.get(dtype, str(dtype).removeprefix("torch.")),
         training=_training(observation),
-        normalization=normalization,
+        normalization=space.normalization,
+        batch_size_source=(batch_size_source or "stated") if known else "assumed",
+        noun=space.noun,
+        nouns=space.nouns,
+        display=space.display,
+        quoted=space.quoted,
     )
+
+
+def _threat(observation: Observation) -> Threat:
+    flags = [f for f in Knowledge if f.name]
+    withheld = [f.name for f in flags if f not in observation.knows and f is not Knowledge.MALICIOUS]
+    return Threat(tuple(f.name for f in flags if f in observation.knows and f.name), tuple(n for n in withheld if n))
 
 
 def _training(observation: Observation) -> str:
@@ -222,64 +279,81 @@ def _training(observation: Observation) -> str:
 
 
 def _loss(loss: object) -> str:
-    if not isinstance(loss, CrossEntropy):
+    if isinstance(loss, CrossEntropy):
+        words = "cross-entropy"
+        words += f" with label smoothing {loss.label_smoothing:g}" if loss.label_smoothing else ""
+        words += " with class weights" if loss.weight is not None else ""
+    elif isinstance(loss, BinaryCrossEntropy):
+        words = "binary cross-entropy"
+        words += f" with weight {loss.pos_weight:g} of positive targets" if loss.pos_weight != 1 else ""
+    elif isinstance(loss, MeanSquaredError):
+        words = "squared error"
+    else:
         return f"{getattr(loss, '__name__', None) or type(loss).__name__} as loss"
-    smoothing = f" with label smoothing {loss.label_smoothing:g}" if loss.label_smoothing else ""
-    return f"{'mean' if loss.reduction == 'mean' else 'summed'} cross-entropy{smoothing}"
+    return f"{'mean' if loss.reduction == 'mean' else 'summed'} {words}"
 
 
-def _examples(scores: Scores) -> tuple[Example, ...]:
-    return tuple(
-        Example(
-            e.index,
-            e.reconstruction,
-            e.label if _known(e) else None,
-            e.guessed_label,
-            {k: v for k, v in e.values.items() if _known(e) or k != LABELS},
-        )
-        for e in scores.examples
-    )
-
-
-def _known(example: ExampleScore) -> bool:
-    # A truth without labels carries −1, which no class is.
-    return example.label is None or example.label >= 0
-
-
-def _aggregates(scores: Scores) -> tuple[Aggregate, ...]:
-    result = []
-    for name, unit in scores.units.items():
-        values = [v for e in scores.examples if (v := e.values.get(name)) is not None and (_known(e) or name != LABELS)]
-        if values:
-            sd = statistics.stdev(values) if len(values) > 1 else None
-            mean, median = statistics.fmean(values), statistics.median(values)
-            result.append(Aggregate(name, unit, len(values), mean, sd, min(values), median, max(values)))
-    return tuple(result)
-
-
-def _success(scores: Scores) -> Success:
-    low, high = scores.interval
-    labels = scores.labels_recovered if all(map(_known, scores.examples)) else None
-    return Success(scores.threshold, scores.successes, len(scores.examples), low, high, labels)
-
-
-def _outcome(observation: Observation, reconstruction: Reconstruction, notes: Sequence[str]) -> Outcome:
-    labels = reconstruction.labels
-    whole = tuple(reconstruction.inputs.shape[1:]) == tuple(observation.space.shape)
+def _outcome(reconstruction: Reconstruction, attack: str, notes: Sequence[str]) -> Outcome:
+    labels, solved = reconstruction.labels, reconstruction.solved
+    told = (*reconstruction.notes, *notes)
+    whole = labels is not None and labels.ndim == 1 and not labels.is_floating_point()
     return Outcome(
-        status=reconstruction.status,
+        status=reconstruction.status.value,
         objective=float(reconstruction.objective),
         iterations=reconstruction.iterations,
         evaluations=reconstruction.evaluations,
         seconds=reconstruction.seconds,
-        labels=None if labels is None or labels.ndim != 1 else tuple(int(v) for v in labels),
-        notes=(*reconstruction.notes, *notes),
-        shows="inputs" if whole else "features",
+        labels=tuple(int(v) for v in labels) if whole and labels is not None else None,
+        notes=tuple(str(note) for note in told),
+        note_kinds=tuple(_kind(note) for note in told),
+        shows=reconstruction.shows.value,
+        attack=reconstruction.attack or attack,
+        findings=_findings(reconstruction.findings),
+        attempts=_attempts(reconstruction.attempts),
+        solved=() if solved is None or bool(solved.all()) else tuple(solved.nonzero().flatten().tolist()),
     )
 
 
-def _environment(observation: Observation) -> dict[str, str]:
-    device = next(iter(observation.params.values())).device
+def _kind(note: str) -> str:
+    return (note.kind if isinstance(note, Note) else NoteKind.METHOD).value
+
+
+def _findings(findings: Sequence[Finding]) -> tuple[FindingRecord, ...]:
+    return tuple(FindingRecord(f.kind.value, str(f.text), f.proved, f.count, f.of) for f in findings)
+
+
+def _attempts(attempts: Sequence[Any]) -> tuple[AttemptRecord, ...]:
+    return tuple(
+        AttemptRecord(a.attack, a.taken, None if a.verdict is None else str(a.verdict), str(a.reason)) for a in attempts
+    )
+
+
+def _certificate(certificate: Certificate) -> CertificateRecord:
+    values = {f.name: getattr(certificate, f.name) for f in dataclasses.fields(certificate)}
+    values["verdict"], values["examples"] = str(certificate.verdict), tuple(str(e) for e in certificate.examples)
+    return CertificateRecord(**{**values, "reason": str(certificate.reason), "factors": dict(certificate.factors)})
+
+
+def _shown(observation: Observation, reconstruction: Reconstruction, truth: Batch | None) -> Shown | None:
+    space = observation.space
+    if reconstruction.shows is not Shows.INPUTS or (guess := space.texts(reconstruction.inputs)) is None:
+        return None
+    return Shown(space.names, guess, None if truth is None else space.texts(truth.inputs))
+
+
+def _device(observation: Observation) -> torch.device:
+    return next(iter(observation.params.values())).device
+
+
+def _format(observation: Observation) -> torch.dtype:
+    return next(iter(observation.update.tensors.values())).dtype
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _environment(device: torch.device) -> dict[str, str]:
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPUs"
     return {
         "gradleak": str(getattr(gradleak, "__version__", "unknown")),
@@ -291,10 +365,6 @@ def _environment(observation: Observation) -> dict[str, str]:
 
 def _option(value: Any) -> bool | int | float | str | None:
     return value if isinstance(value, (bool, int, float, str)) or value is None else str(value).removeprefix("torch.")
-
-
-def _list(values: Sequence[float]) -> str:
-    return ", ".join(f"{v:g}" for v in values)
 
 
 def _array(tensor: Tensor) -> Array:

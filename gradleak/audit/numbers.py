@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["duration", "power", "sig"]
+__all__ = ["duration", "metric_name", "power", "sig"]
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -36,8 +36,17 @@ def sig(value: float | None, digits: int = 2) -> str:
 
 def duration(seconds: float) -> str:
     """Return a duration in words that fit its size."""
+    if not math.isfinite(seconds):
+        return "a time that was not measured"
     if seconds < 1:
         return f"{seconds:.2f}\u202fs"
     if seconds < 120:
         return f"{seconds:.0f}\u202fs"
     return f"{seconds / 60:.0f}\u202fmin" if seconds < 7200 else f"{seconds / 3600:.1f}\u202fh"
+
+
+def metric_name(name: str) -> str:
+    """Return a metric as a reader sees it: "PSNR", "ROUGE-1", "relative error"."""
+    if name.startswith("rouge_"):
+        return name.upper().replace("_", "-")
+    return name.upper() if len(name) <= 4 else name.replace("_", " ")

@@ -3,87 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, final
+import statistics
+from dataclasses import dataclass
+from typing import final
 
 import torch
-from scipy.special import ndtri
 from torch import Tensor
 
-import gradleak.metrics
-from gradleak.audit.records import BETTER
+from gradleak.audit.intervals import wilson
+from gradleak.audit.records import Aggregate, Example, Lift, Success
 from gradleak.errors import InvalidInput
-from gradleak.metrics import Metric, assign, mse, psnr, scales
-from gradleak.types import Batch, Reconstruction, Trace
+from gradleak.metrics import Metric, label_accuracy, mse, psnr
+from gradleak.spaces import InputSpace
+from gradleak.types import Batch, Reconstruction
 
-__all__ = ["Baseline", "ErrorCurve", "ExampleScore", "Scores", "error_curve", "score", "wilson"]
+__all__ = ["Scores", "error_curve", "score", "wilson"]
 
 _DRAWS = 16
-
-
-@final
-@dataclass(frozen=True)
-class ExampleScore:
-    """The scores of one private example.
-
-    Attributes:
-        index: its position in the private batch.
-        reconstruction: position of the reconstruction assigned to it, None where there were too few.
-        values: metric name → value; None where it cannot be computed (nothing assigned, not finite, no labels).
-        success: whether its MSE, squared relative error (values) or share of wrong tokens is at most the threshold;
-            values must be clearly better than every null guess besides.
-        label: its class index.
-        guessed_label: the reconstruction's, None where the attack says nothing about labels.
-
-    """
-
-    index: int
-    reconstruction: int | None
-    values: Mapping[str, float | None]
-    success: bool
-    label: int | None = None
-    guessed_label: int | None = None
-
-    @property
-    def label_correct(self) -> bool | None:
-        """Whether the labels agree, None where the attack says nothing about them."""
-        return None if self.guessed_label is None else self.guessed_label == self.label
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return one flat JSON-safe mapping: index, reconstruction, every metric, success, labels."""
-        return {
-            "index": self.index,
-            "reconstruction": self.reconstruction,
-            **self.values,
-            "success": self.success,
-            "label": self.label,
-            "guessed_label": self.guessed_label,
-            "label_correct": self.label_correct,
-        }
-
-
-@final
-@dataclass(frozen=True)
-class Baseline:
-    """A guess that needs no update, and how much better the reconstruction is.
-
-    Attributes:
-        name: "gray", "mean_image", "random_public", or "best_random_public".
-        description: what was guessed, for a reader.
-        oracle: whether the guess was chosen by the truth, which no attacker can do.
-        psnr: mean over examples of the guess's PSNR, dB.
-        lift: mean over examples of the reconstruction's PSNR less the guess's, dB; None where an example has no score.
-        worst_lift: the smallest lift of any example, dB.
-
-    """
-
-    name: str
-    description: str
-    oracle: bool
-    psnr: float
-    lift: float | None
-    worst_lift: float | None
 
 
 @final
@@ -93,232 +29,169 @@ class Scores:
 
     Attributes:
         examples: one record per private example, the worst first.
-        units: metric name → unit.
-        threshold: largest MSE, squared relative error (values) or share of wrong tokens that counts as success.
-        successes: number of successful examples.
-        interval: Wilson 95 % interval of the success rate.
-        means: metric name → mean over examples, None where an example has no value.
-        medians: metric name → median over examples, an absent value counting as worst.
-        worst: metric name → worst value over examples, None where an example has no value.
-        labels_recovered: share of the batch's labels that the reconstruction names, in whatever order; None without.
-        baselines: guesses that need no update; empty unless the inputs are images.
+        aggregates: each metric over the examples that have a value.
+        success: how many examples came back, by the threshold.
+        lifts: guesses that need no update, and how much better the reconstruction is; of pictures only.
         unassigned: number of reconstructions beyond the batch size, which were left out.
-        notes: plain sentences a reader must know.
+        notes: sentences that a reader must know.
 
     """
 
-    examples: tuple[ExampleScore, ...]
-    units: Mapping[str, str]
-    threshold: float
-    successes: int
-    interval: tuple[float, float]
-    means: Mapping[str, float | None]
-    medians: Mapping[str, float | None]
-    worst: Mapping[str, float | None]
-    labels_recovered: float | None = None
-    baselines: tuple[Baseline, ...] = ()
+    examples: tuple[Example, ...]
+    aggregates: tuple[Aggregate, ...]
+    success: Success
+    lifts: tuple[Lift, ...] = ()
     unassigned: int = 0
-    notes: tuple[str, ...] = field(default_factory=tuple)
+    notes: tuple[str, ...] = ()
 
     @property
-    def success_rate(self) -> float:
-        """Share of successful examples."""
-        return self.successes / len(self.examples)
+    def successes(self) -> int:
+        """Number of successful examples."""
+        return self.success.successes
 
     @property
     def assignment(self) -> tuple[int | None, ...]:
         """For each private example in its original order the position of its reconstruction."""
-        return tuple(e.reconstruction for e in sorted(self.examples, key=lambda e: e.index))
+        return tuple(e.guess for e in sorted(self.examples, key=lambda e: e.index))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-safe mapping: no tensors, no NaN, no infinity."""
-        return {
-            "examples": [example.to_dict() for example in self.examples],
-            "units": dict(self.units),
-            "success": {
-                "threshold_mse": self.threshold,
-                "successes": self.successes,
-                "n": len(self.examples),
-                "rate": self.success_rate,
-                "wilson_95": list(self.interval),
-            },
-            "mean": dict(self.means),
-            "median": dict(self.medians),
-            "worst": dict(self.worst),
-            "labels_recovered": self.labels_recovered,
-            "baselines": [asdict(baseline) for baseline in self.baselines],
-            "unassigned": self.unassigned,
-            "notes": list(self.notes),
-        }
-
-
-def wilson(successes: int, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the Wilson score interval of a success rate (Wilson 1927), within [0, 1]; (0, 1) for n = 0.
-
-    Raises:
-        InvalidInput: more successes than trials, or a confidence outside (0, 1).
-
-    >>> [round(bound, 3) for bound in wilson(31, 32)]
-    [0.843, 0.994]
-
-    """
-    if not 0 <= successes <= n or not 0 < confidence < 1:
-        raise InvalidInput(
-            f"There is no interval for {successes} of {n} at confidence {confidence}; "
-            "pass 0 ≤ successes ≤ n and a confidence in (0, 1)."
-        )
-    if n == 0:
-        return 0.0, 1.0
-    z = float(ndtri((1 + confidence) / 2))
-    rate = successes / n
-    center = rate + z * z / (2 * n)
-    spread = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    # At the ends the formula gives exactly 0 or 1, up to rounding.
-    low = 0.0 if successes == 0 else (center - spread) / scale
-    high = 1.0 if successes == n else (center + spread) / scale
-    return low, high
+    def aggregate(self, metric: str) -> Aggregate:
+        """Return one metric over the examples that have a value."""
+        return next(a for a in self.aggregates if a.metric == metric)
 
 
 def score(
     reconstruction: Reconstruction,
     truth: Batch,
+    space: InputSpace,
     *,
     public: Tensor | None = None,
     threshold: float = 1e-3,
     seed: int = 0,
-    images: bool | None = None,
 ) -> Scores:
     """Compare a reconstruction with the private batch, example by example.
 
-    Examples are assigned one to one once (by MSE); every metric of ``gradleak.metrics`` that fits the inputs follows.
-    Inputs that are no images have units of their own: the squared relative error takes the place of the MSE. Integer
-    inputs are token ids: there it is the share of wrong tokens.
+    The space assigns examples one to one once, says which metrics fit, and decides what counts as success.
 
     Args:
         reconstruction: what the attack returned.
-        truth: the private batch, decoded (images in [0, 1]), with class indices or probabilities.
-        public: decoded public examples (M, *shape) for the guesses to compare with; without them a flat gray 0.5.
-        threshold: largest MSE of a successful example; the default is PSNR ≥ 30 dB, or a relative error of 3 %.
-        seed: of the draws of public images.
-        images: whether the inputs are images in [0, 1]; if None, all of shape (N, C, H, W) are.
+        truth: the private batch, decoded (images in [0, 1]), with class indices or probabilities; −1 is no known class.
+        space: what one input looks like.
+        public: decoded public examples (M, *shape) for the guesses to compare with.
+        threshold: largest error (``space.error_name``) of a successful example, which must be clearly better than every
+            guess without the update besides; the default is PSNR ≥ 30 dB, a relative error of 3 %, every token right.
+        seed: of the draws of public examples.
 
     Raises:
         InvalidInput: shapes do not fit, or the truth is not finite.
 
     """
-    tokens = not truth.inputs.is_floating_point() and not reconstruction.inputs.is_floating_point()
-    inputs, guesses = (
-        x.detach().to("cpu", torch.long if tokens else torch.float64) for x in (truth.inputs, reconstruction.inputs)
-    )
+    inputs, guesses = space.prepare(truth.inputs), space.prepare(reconstruction.inputs)
     if not bool(torch.isfinite(inputs).all()):
         raise InvalidInput("The truth has NaN or infinite values; score against the batch that was attacked.")
-    images = not tokens and (inputs.ndim == 4 if images is None else images)
-    values = not tokens and not images
-    assignment = _assign(guesses, inputs, values)
-    # An example without a reconstruction is compared with NaN, which every metric answers with NaN, or with no token.
-    padded = torch.cat([guesses, torch.full_like(inputs[:1], -1 if tokens else torch.nan)])
-    assigned = padded[assignment]
-    labels = truth.labels.detach().cpu()
-    labels = labels.argmax(-1) if labels.is_floating_point() and labels.ndim > 1 else labels
-    found = None if reconstruction.labels is None else reconstruction.labels.detach().cpu()
-    if labels.ndim != 1 or labels.is_floating_point():
-        found = None  # regression targets and token sequences are no classes
-
-    columns: dict[str, list[float | None]] = {}
-    fitting = {"tokens"} if tokens else {"inputs", "images"} if images else {"inputs", "values"}
-    metrics = [m for m in _metrics() if m.reads in fitting]
-    for metric in metrics:
-        columns[metric.name] = [v if math.isfinite(v) else None for v in metric(assigned, inputs).tolist()]
-    guessed_labels: list[int | None] = [None] * len(truth)
-    if found is not None:
-        guessed_labels = [int(found[a]) if a >= 0 else None for a in assignment.tolist()]
+    assignment = space.assign(guesses, inputs)
+    assigned = _assigned(guesses, assignment)
+    columns = {m.name: _numbers(m(assigned, inputs)) for m in space.metrics}
+    used: list[Metric] = list(space.metrics)
+    labels, found = _labels(truth, reconstruction)
+    recovered: list[int | None] = [None] * len(truth)
+    if found is not None and labels is not None:
+        recovered = [found[a] if a >= 0 else None for a in assignment.tolist()]
         # An example that got nothing has its label not recovered, so it is compared with an impossible class.
-        numbers = torch.tensor([-1 if guess is None else guess for guess in guessed_labels])
-        for metric in _metrics():
-            if metric.reads == "labels":
-                columns[metric.name] = list(metric(numbers, labels).tolist())
-                metrics.append(metric)
-    if tokens:
-        errors = [None if v is None else 1 - v for v in columns["token_accuracy"]]
-    elif values:
-        errors = [None if v is None else v**2 for v in columns["relative_error"]]
-    else:
-        errors = columns["mse"]
-    better = [_error(v) <= BETTER for v in columns["null_guess_ratio"]] if values else [True] * len(truth)
-    examples = [
-        ExampleScore(
-            index=i,
-            reconstruction=a if a >= 0 else None,
-            values={name: column[i] for name, column in columns.items()},
-            success=better[i] and _at_most(errors[i], threshold),
-            label=int(labels[i]) if labels.ndim == 1 and not labels.is_floating_point() else None,
-            guessed_label=guessed_labels[i],
-        )
-        for i, a in enumerate(assignment.tolist())
-    ]
-    examples.sort(key=lambda e: (-_error(errors[e.index]), e.index))
+        hits = label_accuracy(torch.tensor([-1 if r is None else r for r in recovered]), torch.tensor(labels))
+        if all(label >= 0 for label in labels):
+            columns[label_accuracy.name] = _numbers(hits)
+            used.append(label_accuracy)
+    errors = _numbers(space.errors(assigned, inputs))
+    better = space.better(assigned, inputs, public).tolist()
+    examples = []
+    for i, a in enumerate(assignment.tolist()):
+        values = {name: column[i] for name, column in columns.items()}
+        level, words = _closeness(space, values, better[i], errors[i])
+        label = labels[i] if labels is not None and labels[i] >= 0 else None
+        success = better[i] and _or_infinite(errors[i]) <= threshold
+        examples.append(Example(i, a if a >= 0 else None, label, recovered[i], values, success, level, words))
+    examples.sort(key=lambda e: (-_or_infinite(errors[e.index]), e.index))
     successes = sum(e.success for e in examples)
-    baselines, notes = _baselines(inputs, columns.get("psnr"), public, seed) if images else ((), ())
+    known = found is not None and labels is not None and all(label >= 0 for label in labels)
+    share = _overlap(found, labels) if known and found is not None and labels is not None else None
+    lifts, notes = _lifts(space, inputs, columns[psnr.name], public, seed) if psnr.name in columns else ((), ())
     if any(error is None for error in errors):
         notes = (*notes, "Some examples have no usable reconstruction; they count as failures.")
     return Scores(
         examples=tuple(examples),
-        units={metric.name: metric.unit for metric in metrics},
-        threshold=threshold,
-        successes=successes,
-        interval=wilson(successes, len(examples)),
-        means={m.name: _mean(columns[m.name]) for m in metrics},
-        medians={m.name: _median(columns[m.name], m) for m in metrics},
-        worst={m.name: _worst(columns[m.name], m) for m in metrics},
-        labels_recovered=None if found is None else _overlap(found.tolist(), labels.tolist()),
-        baselines=baselines,
+        aggregates=tuple(a for m in used if (a := _aggregate(m, columns[m.name])) is not None),
+        success=Success(
+            threshold, successes, len(examples), *wilson(successes, len(examples)), share, space.error_name
+        ),
+        lifts=lifts,
         unassigned=max(0, len(guesses) - len(truth)),
         notes=notes,
     )
 
 
-def _metrics() -> list[Metric]:
-    return [getattr(gradleak.metrics, name) for name in gradleak.metrics.__all__]
+def error_curve(
+    snapshots: Tensor, truth: Batch, space: InputSpace, *, final: Tensor | None = None
+) -> tuple[float, ...]:
+    """Return the MSE over the batch of each of K snapshots; NaN where one is not finite, empty where MSE means nothing.
+
+    Args:
+        snapshots: decoded candidates (K, N, *shape).
+        truth: the private batch, decoded.
+        space: what one input looks like.
+        final: the returned candidates, which decide the assignment; the last snapshot if None.
+
+    Raises:
+        InvalidInput: shapes do not fit.
+
+    """
+    if mse not in space.metrics or len(snapshots) == 0:
+        return ()
+    inputs = space.prepare(truth.inputs)
+    assignment = space.assign(space.prepare(snapshots[-1] if final is None else final), inputs)
+    return tuple(float(mse(_assigned(space.prepare(s), assignment), inputs).mean()) for s in snapshots)
 
 
-def _assign(guess: Tensor, truth: Tensor, values: bool) -> Tensor:
-    """Return the assignment; of ``values`` in units of each position, so that no large column decides alone."""
-    if not values or guess.shape[1:] != truth.shape[1:]:  # assign refuses those that differ
-        return assign(guess, truth)
-    sizes = scales(truth)
-    return assign(guess.detach().to("cpu", torch.float64) / sizes, truth / sizes)
+def _assigned(guesses: Tensor, assignment: Tensor) -> Tensor:
+    """Return the guess of each example; NaN, or −1 of integers, for none: every metric says that this is no guess."""
+    none = torch.full((1, *guesses.shape[1:]), torch.nan if guesses.is_floating_point() else -1, dtype=guesses.dtype)
+    return torch.cat([guesses, none])[assignment]
 
 
-def _error(value: float | None) -> float:
+def _closeness(
+    space: InputSpace, values: dict[str, float | None], better: bool, error: float | None
+) -> tuple[int, str]:
+    level, words = space.closeness(values)
+    if level == 0 or better or error is None:
+        return level, words
+    return 0, "That is not clearly better than a guess without the update."
+
+
+def _labels(truth: Batch, reconstruction: Reconstruction) -> tuple[list[int] | None, list[int] | None]:
+    """Return the true and the recovered class indices; None where targets are no classes."""
+    labels, found = truth.labels.detach().cpu(), reconstruction.labels
+    labels = labels.argmax(-1) if labels.is_floating_point() and labels.ndim > 1 else labels
+    if labels.ndim != 1 or labels.is_floating_point():
+        return None, None
+    usable = found is not None and found.ndim == 1 and not found.is_floating_point()
+    return labels.tolist(), found.detach().cpu().tolist() if usable and found is not None else None
+
+
+def _numbers(values: Tensor) -> list[float | None]:
+    return [v if math.isfinite(v) else None for v in values.tolist()]
+
+
+def _or_infinite(value: float | None) -> float:
     return math.inf if value is None else value
 
 
-def _at_most(value: float | None, threshold: float) -> bool:
-    return value is not None and value <= threshold
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if len(known) == len(values) else None
-
-
-def _ordered(values: list[float | None], metric: Metric) -> list[float]:
-    """Return the values from best to worst, absent ones last."""
-    sign = -1.0 if metric.higher_is_better else 1.0
-    return sorted(math.inf if v is None else sign * v for v in values)
-
-
-def _median(values: list[float | None], metric: Metric) -> float | None:
-    ordered = _ordered(values, metric)
-    half = len(ordered) // 2
-    middle = ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
-    return None if math.isinf(middle) else (-middle if metric.higher_is_better else middle)
-
-
-def _worst(values: list[float | None], metric: Metric) -> float | None:
-    last = _ordered(values, metric)[-1]
-    return None if math.isinf(last) else (-last if metric.higher_is_better else last)
+def _aggregate(metric: Metric, column: list[float | None]) -> Aggregate | None:
+    values = [v for v in column if v is not None]
+    if not values:
+        return None
+    sd = statistics.stdev(values) if len(values) > 1 else None
+    mean, median = statistics.fmean(values), statistics.median(values)
+    name, unit = metric.name, metric.unit
+    return Aggregate(name, unit, len(values), mean, sd, min(values), median, max(values), metric.meaning)
 
 
 def _overlap(found: list[int], labels: list[int]) -> float:
@@ -332,104 +205,35 @@ def _overlap(found: list[int], labels: list[int]) -> float:
     return hits / len(labels)
 
 
-def _baselines(
-    truth: Tensor, values: list[float | None] | None, public: Tensor | None, seed: int
-) -> tuple[tuple[Baseline, ...], tuple[str, ...]]:
-    values = values or [None] * len(truth)
+def _lifts(
+    space: InputSpace, truth: Tensor, values: list[float | None], public: Tensor | None, seed: int
+) -> tuple[tuple[Lift, ...], tuple[str, ...]]:
+    """Return how many decibels the reconstruction is better than guesses without the update, and notes."""
 
-    def baseline(name: str, description: str, guess: Tensor, *, oracle: bool = False) -> Baseline:
-        """Compare with ``guess``: the PSNR of each example, (N,), averaged over draws where there are several."""
-        lifts = [None if v is None else v - g for v, g in zip(values, guess.tolist(), strict=True)]
-        known = [lift for lift in lifts if lift is not None]
-        complete = len(known) == len(lifts)
-        return Baseline(name, description, oracle, float(guess.mean()), _mean(lifts), min(known) if complete else None)
-
-    if public is None:
-        gray = psnr(torch.full_like(truth, 0.5), truth)
-        note = "No public images were given, so only a flat gray image serves as the guess without an update."
-        return (baseline("gray", "the same flat gray 0.5 for every example", gray),), (note,)
-    if public.shape[1:] != truth.shape[1:] or len(public) == 0:
-        raise InvalidInput(
-            f"The public images have shape {tuple(public.shape)}, the private ones {tuple(truth.shape)}; "
-            "pass public images of the same channels, height and width."
+    def lift(description: str, guess: Tensor, oracle: bool = False) -> Lift:
+        gains = [v - g for v, g in zip(values, guess.tolist(), strict=True) if v is not None]
+        return Lift(
+            description, float(guess.mean()), statistics.fmean(gains) if len(gains) == len(truth) else None, oracle
         )
-    public = public.detach().to("cpu", torch.float64)
-    mean_image = public.mean(0, keepdim=True).expand_as(truth)
+
+    results = [
+        lift(null.description, psnr(null.inputs, truth), null.oracle) for null in space.null_guesses(truth, public)
+    ]
+    if public is None:
+        return tuple(results), (
+            f"No public {space.nouns} were given, so only flat gray serves as a guess without an update.",
+        )
+    public = space.prepare(public)
     generator = torch.Generator().manual_seed(seed)
     draws = []
     for _ in range(_DRAWS):
         # Without replacement where there are enough; assigned one to one, as a reconstruction is.
         order = torch.randperm(max(len(public), len(truth)), generator=generator)[: len(truth)] % len(public)
         guess = public[order]
-        draws.append(psnr(guess[assign(guess, truth)], truth))
+        draws.append(psnr(guess[space.assign(guess, truth)], truth))
     best = max(draws, key=lambda values: float(values.mean()))
-    results = (
-        baseline("mean_image", f"the mean of {len(public)} public images", psnr(mean_image, truth)),
-        baseline(
-            "random_public",
-            f"random public images, assigned one to one, mean over {_DRAWS} draws",
-            torch.stack(draws).mean(0),
-        ),
-        baseline(
-            "best_random_public", f"the best of those {_DRAWS} draws, chosen by the truth (oracle)", best, oracle=True
-        ),
-    )
-    short = f"Only {len(public)} public images for {len(truth)} examples: the random guesses repeat some."
-    return results, (short,) if len(public) < len(truth) else ()
-
-
-@final
-@dataclass(frozen=True)
-class ErrorCurve:
-    """How the error fell while the attack ran.
-
-    Attributes:
-        iterations: K recorded iterations.
-        examples: N tuples, in the batch's order, of K mean squared errors each; None where a value is not finite.
-        means: K means over the examples.
-
-    """
-
-    iterations: tuple[int, ...]
-    examples: tuple[tuple[float | None, ...], ...]
-    means: tuple[float | None, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-safe mapping."""
-        return {
-            "iterations": list(self.iterations),
-            "examples": [list(values) for values in self.examples],
-            "means": list(self.means),
-        }
-
-
-def error_curve(
-    trace: Trace, truth: Batch, *, final: Tensor | None = None, images: bool | None = None
-) -> ErrorCurve | None:
-    """Return the MSE of every recorded snapshot, each example following its final assignment.
-
-    Args:
-        trace: of a reconstruction; None is returned where it recorded no snapshots.
-        truth: the private batch, decoded.
-        final: the returned candidates, which decide the assignment; the last snapshot if None.
-        images: as in :func:`score`.
-
-    Raises:
-        InvalidInput: shapes do not fit.
-
-    """
-    if trace.snapshots is None or len(trace.snapshots) == 0:
-        return None
-    inputs = truth.inputs.detach().to("cpu", torch.float64)
-    images = inputs.ndim == 4 if images is None else images
-    values = truth.inputs.is_floating_point() and not images
-    assignment = _assign(trace.snapshots[-1] if final is None else final, inputs, values)
-    columns = []
-    for snapshot in trace.snapshots:
-        padded = torch.cat([snapshot.detach().to("cpu", torch.float64), torch.full_like(inputs[:1], torch.nan)])
-        columns.append([v if math.isfinite(v) else None for v in mse(padded[assignment], inputs).tolist()])
-    return ErrorCurve(
-        iterations=tuple(trace.iterations),
-        examples=tuple(zip(*columns, strict=True)),
-        means=tuple(_mean(column) for column in columns),
-    )
+    drawn = f"random public {space.nouns}, assigned one to one, mean over {_DRAWS} draws"
+    results.append(lift(drawn, torch.stack(draws).mean(0)))
+    results.append(lift(f"the best of those {_DRAWS} draws, chosen by the truth (oracle)", best, oracle=True))
+    short = f"Only {len(public)} public {space.nouns} for {len(truth)} examples: the random guesses repeat some."
+    return tuple(results), (short,) if len(public) < len(truth) else ()

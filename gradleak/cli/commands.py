@@ -6,6 +6,7 @@ imports what it needs. A new command is a function here (or in a file of its own
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from gradleak.cli.reproduce import read_folder_name, reproduce
-from gradleak.errors import GradleakError
+from gradleak.cli import values
+from gradleak.cli.failures import is_memory
+from gradleak.cli.reproduce import reproduce
+from gradleak.errors import GradleakError, clean
 
 __all__ = ["main"]
 
@@ -38,11 +41,11 @@ Out = Annotated[
     typer.Option(
         "--out",
         metavar="PATH",
-        parser=read_folder_name,
+        parser=values.folder,
         help="Folder for result.json, reconstruction.safetensors, report.html.",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the attack.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**62, help="Seed of the attack.")]
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 
 
@@ -52,38 +55,114 @@ def demo(
     image: Annotated[Path | None, typer.Option("--image", help="A picture of your own instead of the cat.")] = None,
 ) -> None:
     """Leak a real photograph from one gradient of a LeNet, on this machine, in under a minute."""
-    from gradleak.cli import attack as cli_attack
+    from gradleak.cli.demo import demo as run
 
-    cli_attack.demo(out, seed, image, _command())
+    raise typer.Exit(run(out, seed, image, _command()))
 
 
 def attack(
     model: Annotated[str, typer.Option(help="A model of gradleak's, or module:factory from your own code.")],
     update: Annotated[Path, typer.Option(help="The captured update (.safetensors), by parameter name.")],
-    input_shape: Annotated[str, typer.Option(metavar="C,H,W", help="Shape of one input, such as 3,32,32.")],
+    input_shape: Annotated[
+        values.Shape, typer.Option(metavar="C,H,W", parser=values.shape, help="Shape of one input, such as 3,32,32.")
+    ],
     out: Out,
-    weights: Annotated[Path | None, typer.Option(help="The weights that were sent out (.safetensors).")] = None,
-    classes: Annotated[int | None, typer.Option(min=1, help="Number of classes.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Number of examples behind the update.")] = 1,
-    attack: Annotated[str, typer.Option(help="One of `gradleak list attacks`.")] = "auto",
-    attack_option: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the attack (may be repeated).")
-    ] = None,
     model_arg: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the model (may be repeated).")
     ] = None,
-    mean: Annotated[str | None, typer.Option(metavar="M,M,M", help="Mean the model's inputs are reduced by.")] = None,
-    std: Annotated[str | None, typer.Option(metavar="S,S,S", help="What they are divided by.")] = None,
-    kind: Annotated[str, typer.Option(help="gradient, or weight_delta (after minus before; needs --lr).")] = "gradient",
-    lr: Annotated[float | None, typer.Option(help="Learning rate of the client's SGD, for a weight delta.")] = None,
-    local_epochs: Annotated[int, typer.Option(min=1, help="The client's passes over its batch.")] = 1,
-    local_batch_size: Annotated[int | None, typer.Option(min=1, help="The client's examples per step (all).")] = None,
+    weights: Annotated[Path | None, typer.Option(help="The weights that were sent out (.safetensors).")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, max=10**7, help="Number of classes.")] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=10**7, help="Number of examples behind the update; read off it where that is possible."
+        ),
+    ] = None,
+    input_kind: Annotated[
+        str,
+        typer.Option(
+            parser=values.word("auto", "image", "tensor"),
+            metavar="KIND",
+            help="image (values in [0, 1]) or tensor (any numbers); auto takes C,H,W for an image.",
+        ),
+    ] = "auto",
+    mean: Annotated[
+        values.Numbers | None,
+        typer.Option(metavar="M,M,M", parser=values.numbers, help="Mean the model's inputs are reduced by."),
+    ] = None,
+    std: Annotated[
+        values.Numbers | None, typer.Option(metavar="S,S,S", parser=values.numbers, help="What they are divided by.")
+    ] = None,
     mode: Annotated[
-        str, typer.Option(help="The client's model mode: as-is, eval, train or batch (BatchNorm).")
+        str,
+        typer.Option(
+            parser=values.word("as-is", "eval", "train", "batch"),
+            metavar="MODE",
+            help="The client's model mode: as-is, eval, train or batch (BatchNorm).",
+        ),
     ] = "as-is",
-    reduction: Annotated[str, typer.Option(help="The client's loss over examples: mean or sum.")] = "mean",
-    label_smoothing: Annotated[float, typer.Option(help="The client's label smoothing, in [0, 1).")] = 0.0,
-    labels: Annotated[str | None, typer.Option(metavar="K,K,…", help="Classes the attacker is told.")] = None,
+    kind: Annotated[
+        str,
+        typer.Option(
+            parser=values.word("gradient", "weight_delta"),
+            metavar="KIND",
+            help="gradient, or weight_delta (after minus before; needs --lr).",
+        ),
+    ] = "gradient",
+    loss: Annotated[
+        str | None,
+        typer.Option(help="The client's loss: cross-entropy, bce, mse or module:callable (by the number of outputs)."),
+    ] = None,
+    reduction: Annotated[
+        str,
+        typer.Option(
+            parser=values.word("mean", "sum"), metavar="NAME", help="The client's loss over examples: mean or sum."
+        ),
+    ] = "mean",
+    label_smoothing: Annotated[
+        float | None,
+        typer.Option(parser=values.finite, metavar="S", help="The client's label smoothing, in [0, 1)."),
+    ] = None,
+    class_weights: Annotated[
+        values.Numbers | None,
+        typer.Option(metavar="W,W,…", parser=values.numbers, help="The client's loss weights, one for each class."),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(parser=values.positive, metavar="LR", help="Learning rate of the client, for a weight delta."),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            parser=values.word("sgd", "adam", "adamw"), metavar="NAME", help="The client's optimizer: sgd, adam, adamw."
+        ),
+    ] = None,
+    momentum: Annotated[
+        float | None, typer.Option(parser=values.finite, metavar="M", help="Momentum of the client's SGD.")
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(parser=values.finite, metavar="D", help="Weight decay of the client's optimizer.")
+    ] = None,
+    local_epochs: Annotated[int | None, typer.Option(min=1, help="The client's passes over its batch (1).")] = None,
+    local_batch_size: Annotated[int | None, typer.Option(min=1, help="The client's examples per step (all).")] = None,
+    local_steps: Annotated[
+        int | None, typer.Option(min=1, help="The client's number of steps, instead of passes.")
+    ] = None,
+    defense: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:K=V,…]",
+            help="What the client does to its update: one of `gradleak list defenses` (may be repeated, in order).",
+        ),
+    ] = None,
+    attack: Annotated[str, typer.Option(help="One of `gradleak list attacks`, or module:factory.")] = "auto",
+    attack_option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the attack (may be repeated).")
+    ] = None,
+    labels: Annotated[
+        values.Numbers | None,
+        typer.Option(metavar="K,K,…", parser=values.numbers, help="Labels the attacker is told: classes, or targets."),
+    ] = None,
     truth: Annotated[
         Path | None, typer.Option(help="Private data to score against (.npz, .safetensors or a picture).")
     ] = None,
@@ -91,44 +170,24 @@ def attack(
         str | None, typer.Option(metavar="SPEC", help="Public images for the null guesses: .npz, folder or dataset.")
     ] = None,
     seed: Seed = 0,
-    budget: Annotated[str | None, typer.Option(metavar="TIME", help="Time limit such as 90s or 2m.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(metavar="TIME", parser=values.seconds, help="Time limit such as 90s or 2m.")
+    ] = None,
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="Number type of model and update: as-is, float32, float64.")] = "as-is",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            parser=values.word("as-is", "float32", "float64"),
+            metavar="TYPE",
+            help="Number type of model and update: as-is, float32, float64.",
+        ),
+    ] = "as-is",
 ) -> None:
     """Reconstruct the private batch behind a captured update; no ground truth is needed."""
-    from gradleak.cli import attack as cli_attack
+    asked = dict(locals())  # the options by name, each parsed by itself
+    from gradleak.cli.attack import attack as run
 
-    cli_attack.attack(
-        cli_attack.Request(
-            model=model,
-            model_args=tuple(model_arg or ()),
-            weights=weights,
-            update=update,
-            input_shape=input_shape,
-            classes=classes,
-            batch_size=batch_size,
-            attack=attack,
-            attack_options=tuple(attack_option or ()),
-            mean=mean,
-            std=std,
-            kind=kind,
-            lr=lr,
-            local_epochs=local_epochs,
-            local_batch_size=local_batch_size,
-            mode=mode,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            labels=labels,
-            truth=truth,
-            data=data,
-            seed=seed,
-            budget=budget,
-            device=device,
-            dtype=dtype,
-            out=out,
-            command=_command(),
-        )
-    )
+    raise typer.Exit(run(**asked, command=_command()))
 
 
 def report(
@@ -149,9 +208,9 @@ def list_names(
     kind: Annotated[str | None, typer.Argument(help="attacks, models, metrics or defenses; all if left out.")] = None,
 ) -> None:
     """List what there is, by name, with one line each."""
-    from gradleak.cli import attack as cli_attack
+    from gradleak.cli.names import list_names as run
 
-    cli_attack.list_names(kind)
+    run(kind)
 
 
 class _Command(TyperCommand):
@@ -161,9 +220,15 @@ class _Command(TyperCommand):
         return super().get_help(ctx).replace("\\[", "[")
 
 
+_CODES = (
+    "Exit codes: 0 a result, whatever its verdict; 2 bad input, nothing written; 3 the attack does not apply or is not "
+    "told what it needs, recorded; 130, 143, 129 interrupted (Ctrl-C, SIGTERM, SIGHUP), best so far written; 141 the "
+    "reader of a pipe has gone."
+)
+
 # Commands, in the order of `gradleak --help`.
 app.command(cls=_Command)(demo)
-app.command(cls=_Command)(attack)
+app.command(cls=_Command, epilog=_CODES)(attack)
 app.command(cls=_Command)(report)
 app.command("list", cls=_Command)(list_names)
 app.command(cls=_Command)(reproduce)
@@ -185,7 +250,16 @@ def _root(
 
 def main() -> None:
     """Run the command line; every expected failure is one sentence on stderr and exit code 2."""
-    sys.exit(_run(sys.argv[1:]))
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character gets a mark in its place: that is no reason to lose a result.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    code = _run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = _no_reader()
+    sys.exit(code)
 
 
 def _run(arguments: list[str]) -> int:
@@ -204,19 +278,25 @@ def _run(arguments: list[str]) -> int:
         typer.echo("Interrupted; nothing was written.", err=True)
         return 130
     except BrokenPipeError:
-        # The reader of a pipe has gone; the interpreter must not stumble over its own last flush either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except MemoryError:
-        return _fail("The run does not fit in memory; take a smaller batch, fewer restarts or float32.")
+        return _no_reader()
     except OSError as error:
         where = f" {error.filename!r}" if error.filename is not None else ""
         return _fail(f"The system refused to go on{where}: {error.strerror or error}; mend that and run again.")
+    except (MemoryError, RuntimeError) as error:
+        if is_memory(error):
+            return _fail("The run does not fit in memory; take a smaller batch, fewer restarts or float32.")
+        raise
     return 0
 
 
+def _no_reader() -> int:
+    """The reader of a pipe has gone; the interpreter must not stumble over its own last flush either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
+
+
 def _fail(sentence: str) -> int:
-    typer.echo(f"gradleak: {' '.join(sentence.split())}", err=True)
+    typer.echo(f"gradleak: {clean(' '.join(sentence.split()))}", err=True)
     return 2
 
 
@@ -234,4 +314,4 @@ def _subcommand(arguments: list[str]) -> str:
 def _command() -> str:
     import shlex
 
-    return shlex.join(["gradleak", *sys.argv[1:]])
+    return clean(shlex.join(["gradleak", *sys.argv[1:]]), 10_000)

@@ -7,14 +7,9 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["read_folder_name", "reproduce"]
+from gradleak.cli.values import folder
 
-
-def read_folder_name(text: str | Path) -> Path:
-    """Return the folder of that name; an empty name, of an unset variable say, is not the current folder."""
-    if not str(text).strip():
-        raise typer.BadParameter("the name is empty; give a folder, or . for the current one.")
-    return Path(text)
+__all__ = ["reproduce"]
 
 
 def reproduce(
@@ -25,15 +20,15 @@ def reproduce(
     data: Annotated[Path | None, typer.Option(help="Folder laid out as docs/data.md says.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", parser=read_folder_name, help="Folder for what is measured (runs/PAPER)."),
+        typer.Option(metavar="PATH", parser=folder, help="Folder for what is measured (runs/PAPER)."),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that measure side by side.")] = 1,
 ) -> None:
     """Run the experiments of a paper and set its numbers beside ours."""
     from gradleak.errors import InvalidInput
-    from gradleak.papers.experiment import count_measured
     from gradleak.papers.reproduce import default_out
     from gradleak.papers.reproduce import reproduce as run
+    from gradleak.papers.store import count_measured
 
     if smoke and full:
         raise InvalidInput("--smoke and --full exclude each other; give one of them, or none for the default scale.")

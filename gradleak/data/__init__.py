@@ -1,6 +1,17 @@
 """Reading images and tensors from untrusted files, and writing tensors whole or not at all."""
 
+from gradleak.data.batches import read_batch
 from gradleak.data.images import Images, demo_image, load_images
-from gradleak.data.tensors import read_tensors, write_bytes, write_tensors
+from gradleak.data.tensors import float64_bytes, read_tensors, write_tensors
+from gradleak.files import write_bytes
 
-__all__ = ["Images", "demo_image", "load_images", "read_tensors", "write_bytes", "write_tensors"]
+__all__ = [
+    "Images",
+    "demo_image",
+    "float64_bytes",
+    "load_images",
+    "read_batch",
+    "read_tensors",
+    "write_bytes",
+    "write_tensors",
+]

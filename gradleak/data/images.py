@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.resources
 import inspect
+import io
 import json
+import warnings
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,27 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from gradleak.errors import InvalidFile, InvalidInput, UnknownName
+from gradleak.data.archives import is_npz, unpack_arrays
+from gradleak.errors import GradleakError, InvalidFile, InvalidInput, UnknownName, clean
+from gradleak.files import read_file
 
-__all__ = ["Images", "demo_image", "load_images"]
+__all__ = ["Images", "demo_image", "is_picture", "load_images"]
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 _CACHE = Path("~/.cache/gradleak")
+_PIXELS = 25_000_000
+"""Most pixels of a picture; more take gigabytes before they are resized."""
+_LARGE = 1_000_000
+"""Pixels from which on a picture is reduced before it is resized."""
+_SPARE = 4
+"""Factor by which a picture may be larger than wanted, per side, before whole blocks of it are averaged."""
+_UNPACKED = 1 << 26
+"""Bytes that an .npz file of images may unpack to, beyond thirty-two times its own size."""
+_CLASSES = 1_000_000
+"""Most classes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +109,8 @@ def load_images(
     if shape is not None and (len(shape) != 3 or min(shape) < 1 or shape[0] not in (1, 3)):
         raise InvalidInput(f"An image shape is (1 or 3, height, width), not {tuple(shape)}; pass three such numbers.")
     text = str(spec)
+    if "\0" in text:
+        raise InvalidFile(f"There is no file or folder {text!r}; check the path.")
     if text.startswith("torchvision:"):
         source = _torchvision(text.partition(":")[2], split, Path(root or _CACHE / "torchvision").expanduser())
     elif text.startswith("hf:"):
@@ -103,11 +118,11 @@ def load_images(
     else:
         path = Path(spec)
         if path.is_dir():
-            source = _folder(path, split)
+            source = _folder(path, split, shape)
         elif path.suffix == ".npz":
             source = _npz(path, split)
-        elif _is_image(path):
-            source = _Source(1, lambda _: (_picture(path), None))
+        elif is_picture(path):
+            source = _Source(1, lambda _: (_picture(path, shape), None))
         elif path.exists():
             raise InvalidInput(
                 f"{text!r} is neither an .npz file nor a folder nor a picture; "
@@ -171,7 +186,7 @@ def _fit(image: Tensor, shape: tuple[int, int, int] | None) -> Tensor:
 def _unit_range(values: np.ndarray[Any, Any], what: str) -> Tensor:
     """Return pixel values as float64 in [0, 1]."""
     if values.dtype == np.uint8:
-        return torch.from_numpy(values.astype(np.float64) / 255)
+        return torch.from_numpy(values.astype(np.float64)).div_(255)
     if values.dtype.kind != "f":
         raise InvalidInput(f"{what} is of type {values.dtype}; store images as uint8, or as floats in [0, 1].")
     result = torch.from_numpy(values.astype(np.float64))
@@ -185,29 +200,15 @@ def _unit_range(values: np.ndarray[Any, Any], what: str) -> Tensor:
 
 
 def _npz(path: Path, split: str | None) -> _Source:
-    if not path.is_file():
-        raise InvalidFile(f"There is no file {str(path)!r}; check the path.")
-    try:
-        with path.open("rb") as handle:
-            file = np.load(handle, allow_pickle=False)
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise InvalidFile(
-                    f"{str(path)!r} is a single array, not an .npz file; use numpy.savez(path, x=images)."
-                )
-            with file:
-                x, y = _arrays(file, path, split)
-    except InvalidInput:
-        raise
-    except ValueError as error:
-        if "allow_pickle" in str(error):
-            raise InvalidFile(
-                f"{str(path)!r} holds pickled Python objects, which gradleak does not load; "
-                "save plain number arrays with numpy.savez."
-            ) from error
-        raise InvalidFile(f"{str(path)!r} is damaged ({error}); save it again with numpy.savez.") from error
-    except (OSError, EOFError, KeyError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise InvalidFile(f"{str(path)!r} is truncated or not an .npz file; save it again with numpy.savez.") from error
-    if y is not None and (y.ndim != 1 or len(y) != len(x) or y.dtype.kind not in "iu"):
+    data = read_file(path)
+    if not is_npz(data):
+        raise InvalidFile(
+            f"{str(path)!r} is no .npz file, or is truncated; save arrays of images with numpy.savez(path, x=images)."
+        )
+    x, y = _arrays(data, path, split)
+    if len(x) and x.size == 0:
+        raise InvalidInput(f"The images of {str(path)!r} have shape {x.shape}, so no pixels; save them again.")
+    if y is not None and (y.ndim != 1 or len(y) != len(x) or y.dtype.kind not in "iu" or np.any(y > _CLASSES)):
         raise InvalidInput(
             f"The labels of {str(path)!r} are {y.dtype} of shape {y.shape} for {len(x)} images; "
             "store one class number for each image."
@@ -219,25 +220,25 @@ def _npz(path: Path, split: str | None) -> _Source:
     return _Source(len(x), read, _class_names(path.with_suffix(".json")))
 
 
-def _arrays(file: Any, path: Path, split: str | None) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
-    parts = {key[2:]: key for key in file.files if key.startswith("x_") and key[2:] in ("train", "test")}
+def _arrays(data: bytes, path: Path, split: str | None) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+    parts = {name[2:] for name in names if name in ("x_train", "x_test")}
     if split is not None and split not in parts:
         raise InvalidInput(
             f"{str(path)!r} has no split {split!r}; "
             + (f"choose one of {', '.join(sorted(parts))}." if parts else "it is one whole, so leave the split out.")
         )
     suffix = f"_{split}" if split else "_test" if "test" in parts else "_train" if parts else ""
-    if split is None and "x" in file.files:
+    if split is None and "x" in names:
         suffix = ""
-    if f"x{suffix}" not in file.files:
+    if f"x{suffix}" not in names:
         raise InvalidInput(
-            f"{str(path)!r} has the arrays {', '.join(sorted(file.files)) or '(none)'}; "
+            f"{str(path)!r} has the arrays {', '.join(sorted(names)) or '(none)'}; "
             "name the images x, or x_train and x_test."
         )
-    x = file[f"x{suffix}"]
-    y = file[f"y{suffix}"] if f"y{suffix}" in file.files else None
-    if not isinstance(x, np.ndarray) or not isinstance(y, np.ndarray | None):
-        raise InvalidFile(f"{str(path)!r} holds something else than arrays; save it again with numpy.savez.")
+    arrays = unpack_arrays(data, path, (f"x{suffix}", f"y{suffix}"), limit=_UNPACKED + 31 * len(data))
+    x, y = arrays[f"x{suffix}"], arrays.get(f"y{suffix}")
     if x.ndim == 3:
         x = x[:, None]
     elif x.ndim == 4 and x.shape[3] in (1, 3):
@@ -253,23 +254,27 @@ def _class_names(path: Path) -> tuple[str, ...] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_file(path).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InvalidFile):
+            raise
         raise InvalidFile(f"{str(path)!r} is not a JSON file ({error}); correct or remove it.") from error
     if not isinstance(content, dict):
         return None
     names = content.get("classes", content.get("class_of_index"))
     if isinstance(names, dict):
-        if not all(key.isdecimal() for key in names):
+        if not all(key.isdecimal() and len(key) < 8 for key in names):
             return None
         size = 1 + max(map(int, names), default=-1)
-        if size > 1_000_000:
+        if size > _CLASSES:
             return None
         names = [names.get(str(index), str(index)) for index in range(size)]
-    return tuple(map(str, names)) if isinstance(names, list) else None
+    if not isinstance(names, list):
+        return None
+    return tuple(clean(name) if isinstance(name, str) else str(index) for index, name in enumerate(names))
 
 
-def _folder(path: Path, split: str | None) -> _Source:
+def _folder(path: Path, split: str | None, shape: tuple[int, int, int] | None) -> _Source:
     if split is not None:
         if not (path / split).is_dir():
             raise InvalidInput(f"The folder {str(path)!r} has no split {split!r}; leave it out, or add that subfolder.")
@@ -277,9 +282,9 @@ def _folder(path: Path, split: str | None) -> _Source:
     classes = sorted(
         folder.name
         for folder in path.iterdir()
-        if folder.is_dir() and not folder.name.startswith(".") and any(map(_is_image, folder.iterdir()))
+        if folder.is_dir() and not folder.name.startswith(".") and any(map(is_picture, folder.iterdir()))
     )
-    loose = sorted(file for file in path.iterdir() if _is_image(file))
+    loose = sorted(file for file in path.iterdir() if is_picture(file))
     if loose and classes:
         raise InvalidInput(
             f"The folder {str(path)!r} has images both in itself and in subfolders; "
@@ -287,37 +292,54 @@ def _folder(path: Path, split: str | None) -> _Source:
         )
     files: list[tuple[Path, int | None]] = [(file, None) for file in loose]
     for label, name in enumerate(classes):
-        files += [(file, label) for file in sorted((path / name).iterdir()) if _is_image(file)]
+        files += [(file, label) for file in sorted((path / name).iterdir()) if is_picture(file)]
     if not files:
         raise InvalidInput(f"The folder {str(path)!r} has no image; put {', '.join(_SUFFIXES[:3])} files into it.")
 
     def read(index: int) -> tuple[Tensor, int | None]:
         file, label = files[index]
-        return _picture(file), label
+        return _picture(file, shape), label
 
-    return _Source(len(files), read, tuple(classes) or None)
+    return _Source(len(files), read, tuple(map(clean, classes)) or None)
 
 
-def _picture(file: Path) -> Tensor:
+def _picture(file: Path, shape: tuple[int, int, int] | None) -> Tensor:
+    data = read_file(file, limit=_PIXELS * 4)
     try:
-        with Image.open(file) as image:
-            return _pixels(image, f"Image {str(file)!r}")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, UnidentifiedImageError) as error:
-        if isinstance(error, InvalidInput):
-            raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow thinks of a damaged or large picture is decided here
+            with Image.open(io.BytesIO(data)) as image:
+                return _pixels(image, f"Image {str(file)!r}", shape)
+    except GradleakError:
+        raise
+    except Exception as error:  # a hostile picture can make its decoder fail in any way
         raise InvalidFile(f"{str(file)!r} cannot be read as an image; save it again, or remove it.") from error
 
 
-def _is_image(file: Path) -> bool:
+def is_picture(file: Path) -> bool:
+    """Return whether ``file`` is there and has the name of a picture; hidden files have not."""
     return file.suffix.lower() in _SUFFIXES and file.is_file() and not file.name.startswith(".")
 
 
-def _pixels(image: Image.Image, what: str) -> Tensor:
-    """Return a picture as (C, H, W) in [0, 1]: one channel if it is gray, else three."""
+def _pixels(image: Image.Image, what: str, shape: tuple[int, int, int] | None = None) -> Tensor:
+    """Return a picture as (C, H, W) in [0, 1]: one channel if it is gray, else three.
+
+    A picture far larger than ``shape`` (C, H, W) is first reduced to averages of whole blocks.
+    """
+    width, height = image.size  # as its header says; nothing is decoded yet
+    if width * height > _PIXELS:
+        raise InvalidFile(f"{what} has {width} × {height} pixels; resize it to at most {_PIXELS // 10**6} million.")
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise InvalidInput(f"{what} has more than 8 bits per channel; convert it to an 8-bit PNG.")
-    upright = ImageOps.exif_transpose(image)
-    array = np.asarray(upright.convert("L" if upright.mode in ("1", "L", "LA") else "RGB"))
+    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    ImageOps.exif_transpose(image, in_place=True)
+    upright = image if image.mode == mode else image.convert(mode)
+    if shape is not None:
+        blocks = min(upright.height // (_SPARE * shape[1]), upright.width // (_SPARE * shape[2]))
+        upright = upright.reduce(blocks) if blocks > 1 and width * height > _LARGE else upright
+    array = np.asarray(upright)
+    if array.size == 0:
+        raise InvalidFile(f"{what} has no pixels; save it again, or remove it.")
     return _unit_range(array[None] if array.ndim == 2 else array.transpose(2, 0, 1), what)
 
 

@@ -11,7 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradleak.errors import InvalidInput
+from gradleak.data.archives import read_arrays
+from gradleak.data.images import load_images
+from gradleak.errors import InvalidFile, InvalidInput
+from gradleak.files import write_bytes
 
 __all__ = ["file", "images", "require"]
 
@@ -70,26 +73,31 @@ def images(name: str, split: str, data: Path | None, downloads: Path) -> tuple[T
 
     Raises:
         InvalidInput: neither ``data`` nor torchvision has it; names both ways.
+        InvalidFile: the file in ``data`` is damaged or holds something else.
 
     """
     if data is not None and (data / f"{name}.npz").is_file():
-        with np.load(data / f"{name}.npz", allow_pickle=False) as stored:
-            x = stored[f"x_{split}"] if f"x_{split}" in stored else stored["x"]
-            labels = next((k for k in (f"y_{split}", "y", "person") if k in stored), None)
-            y = stored[labels] if labels else np.zeros(len(x), np.int64)
-        x = x if x.ndim == 4 else x[..., None]
-        return torch.from_numpy(x.transpose(0, 3, 1, 2) / 255.0), torch.from_numpy(y.astype(np.int64))
+        return _stored(data / f"{name}.npz", split)
     if name not in _TORCHVISION:
         raise _missing(f"{name}.npz", data, "create it, because no public loader has it in this form")
     try:
-        module = importlib.import_module("torchvision.datasets")
-        choice = {"split": split} if name == "svhn_mini" else {"train": split == "train"}
-        stored = getattr(module, _TORCHVISION[name])(str(downloads), download=True, **choice)
-        pairs = [(np.asarray(image, np.float64) / 255.0, int(label)) for image, label in stored]
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        raise _missing(f"{name}.npz", data, f"install the extra {_VISION} ({error})") from error
-    x = np.stack([image if image.ndim == 3 else image[..., None] for image, _ in pairs])
-    return torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), torch.tensor([label for _, label in pairs])
+        found = load_images(f"torchvision:{_TORCHVISION[name]}", split=split, dtype=torch.float64, root=downloads)
+    except InvalidInput as error:
+        raise _missing(f"{name}.npz", data, f"install the extra {_VISION} ({str(error).rstrip('.')})") from error
+    assert found.labels is not None  # these data sets have them
+    return found.inputs, found.labels
+
+
+def _stored(path: Path, split: str) -> tuple[Tensor, Tensor]:
+    arrays = read_arrays(path, (f"x_{split}", f"y_{split}", "x", "y", "person"))
+    x = arrays.get(f"x_{split}", arrays.get("x"))
+    if x is None or x.dtype != np.uint8 or x.ndim not in (3, 4) or x.size == 0:
+        raise InvalidFile(f"{str(path)!r} has no images x of bytes; make the file as docs/data.md says.")
+    y = next((arrays[k] for k in (f"y_{split}", "y", "person") if k in arrays), np.zeros(len(x), np.int64))
+    if y.shape != (len(x),) or y.dtype.kind not in "iu":
+        raise InvalidFile(f"{str(path)!r} has no label for each image; make the file as docs/data.md says.")
+    x = x if x.ndim == 4 else x[..., None]
+    return torch.from_numpy(x.transpose(0, 3, 1, 2) / 255.0), torch.from_numpy(y.astype(np.int64))
 
 
 def _fetched(name: str, data: Path | None, downloads: Path, load: Callable[[str], str]) -> Path:
@@ -100,7 +108,7 @@ def _fetched(name: str, data: Path | None, downloads: Path, load: Callable[[str]
             name, data, f"install 'datasets' and the extra 'text' on a machine with a network ({error})"
         ) from error
     downloads.mkdir(parents=True, exist_ok=True)
-    (downloads / name).write_text(text, encoding="utf-8", newline="\n")
+    write_bytes(downloads / name, text.encode("utf-8"))
     return downloads / name
 
 

@@ -1,11 +1,8 @@
-"""Tensor files: read safely, written whole or not at all."""
+"""Tensor files: read safely and with a bound, written whole or not at all."""
 
 from __future__ import annotations
 
 import io
-import os
-import secrets
-import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,114 +11,102 @@ import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
+from gradleak.data.archives import ENTRIES, check_unpacked, is_npz, unpack_arrays
 from gradleak.errors import InvalidFile
+from gradleak.files import read_file, write_bytes
 
-__all__ = ["named", "read_tensors", "write_bytes", "write_tensors"]
+__all__ = ["float64_bytes", "named", "read_tensors", "write_tensors"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_DEFLATE = 1100
-"""No deflated byte holds more bytes than this."""
+_HEADER = 1 << 22
+"""Most bytes of a safetensors header; a tensor takes about a hundred of them."""
+_CHECKPOINT = 8
+"""How many times as large as the expected tensors a file may be: a checkpoint holds the optimizer's state as well."""
+_SHARED = 2
+"""How many times the bytes of a file its tensors may have together: tied weights share theirs."""
+_OVERHEAD = 1 << 24
+"""Bytes of a file beyond that: names, padding."""
 _REMEDY = "save it again with safetensors.torch.save_file(tensors, path)"
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
+def float64_bytes(model: nn.Module) -> int:
+    """Return the bytes that the parameters and buffers of ``model`` take in float64, the ``limit`` of its files."""
+    return 8 * sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+
+
+def read_tensors(path: str | Path, *, limit: int | None = None) -> dict[str, Tensor]:
     """Return the tensors of a ``.safetensors`` or ``.npz`` file, or of a ``.pt`` file with a flat state dict, by name.
 
     The content decides the format, not the name. Nothing is unpickled: ``.pt`` files go through
     ``torch.load(weights_only=True)``, ``.npz`` files through ``numpy.load(allow_pickle=False)``.
 
+    Args:
+        path: of the file.
+        limit: bytes of the tensors that are expected (:func:`float64_bytes`). Before anything is unpacked, a file is
+            refused that is more than eight times as large, or that would unpack to more than this beyond its own
+            size. If None, files may be of any size and unpack to 1 GiB more.
+
     Returns:
         Dense tensors on the CPU; floats are of 16, 32 or 64 bits, integers (labels, counters) and booleans pass.
 
     Raises:
-        InvalidFile: the file is absent, empty, truncated, of another format, holds anything but tensors, or claims
-            more values than it has bytes for.
+        InvalidFile: the file is absent, empty, truncated, of another format, holds anything but tensors, claims
+            more values than it has bytes for, or exceeds ``limit``.
 
     """
     path = Path(path)
-    data = _read(path)
+    data = read_file(path, limit=None if limit is None else _CHECKPOINT * limit + _OVERHEAD)
+    size, tensors = len(data), None
+    if not data:
+        raise InvalidFile(f"{str(path)!r} is empty; {_REMEDY}.")
     if data[8:9] == b"{":
+        _check_header(data, path)
         try:
-            tensors: object = safetensors.torch.load(data)
+            tensors = safetensors.torch.load(data)
         except (SafetensorError, KeyError, ValueError, RuntimeError, MemoryError, OverflowError) as error:
             raise InvalidFile(f"{str(path)!r} is a damaged safetensors file ({_first(error)}); {_REMEDY}.") from error
-    elif _is_npz(data):
-        tensors, size = _read_npz(data, path)
-        return _checked(tensors, path, size)
+    elif is_npz(data):
+        tensors = {name: _tensor(name, a, path) for name, a in unpack_arrays(data, path, limit=limit).items()}
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
     elif data[:4] == b"PK\x03\x04" or data[:1] == b"\x80":
         try:
+            size = max(size, check_unpacked(data, path, limit)) if zipfile.is_zipfile(io.BytesIO(data)) else size
             tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except InvalidFile:
+            raise
         except Exception as error:  # a hostile file can make the restricted reader fail in any way
             raise InvalidFile(
                 f"{str(path)!r} is truncated or holds pickled Python objects, which gradleak does not load; {_REMEDY}."
             ) from error
     else:
         raise InvalidFile(f"{str(path)!r} is neither a safetensors, PyTorch nor .npz file, or is truncated; {_REMEDY}.")
-    return _checked(tensors, path, len(data))
+    return _checked(tensors, path, size)
 
 
-def _read(path: Path) -> bytes:
-    if path.is_dir():
-        raise InvalidFile(f"{str(path)!r} is a folder; name the .safetensors file in it.")
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise InvalidFile(f"There is no file {str(path)!r}; check the path.") from error
-    except (OSError, ValueError) as error:
-        raise InvalidFile(f"{str(path)!r} cannot be read ({_first(error)}); check its permissions.") from error
-    if not data:
-        raise InvalidFile(f"{str(path)!r} is empty; {_REMEDY}.")
-    return data
-
-
-def _is_npz(data: bytes) -> bool:
-    """Tell a zip of ``.npy`` members from that of PyTorch, and from a damaged one."""
-    if data[:4] not in (b"PK\x03\x04", b"PK\x05\x06"):
-        return False
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            return all(name.endswith(".npy") for name in archive.namelist())
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, struct.error):
-        return False
-
-
-def _read_npz(data: bytes, path: Path) -> tuple[dict[str, Tensor], int]:
-    """Return the tensors of an ``.npz`` file by name, and the number of bytes that they take unpacked."""
-    tensors: dict[str, Tensor] = {}
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        if size > _DEFLATE * len(data):
-            raise InvalidFile(
-                f"{str(path)!r} claims to unpack to more than its bytes can hold; do not trust the file if you did "
-                "not make it."
-            )
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            for name in file.files:
-                array = file[name]
-                if not isinstance(array, np.ndarray):
-                    raise ValueError(f"entry {name!r} is no array")
-                # In native byte order and in memory of its own.
-                native = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
-                try:
-                    tensors[name] = torch.from_numpy(native)
-                except TypeError as error:
-                    raise InvalidFile(
-                        f"Array {name!r} of {str(path)!r} has the unsupported type {array.dtype}; "
-                        "convert it to float32 or float64 before saving."
-                    ) from error
-    except InvalidFile:
-        raise
-    except Exception as error:  # a hostile archive can fail in any way
-        pickled = "holds pickled Python objects, which gradleak does not load"
-        what = pickled if "allow_pickle" in str(error) else f"is a damaged .npz file ({_first(error)})"
+def _check_header(data: bytes, path: Path) -> None:
+    """Refuse a header that would take minutes to read."""
+    size = int.from_bytes(data[:8], "little")
+    if size > len(data) - 8:
+        raise InvalidFile(f"{str(path)!r} is a damaged safetensors file, or is truncated; {_REMEDY}.")
+    if size > _HEADER or data.count(b"data_offsets", 8, 8 + size) > ENTRIES:
         raise InvalidFile(
-            f"{str(path)!r} {what}; save arrays of numbers by name with numpy.savez(path, **arrays)."
+            f"{str(path)!r} names more than {ENTRIES:,} tensors in a header of {size:,} bytes; "
+            "save only those of the model."
+        )
+
+
+def _tensor(name: str, array: np.ndarray, path: Path) -> Tensor:
+    """Return an array in native byte order, row by row; without a copy where it is so already."""
+    try:
+        return torch.from_numpy(np.require(array, array.dtype.newbyteorder("="), ("C", "W")))
+    except TypeError as error:
+        raise InvalidFile(
+            f"Array {name!r} of {str(path)!r} has the unsupported type {array.dtype}; "
+            "convert it to float32 or float64 before saving."
         ) from error
-    return tensors, size
 
 
 def named(
@@ -165,11 +150,14 @@ def _checked(tensors: object, path: Path, size: int) -> dict[str, Tensor]:
         raise InvalidFile(f"{str(path)!r} holds a {type(tensors).__name__}, not tensors by name; {_REMEDY}.")
     if not tensors:
         raise InvalidFile(f"{str(path)!r} holds no tensor; {_REMEDY}.")
+    if len(tensors) > ENTRIES:
+        raise InvalidFile(f"{str(path)!r} holds more than {ENTRIES:,} tensors; save only those of the model.")
     result: dict[str, Tensor] = {}
+    total = 0
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise InvalidFile(
-                f"Entry {name!r} of {str(path)!r} is a {type(tensor).__name__}, not a tensor by name; "
+                f"Entry {_shown(name)} of {str(path)!r} is a {type(tensor).__name__}, not a tensor by name; "
                 "save only the model's or the update's tensors, for example model.state_dict()."
             )
         tensor = tensor.detach()
@@ -180,9 +168,10 @@ def _checked(tensors: object, path: Path, size: int) -> dict[str, Tensor]:
                 f"Tensor {name!r} of {str(path)!r} has the unsupported type {tensor.dtype}; "
                 "convert it to float32 or float64 before saving."
             )
-        if tensor.numel() * tensor.element_size() > size:
+        total += tensor.numel() * tensor.element_size()
+        if total > _SHARED * size:
             raise InvalidFile(
-                f"Tensor {name!r} of {str(path)!r} claims more values than the file holds; "
+                f"Tensor {name!r} of {str(path)!r} claims more values than the file can hold; "
                 "call contiguous() before saving it, and do not trust the file if you did not make it."
             )
         result[name] = tensor
@@ -201,28 +190,10 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     write_bytes(path, safetensors.torch.save(whole))
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write ``data`` to a temporary name in the same folder, then rename it; on failure nothing is left behind.
-
-    Raises:
-        InvalidFile: the file cannot be written there.
-
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        reason = error.strerror or _first(error)
-        raise InvalidFile(f"{str(path)!r} cannot be written ({reason}); choose another place.") from error
+def _shown(name: object) -> str:
+    # Of what is no text only the type: nested tuples of a few bytes are exponentially long when written out.
+    plain = isinstance(name, str) or (isinstance(name, int) and abs(name) < 1 << 63)
+    return repr(name) if plain else f"under a {type(name).__name__}"
 
 
 def _first(error: BaseException) -> str:

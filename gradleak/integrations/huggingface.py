@@ -103,9 +103,9 @@ class MaskedLanguageModel(nn.Module):
         other.positions = self.positions.new_zeros(0, 0) if positions is None else positions.clone()
         return other
 
-    def space(self, length: int, excluded: Sequence[int] = ()) -> TokenSpace:
-        """Return the space of sentences of ``length`` tokens."""
-        return TokenSpace(self.embeddings, length, tuple(excluded))
+    def space(self, length: int, excluded: Sequence[int] = (), words: Sequence[str] = ()) -> TokenSpace:
+        """Return the space of sentences of ``length`` tokens; ``words`` are the texts of all ids, for a reader."""
+        return TokenSpace(self.embeddings, length, tuple(excluded), words)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return logits (N, K, V) for ids (N, T) or word embeddings (N, T, d)."""

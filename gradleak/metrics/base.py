@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ class Metric:
         higher_is_better: the direction.
         fn: (guess, truth), both (N, *shape) in float64 (labels, tokens: integers) → (N,) in float64.
         reads: "inputs" (any shape), "images" ((N, C, H, W) in [0, 1]), "values" (any shape and units, no images),
-            "tokens" ((N, T) ids) or "labels" ((N,) class indices).
+            "tokens" ((N, T) ids), "labels" ((N,) class indices), or what a space of your own calls it.
+        meaning: one clause for a reader of the report.
 
     """
 
@@ -33,7 +34,8 @@ class Metric:
     unit: str
     higher_is_better: bool
     fn: Callable[[Tensor, Tensor], Tensor]
-    reads: Literal["inputs", "images", "values", "tokens", "labels"] = "inputs"
+    reads: str = "inputs"
+    meaning: str = ""
 
     def __call__(self, guess: Tensor, truth: Tensor) -> Tensor:
         """Return one value per example, (N,) in float64 on the CPU; NaN where an example of ``guess`` is not finite.

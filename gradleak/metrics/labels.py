@@ -13,5 +13,7 @@ def _equal(guess: Tensor, truth: Tensor) -> Tensor:
     return (guess == truth).double()
 
 
-label_accuracy = Metric("label_accuracy", "", higher_is_better=True, fn=_equal, reads="labels")
+label_accuracy = Metric(
+    "label_accuracy", "", higher_is_better=True, fn=_equal, reads="labels", meaning="1 where the class was recovered"
+)
 """1 where the reconstructed class index equals the private one of the assigned example, else 0."""

@@ -31,7 +31,15 @@ def _ratio(guess: Tensor, truth: Tensor) -> Tensor:
     return torch.stack(ratios).amax(0)
 
 
-null_guess_ratio = Metric("null_guess_ratio", "", higher_is_better=False, fn=_ratio, reads="values")
+null_guess_ratio = Metric(
+    "null_guess_ratio",
+    "",
+    higher_is_better=False,
+    fn=_ratio,
+    reads="values",
+    meaning="the relative error divided by that of the best guess without the update (zeros, or a mean of the private "
+    "values); from 1 on nothing was learned, and above 0.5 no example counts as back",
+)
 """The :data:`relative_error` of each example divided by the least that a guess without the update has there.
 
 The guesses are zeros, the mean of all values of the batch, and the batch's mean at each position. Below 1 the

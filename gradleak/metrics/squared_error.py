@@ -14,5 +14,11 @@ def _mse(guess: Tensor, truth: Tensor) -> Tensor:
     return squared.flatten(1).mean(1) if squared.ndim > 1 else squared
 
 
-mse = Metric("mse", "", higher_is_better=False, fn=_mse)
+mse = Metric(
+    "mse",
+    "",
+    higher_is_better=False,
+    fn=_mse,
+    meaning="mean squared difference of the values, in squares of their unit; 0 is identical",
+)
 """Mean over the entries of one example of (guess − truth)², in squared units of the input (images: [0, 1])."""

@@ -38,7 +38,14 @@ def _ssim(guess: Tensor, truth: Tensor) -> Tensor:
     return (luminance * structure).reshape(n, -1).mean(1)
 
 
-ssim = Metric("ssim", "", higher_is_better=True, fn=_ssim, reads="images")
+ssim = Metric(
+    "ssim",
+    "",
+    higher_is_better=True,
+    fn=_ssim,
+    reads="images",
+    meaning="structural similarity; 1 is identical, 0 unrelated",
+)
 """Mean structural similarity of each image in [0, 1] (Wang et al. 2004, Equation 13), averaged over channels; ≤ 1.
 
 Gaussian window of 11 pixels with σ = 1.5, K₁ = 0.01, K₂ = 0.03, population covariance, windows inside the image only:

@@ -58,20 +58,30 @@ def _longest(guess: Sentence, truth: Sentence) -> float:
     return row[-1] / len(truth)
 
 
-token_accuracy = Metric("token_accuracy", "", higher_is_better=True, fn=_each(_in_place), reads="tokens")
+def _metric(name: str, fn: Callable[[Tensor, Tensor], Tensor], meaning: str) -> Metric:
+    return Metric(name, "", higher_is_better=True, fn=fn, reads="tokens", meaning=meaning)
+
+
+token_accuracy = _metric("token_accuracy", _each(_in_place), "share of the tokens that stand where they stood")
 """Share of positions at which the right token stands, in [0, 1]."""
 
-token_recall = Metric("token_recall", "", higher_is_better=True, fn=_each(_occurring), reads="tokens")
+token_recall = _metric(
+    "token_recall", _each(_occurring), "share of the different tokens that were read, wherever they stand"
+)
 """Share of a sentence's distinct tokens that occur in the guess, wherever, in [0, 1]."""
 
-rouge_1 = Metric("rouge_1", "", higher_is_better=True, fn=_each(_overlap(1)), reads="tokens")
+rouge_1 = _metric("rouge_1", _each(_overlap(1)), "share of the tokens that were read, counted as often as they occur")
 """Share of a sentence's tokens, with multiplicity, that the guess contains (Lin 2004, Section 2), in [0, 1].
 
 Both sentences are equally long, so that recall, precision and F-measure of all three ROUGE metrics are the same number.
 """
 
-rouge_2 = Metric("rouge_2", "", higher_is_better=True, fn=_each(_overlap(2)), reads="tokens")
+rouge_2 = _metric("rouge_2", _each(_overlap(2)), "share of the pairs of neighbors that were read")
 """Share of a sentence's pairs of neighbors that the guess contains (Lin 2004, Section 2); NaN below two tokens."""
 
-rouge_l = Metric("rouge_l", "", higher_is_better=True, fn=_each(_longest), reads="tokens")
+rouge_l = _metric(
+    "rouge_l",
+    _each(_longest),
+    "length of the longest sequence of tokens in the right order, as a share of the sentence",
+)
 """Longest common subsequence as a share of the sentence's length (Lin 2004, Section 3.1), in [0, 1]."""

@@ -6,18 +6,20 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import nn
 
 import gradleak.models
 from gradleak.errors import GradleakError, InvalidInput, InvalidModel, UnknownName
 
-__all__ = ["Option", "load", "parse_options"]
+__all__ = ["Option", "check_values", "load", "locate", "parse_options"]
 
 Option = bool | int | float | str
 
@@ -49,9 +51,11 @@ def _value(text: str) -> Option:
         return text.lower() == "true"
     for kind in (int, float):
         try:
-            return kind(text)
+            value = kind(text)
         except ValueError:
             continue
+        # A number that float64 cannot hold is no infinity.
+        return text if math.isinf(value) and "inf" not in text.lower() else value
     return text
 
 
@@ -67,7 +71,8 @@ def load(spec: str, options: Mapping[str, Option] | None = None) -> nn.Module:
 
     Raises:
         UnknownName: no model of that name.
-        InvalidModel: the module cannot be imported, has no such factory, or the factory fails or returns no module.
+        InvalidModel: the module cannot be imported, has no such factory, or the factory fails, ends the program, or
+            returns no module of Python code with all of its numbers in memory (lazy, meta, scripted modules).
         InvalidInput: the factory has no such option.
 
     """
@@ -111,7 +116,7 @@ def _call(spec: str, factory: object, options: dict[str, Option]) -> nn.Module:
     if isinstance(factory, nn.Module):
         if options:
             raise InvalidInput(f"{spec!r} is a model already, so it takes no options; name its factory instead.")
-        return factory
+        return _whole(spec, factory)
     if not callable(factory):
         raise InvalidModel(f"{spec!r} is a {type(factory).__name__}; name a function that returns an nn.Module.")
     try:
@@ -122,15 +127,53 @@ def _call(spec: str, factory: object, options: dict[str, Option]) -> nn.Module:
         _check_options(spec, signature, options)
     try:
         model = factory(**options)
-    except GradleakError:
+    except (GradleakError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        raise InvalidModel(
-            f"The factory {spec!r} failed with {type(error).__name__}: {error}; make it run with these options first."
-        ) from error
+    except BaseException as error:  # also SystemExit, with which a factory would end the audit as if it had succeeded
+        given = f" with {', '.join(f'{k}={v}' for k, v in options.items())}" if options else ""
+        raise InvalidModel(f"The factory {spec!r} failed with {_said(error)}; make it run{given} first.") from error
     if not isinstance(model, nn.Module):
         raise InvalidModel(f"The factory {spec!r} returned a {type(model).__name__}; it must return a torch.nn.Module.")
+    return _whole(spec, model)
+
+
+def _said(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _whole(spec: str, model: nn.Module) -> nn.Module:
+    """Return ``model`` if it is Python code and all of its numbers are in memory."""
+    if isinstance(model, torch.jit.ScriptModule) or any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise InvalidModel(
+            f"The model {spec!r} is or holds a scripted module, which cannot be differentiated twice; "
+            "return the Python module that was scripted."
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise InvalidModel(
+                f"{name!r} of the model {spec!r} has no shape yet; call the model once on an input in the factory."
+            )
+        if tensor.is_meta:
+            raise InvalidModel(
+                f"{name!r} of the model {spec!r} is on the meta device and has no values; build the model on the CPU."
+            )
     return model
+
+
+def check_values(model: nn.Module, spec: str) -> None:
+    """Check that all parameters and buffers are finite; to be called once the weights are loaded.
+
+    Raises:
+        InvalidModel: with the first that is not, and the remedy.
+
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not bool(torch.isfinite(tensor).all()):
+            raise InvalidModel(
+                f"{name!r} of the model {spec!r} has NaN or infinite values; "
+                "give the weights that were sent out, or initialize it in the factory."
+            )
 
 
 def _check_options(spec: str, signature: inspect.Signature, options: dict[str, Option]) -> None:
@@ -154,7 +197,7 @@ def _import(name: str) -> ModuleType:
         if name.endswith(".py"):
             return _import_file(Path(name))
         return importlib.import_module(name)
-    except GradleakError:
+    except (GradleakError, KeyboardInterrupt):
         raise
     except ModuleNotFoundError as error:
         absent = error.name or name
@@ -162,9 +205,9 @@ def _import(name: str) -> ModuleType:
         raise InvalidModel(
             f"There is no module named {absent!r}{where}; install it, or run from the folder that holds it."
         ) from error
-    except Exception as error:
+    except BaseException as error:  # the user's own code; also SystemExit
         raise InvalidModel(
-            f"Importing {name!r} failed with {type(error).__name__}: {error}; make `python -c 'import {name}'` work."
+            f"Importing {name!r} failed with {_said(error)}; make `python -c 'import {name}'` work."
         ) from error
 
 

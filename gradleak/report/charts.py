@@ -15,6 +15,7 @@ __all__ = ["Series", "log_chart"]
 _W, _H = 440, 268
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 44
 _POINTS = 500
+_BOTTOM_DECADE, _TOP_DECADE = -323, 308  # of floating-point numbers
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def log_chart(label: str, x_label: str, xs: Sequence[float], series: Sequence[Se
     moved by the page's script from the ``data-`` attributes.
     """
     positive = [v for s in series for v in s.values if math.isfinite(v) and v > 0]
-    if len(xs) < 2 or xs[-1] <= xs[0] or not positive:
+    if len(xs) < 2 or xs[0] < 0 or xs[-1] <= xs[0] or min(xs) < xs[0] or not positive:
         return None
     ticks, low, high = _log_ticks(min(positive), max(positive))
     x0, x1, y0, y1 = _LEFT, _W - _RIGHT, _H - _BOTTOM, _TOP
@@ -96,16 +97,20 @@ def _path(points: Sequence[tuple[float, float | None]]) -> str:
 
 def _log_ticks(smallest: float, largest: float) -> tuple[list[tuple[float, str]], float, float]:
     """Return (value, text) ticks and the axis limits in decades."""
-    low, high = math.floor(math.log10(smallest)), math.ceil(math.log10(largest))
+    low, high = (
+        min(max(e, _BOTTOM_DECADE), _TOP_DECADE)
+        for e in (math.floor(math.log10(smallest)), math.ceil(math.log10(largest)))
+    )
     if high - low <= 1:
-        low, high = min(low, high - 1), max(high, low + 1)
+        low, high = (low, low + 1) if low < _TOP_DECADE else (low - 1, low)
         values = [(m * 10.0**low, f"{m * 10.0**low:g}" if low >= -3 else f"{m}·{power(low)}") for m in (1, 2, 5)]
         return [*values, (10.0**high, f"{10.0**high:g}" if high >= -3 else power(high))], low, high
     step = max(1, math.ceil((high - low) / 6))
     # Whole steps, so that both ends of the axis carry a label.
     low = math.floor(low / step) * step
     high = math.ceil(high / step) * step
-    return [(10.0**e, power(e)) for e in range(low, high + 1, step)], low, high
+    ticks = [(10.0**e, power(e)) for e in range(low, high + 1, step) if _BOTTOM_DECADE <= e <= _TOP_DECADE]
+    return ticks, low, high
 
 
 def _decades(low: float, high: float) -> list[float]:

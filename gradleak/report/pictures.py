@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from gradleak.audit.records import Pictures, Record, Values
+from gradleak.audit.numbers import sig
+from gradleak.audit.records import REFUSED, Pictures, Record, Shown, Values
 
 __all__ = ["encode_png", "picture"]
 
@@ -20,6 +21,7 @@ _EXAMPLES = 16
 _FRAMES = 80
 _BYTES = 6_000_000
 _VALUES = 24
+_PLAIN = 1e-3, 1e7  # written without powers of ten
 
 
 def encode_png(image: Array) -> str:
@@ -39,37 +41,50 @@ def picture(record: Record, inputs: Array, truth: Array | None = None, snapshots
     """Return what a report shows of the arrays beside ``record``.
 
     Args:
-        record: says which reconstruction belongs to which private example, and in which order they are shown.
-        inputs: (N, *shape) reconstructed inputs, in the attack's order.
+        record: says how inputs are shown, which reconstruction belongs to which private example, and in which order.
+        inputs: (N, *shape) reconstructed inputs, in the attack's order; without examples where the attack did not run.
         truth: (N, *shape) private inputs.
         snapshots: (K, N, *shape) decoded candidates at the points of ``record.curves``.
 
     """
-    if record.examples is not None and truth is not None:
+    subject, shown = record.subject, record.shown
+    if record.outcome.status in REFUSED:
+        return Pictures()
+    if record.examples is not None and (truth is not None or (shown is not None and shown.truth is not None)):
         pairs = [(e.index, e.guess) for e in record.examples]
-        titles = [f"Example {e.index + 1}" for e in record.examples]
+        titles = [f"{_capital(subject.noun)} {e.index + 1}" for e in record.examples]
     else:
         truth = None
         pairs = [(i, i) for i in range(len(inputs))]
         titles = [f"Reconstruction {i + 1}" for i in range(len(inputs))] if len(inputs) > 1 else ["Reconstruction"]
-    shown, guesses = pairs[:_EXAMPLES], [g for _, g in pairs[:_EXAMPLES]]
+    pairs, titles, omitted = pairs[:_EXAMPLES], titles[:_EXAMPLES], max(0, len(pairs) - _EXAMPLES)
+    if shown is not None:
+        values = tuple(
+            _texts(t, shown, i, g, record.examples is not None) for t, (i, g) in zip(titles, pairs, strict=True)
+        )
+        return Pictures(titles=tuple(titles), values=values, omitted=omitted)
 
     def pick(candidates: Array, guess: int | None) -> Array:
         # Fewer reconstructions than examples: mid-gray stands for none.
         return np.full_like(candidates[0], 0.5) if guess is None else candidates[guess]
 
-    omitted = len(pairs) - len(shown)
-    if record.subject.input_kind != "image" or inputs.ndim != 4:
+    features = record.outcome.shows == "features"
+    if subject.display != "pictures" or features or inputs.ndim != 4 or inputs.size == 0:
         tables = tuple(
-            _table(title, pick(inputs, g), None if truth is None else truth[i])
-            for title, (i, g) in zip(titles, shown, strict=False)
+            _table(
+                f"{title}: what the last layer saw" if features else title,
+                pick(inputs, g),
+                None if truth is None else truth[i],
+            )
+            for title, (i, g) in zip(titles, pairs, strict=True)
         )
-        return Pictures(titles=tuple(titles[: len(shown)]), values=tables, omitted=omitted)
+        return Pictures(titles=tuple(titles), values=tables, omitted=omitted)
+    guesses = [g for _, g in pairs]
     pngs = tuple(encode_png(pick(inputs, g)) for g in guesses)
     frames = _frames(record, snapshots, sum(map(len, pngs)))
     return Pictures(
-        titles=tuple(titles[: len(shown)]),
-        truth=None if truth is None else tuple(encode_png(truth[i]) for i, _ in shown),
+        titles=tuple(titles),
+        truth=None if truth is None else tuple(encode_png(truth[i]) for i, _ in pairs),
         guess=pngs,
         frames=frames,
         snapshots=tuple(tuple(encode_png(pick(snapshots[k], g)) for g in guesses) for k in frames)
@@ -77,6 +92,10 @@ def picture(record: Record, inputs: Array, truth: Array | None = None, snapshots
         else (),
         omitted=omitted,
     )
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _frames(record: Record, snapshots: Array | None, size: int) -> tuple[int, ...]:
@@ -87,14 +106,30 @@ def _frames(record: Record, snapshots: Array | None, size: int) -> tuple[int, ..
     return tuple(int(k) for k in np.unique(np.rint(np.linspace(0, len(snapshots) - 1, count)).astype(int)))
 
 
+def _texts(title: str, shown: Shown, index: int, guess: int | None, scored: bool) -> Values:
+    """Return one example as texts; an absent one, and one that is not in a damaged record, is empty."""
+    truth = shown.truth[index] if scored and shown.truth is not None and index < len(shown.truth) else None
+    found = shown.guess[guess] if guess is not None and guess < len(shown.guess) else ()
+    count = len(truth) if truth is not None else len(found)
+    names = shown.names[:count] if shown.names else ()
+    padded = (*found, *("–" for _ in range(count - len(found))))[:count]
+    return Values(title, (*names, *("" for _ in range(count - len(names)))) if names else (), truth, padded)
+
+
 def _table(title: str, guess: Array, truth: Array | None) -> Values:
     flat = guess.reshape(-1)[:_VALUES]
     names = tuple(str([int(k) for k in np.unravel_index(i, guess.shape)]).strip("[]") for i in range(len(flat)))
-    private = None if truth is None else tuple(map(_value, truth.reshape(-1)[:_VALUES]))
+    names = names if guess.ndim != 1 else tuple(str(i + 1) for i in range(len(flat)))
+    private = None if truth is None else tuple(map(_value, truth.reshape(-1)[: len(flat)]))
     more = guess.size - len(flat)
-    suffix = f" (first {len(flat)} of {guess.size} values)" if more > 0 else ""
+    suffix = f" (first {len(flat)} of {guess.size:,} values)" if more > 0 else ""
     return Values(title + suffix, names, private, tuple(map(_value, flat)))
 
 
 def _value(value: Any) -> str:
-    return str(int(value)) if isinstance(value, (np.integer, np.bool_)) else f"{value:.4g}"
+    if isinstance(value, (np.integer, np.bool_)):
+        return str(int(value))
+    number = float(value)
+    if number == 0 or not _PLAIN[0] <= abs(number) < _PLAIN[1]:
+        return sig(number, 4)
+    return np.format_float_positional(number, precision=5, fractional=False, trim="-").replace("-", "−")

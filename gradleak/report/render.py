@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from gradleak.audit.numbers import duration, sig
-from gradleak.audit.records import Aggregate, Curves, Pictures, Record
+from gradleak.audit.numbers import duration, metric_name, sig
+from gradleak.audit.records import REFUSED, Aggregate, Curves, Pictures, Record, Values
 from gradleak.report.charts import Series, log_chart
 
 __all__ = ["render"]
@@ -27,16 +29,19 @@ _TOLD = {
 }
 _ACTS = {"MALICIOUS": "send a model of its own making"}
 
-_HEADLINE = ("mse", "psnr", "ssim")
-_HEADLINE_VALUES = ("relative_error",)
-
 _STATUS = {
     "converged": "ended because the update was matched",
     "budget": "ended because its iterations or time were used up",
     "stalled": "ended because it made no more progress",
     "interrupted": "was interrupted; this is the best it had found by then",
     "exact": "solved the equations directly",
+    "not_applicable": "did not run, because its conditions do not hold here",
+    "missing_knowledge": "did not run, because it needs to know more",
 }
+_ALARM, _CAUTION = ("leaked", "proved", "matched", "solved"), ("partly", "close")
+_SOURCE = {"read": "as the update shows", "assumed": "assumed: nobody stated it"}
+_GLUE = "##"
+"""What word pieces begin with that continue a word."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +62,23 @@ def render(record: Record, pictures: Pictures) -> str:
         acts=[_ACTS[k] for k in record.threat.granted if k in _ACTS],
         untold=[_TOLD[k] for k in record.threat.withheld if k in _TOLD],
         ended=_STATUS.get(record.outcome.status, record.outcome.status),
+        refused=record.outcome.status in REFUSED,
+        mood="alarm"
+        if record.verdict.grade in _ALARM
+        else "caution"
+        if record.verdict.grade in _CAUTION
+        else "neutral",
+        source=_SOURCE.get(record.subject.batch_size_source, ""),
+        marks=_marks(record, len(pictures.titles)),
         charts=_charts(record.curves),
         stops=_stops(record, pictures),
         figures=_figures(record),
-        noun=_noun(record),
         columns=_columns(record),
-        relative=_relative(record),
+        classes=any(e.label is not None or e.recovered is not None for e in record.examples or ()),
     )
 
 
+@functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gradleak.report"),
@@ -74,31 +87,52 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(sig=sig, duration=duration, shape=_shape, metric=_metric)
+    filters = {"sig": sig, "duration": duration, "shape": _shape, "metric": metric_name, "capital": _capital}
+    environment.filters.update(filters, percent=_percent, pieces=_pieces, sentence=_sentence)
     return environment
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}" if math.isfinite(share) else "–"
+
+
+def _pieces(values: Values) -> list[tuple[str, bool]]:
+    """Return the words of a reconstructed sentence with the space before each, and whether each is wrong."""
+    truth = values.truth if values.truth is not None else values.guess
+    pairs = [(g, g != t) for g, t in zip(values.guess, truth, strict=False) if t]
+    return [(g.removeprefix(_GLUE) if g.startswith(_GLUE) else f" {g}", wrong) for g, wrong in pairs]
+
+
+def _marks(record: Record, count: int) -> list[str]:
+    """Return for each shown example what is known of its reconstruction without ground truth."""
+    outcome, certificate = record.outcome, record.certificate
+    marks = []
+    for i in range(count):
+        at = record.examples[i].guess if record.examples is not None and i < len(record.examples) else i
+        sure = certificate is not None and at is not None and at < len(certificate.examples)
+        if sure and certificate is not None and certificate.examples[at or 0] == "proved":
+            marks.append("proved")
+        else:
+            marks.append("solved" if at in outcome.solved else "")
+    return marks
 
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "\u202f×\u202f".join(map(str, shape)) or "one number"
 
 
-def _noun(record: Record) -> str:
-    return "image" if record.subject.input_kind == "image" else "example"
-
-
-def _relative(record: Record) -> bool:
-    """Return whether the examples are values of their own units; earlier versions scored those by their MSE as well."""
-    return record.subject.input_kind != "image" and any("relative_error" in e.values for e in record.examples or ())
-
-
 def _columns(record: Record) -> list[tuple[str, str]]:
     """Return the metrics of the table as (name, heading); labels have columns of their own."""
     units = {a.metric: a.unit for a in record.aggregates if a.metric != "label_accuracy"}
-    return [(name, _metric(name) + (f", {unit}" if unit else "")) for name, unit in units.items()]
-
-
-def _metric(name: str) -> str:
-    return name.upper() if len(name) <= 4 else name.replace("_", " ")
+    return [(name, metric_name(name) + (f", {unit}" if unit else "")) for name, unit in units.items()]
 
 
 def _figures(record: Record) -> list[tuple[str, str]]:
@@ -106,9 +140,8 @@ def _figures(record: Record) -> list[tuple[str, str]]:
     figures: list[tuple[str, str]] = []
     many = record.examples is not None and len(record.examples) > 1
     for aggregate in record.aggregates:
-        if aggregate.metric in (_HEADLINE_VALUES if _relative(record) else _HEADLINE):
-            name = _metric(aggregate.metric)
-            name = name[:1].upper() + name[1:] + (", median" if many else "")
+        if aggregate.metric in record.subject.quoted:
+            name = _capital(metric_name(aggregate.metric)) + (", median" if many else "")
             figures.append((name, _value(aggregate)))
     known = [e for e in record.examples or () if e.label is not None and e.recovered is not None]
     if known:
@@ -118,8 +151,11 @@ def _figures(record: Record) -> list[tuple[str, str]]:
         certificate = record.certificate
         measured = certificate is not None and certificate.floor > 0
         floor = certificate.floor if certificate is not None and measured else record.match.floor
-        figures.append(("Noise floor of its format", sig(floor)))
-    figures.append(("Time", duration(record.outcome.seconds)))
+        figures.append(("Noise floor", sig(floor)))
+    for finding in record.outcome.findings:
+        figures.append((_capital(finding.kind.replace("_", " ")) + " read", f"{finding.count:,} of {finding.of:,}"))
+    if record.outcome.status not in REFUSED:
+        figures.append(("Time", duration(record.outcome.seconds)))
     return figures
 
 

@@ -1,19 +1,67 @@
-"""What one example looks like to the attacker: shape, value range, and how a candidate is decoded."""
+"""What one example looks like: to the model and the attacker, to the scores, and to a person."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+import gradleak.metrics
 from gradleak.errors import InvalidInput
+from gradleak.metrics import Metric
 
-__all__ = ["InputSpace"]
+__all__ = ["InputSpace", "NullGuess"]
+
+_HIT = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class NullGuess:
+    """A guess that needs no update.
+
+    Attributes:
+        description: what is guessed, for a reader.
+        inputs: decoded inputs (N, *shape).
+        oracle: whether the private inputs had a say in it, which no attacker can arrange.
+
+    """
+
+    description: str
+    inputs: Tensor
+    oracle: bool = False
 
 
 class InputSpace(ABC):
-    """The space of one input: candidates are what the model sees, decoded inputs are what a person sees."""
+    """The space of one input: candidates are what the model sees, decoded inputs are what a person sees.
+
+    A new space sets the class attributes, says how candidates are decoded, and overrides what is special about it:
+    scores, verdict, record and report ask the space and nothing else.
+
+    Attributes:
+        kind: name of the modality in records.
+        noun: what one example is called.
+        nouns: what several are called.
+        display: how a report shows examples: as pictures, numbers, text (see :meth:`texts`), or a table of the texts
+            under their :attr:`names`.
+        reads: which metrics fit, by what they read (``Metric.reads``).
+        quoted: the metrics that a headline quotes, the most telling one first.
+        error_name: what :meth:`errors` returns, in words.
+        margin: largest share of a null guess's error that counts as clearly better.
+
+    """
+
+    kind: ClassVar[str]
+    noun: ClassVar[str] = "example"
+    nouns: ClassVar[str] = "examples"
+    display: ClassVar[Literal["pictures", "numbers", "text", "table"]] = "numbers"
+    reads: ClassVar[frozenset[str]]
+    quoted: ClassVar[tuple[str, ...]]
+    error_name: ClassVar[str]
+    margin: ClassVar[float] = 0.5
 
     @property
     @abstractmethod
@@ -24,6 +72,17 @@ class InputSpace(ABC):
     def unit(self) -> float | None:
         """Typical size of one model-input value, for tolerances; None where only the values themselves tell."""
         return None
+
+    @property
+    def normalization(self) -> str:
+        """How decoded inputs become model inputs, in words; empty where they are used as they are."""
+        return ""
+
+    # ------------------------------------------------------------------------------------- for model and attacker
+
+    def start(self, count: int, generator: torch.Generator, std: float = 0.1) -> Tensor:
+        """Return model inputs (count, *shape), float64, from which a search starts: normal, of deviation ``std``."""
+        return torch.randn(count, *self.shape, generator=generator, dtype=torch.float64) * std
 
     def neutral(self) -> Tensor:
         """Return the model input (*shape), float64, that says least: where a solver starts that needs one point."""
@@ -57,3 +116,75 @@ class InputSpace(ABC):
                 f"The inputs have shape {tuple(inputs.shape[1:])}, those of the space {tuple(self.shape)}; pass a "
                 "space of the inputs' shape."
             )
+
+    # ------------------------------------------------------------------------------------------------- for scores
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The metrics that fit: those of ``gradleak.metrics`` that read what this space holds."""
+        named = (getattr(gradleak.metrics, name) for name in gradleak.metrics.__all__)
+        return tuple(metric for metric in named if metric.reads in self.reads)
+
+    def prepare(self, inputs: Tensor) -> Tensor:
+        """Return decoded inputs as scores compare them: on the CPU, in float64."""
+        return inputs.detach().to("cpu", torch.float64)
+
+    def assign(self, guess: Tensor, truth: Tensor) -> Tensor:
+        """Return for each of N private examples the index of its reconstruction, one to one, −1 for none."""
+        return gradleak.metrics.assign(guess, truth)
+
+    @abstractmethod
+    def errors(self, guess: Tensor, truth: Tensor) -> Tensor:
+        """Return one error per example, (N,) in float64, by which examples are ordered and success is decided.
+
+        0 is identical; NaN says that there is no usable guess.
+        """
+
+    def null_guesses(self, truth: Tensor, public: Tensor | None = None) -> tuple[NullGuess, ...]:
+        """Return what could be guessed of ``truth`` (N, *shape) without the update.
+
+        Args:
+            truth: decoded private inputs; their mean stands for what everybody knows about such data.
+            public: decoded public examples (M, *shape).
+
+        """
+        return () if public is None else (_public_mean(truth, public, self.nouns),)
+
+    def better(self, guess: Tensor, truth: Tensor, public: Tensor | None = None) -> Tensor:
+        """Return for each example, (N,), whether ``guess`` is clearly better than every null guess."""
+        errors = self.errors(guess, truth)
+        result = torch.isfinite(errors)
+        for null in self.null_guesses(truth, public):
+            bars = self.errors(null.inputs, truth)
+            if bars.mean() > _HIT:  # A mean that is the truth itself, as of one example, is no guess.
+                # An example that a guess hits by chance says nothing alone; there the whole batch is compared.
+                result &= errors <= self.margin * torch.where(bars > _HIT, bars, bars.mean())
+        return result
+
+    @abstractmethod
+    def closeness(self, values: Mapping[str, float | None]) -> tuple[int, str]:
+        """Return how close an example with these metric values came, and one sentence on what a person makes of it.
+
+        0: nothing came back, 1: a coarse impression, 2: it came back with visible errors, 3: with hardly any, 4: none.
+        """
+
+    # ----------------------------------------------------------------------------------------------- for a person
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the texts of one example are, for a table; empty where they follow each other as in a sentence."""
+        return ()
+
+    def texts(self, inputs: Tensor) -> tuple[tuple[str, ...], ...] | None:
+        """Return decoded inputs (N, *shape) as pieces of text; None where pictures or plain numbers are shown."""
+        return None
+
+
+def _public_mean(truth: Tensor, public: Tensor, nouns: str) -> NullGuess:
+    if public.shape[1:] != truth.shape[1:] or len(public) == 0:
+        raise InvalidInput(
+            f"The public {nouns} have shape {tuple(public.shape)}, the private ones {tuple(truth.shape)}; "
+            f"pass public {nouns} of the same shape."
+        )
+    mean = public.detach().to("cpu", torch.float64).mean(0, keepdim=True)
+    return NullGuess(f"the mean of {len(public)} public {nouns}", mean.expand_as(truth))

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from gradleak.errors import InvalidInput
-from gradleak.spaces.base import InputSpace
+from gradleak.metrics import mse
+from gradleak.spaces.base import InputSpace, NullGuess
 
-__all__ = ["ImageSpace"]
+__all__ = ["HALF_GRAY", "ImageSpace"]
+
+HALF_GRAY = 54.15
+"""PSNR in dB at which the root-mean-square error is half a gray level of an 8-bit screen, −20·log10(0.5 / 255)."""
+_HARD_TO_SEE = 30.0
+_RECOGNIZABLE = 20.0
+_COARSE = 15.0
+# A blurred or constant picture of the right brightness may pass 20 dB, but never this structural similarity.
+_SSIM = 0.4
+
+_PHRASES = (
+    "A person would not recognize it.",
+    "Coarse shapes and colors came back; a person would hardly recognize it.",
+    "A person would recognize it, with visible errors.",
+    "Differences are hard to see: a person would recognize it at once.",
+    "The difference is smaller than half a gray level of a screen: to a person the two are the same picture.",
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +45,14 @@ class ImageSpace(InputSpace):
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
+    kind: ClassVar[str] = "image"
+    noun: ClassVar[str] = "image"
+    nouns: ClassVar[str] = "images"
+    display: ClassVar[Literal["pictures", "numbers", "text", "table"]] = "pictures"
+    reads: ClassVar[frozenset[str]] = frozenset({"inputs", "images"})
+    quoted: ClassVar[tuple[str, ...]] = ("mse", "psnr", "ssim")
+    error_name: ClassVar[str] = "MSE"
+
     def __post_init__(self) -> None:
         if len(self.shape) != 3 or min(self.shape) < 1:
             raise InvalidInput(f"An image shape is (channels, height, width), not {self.shape}; pass three numbers.")
@@ -33,12 +60,20 @@ class ImageSpace(InputSpace):
             if values and len(values) not in (1, self.shape[0]):
                 raise InvalidInput(f"{name} has {len(values)} values for {self.shape[0]} channels; give one or each.")
         if any(s <= 0 for s in self.std):
-            raise InvalidInput(f"std must be positive, not {self.std}; give the normalisation the client used.")
+            raise InvalidInput(f"std must be positive, not {self.std}; give the normalization the client used.")
 
     @property
     def unit(self) -> float | None:
-        """The size of a full range of gray levels."""
+        """The range from black to white, in model-input units."""
         return 1 / max(self.std or (1.0,))
+
+    @property
+    def normalization(self) -> str:
+        """Mean and standard deviation, in words."""
+        if not self.mean and not self.std:
+            return ""
+        mean, std = (", ".join(f"{v:g}" for v in values) for values in (self.mean or (0.0,), self.std or (1.0,)))
+        return f"normalized with mean {mean} and std {std}"
 
     def neutral(self) -> Tensor:
         """Return mid-gray."""
@@ -54,7 +89,7 @@ class ImageSpace(InputSpace):
         return candidates * std + mean
 
     def decode(self, candidates: Tensor) -> Tensor:
-        """Undo the normalisation and clamp to [0, 1]."""
+        """Undo the normalization and clamp to [0, 1]."""
         return self._images(candidates).clamp(0, 1)
 
     def show(self, candidates: Tensor) -> tuple[Tensor, str | None]:
@@ -71,12 +106,12 @@ class ImageSpace(InputSpace):
         return (images - low) / max(high - low, 1e-12), why
 
     def encode(self, inputs: Tensor) -> Tensor:
-        """Normalise images in [0, 1]."""
+        """Normalize images in [0, 1]."""
         mean, std = self._stats(inputs)
         return (inputs - mean) / std
 
     def project(self, candidates: Tensor) -> Tensor:
-        """Clip candidates to the normalised box of valid images."""
+        """Clip candidates to the normalized box of valid images."""
         mean, std = self._stats(candidates)
         return torch.minimum(torch.maximum(candidates, -mean / std), (1 - mean) / std)
 
@@ -93,3 +128,28 @@ class ImageSpace(InputSpace):
                 "outside the [0, 1] of images; divide bytes by 255, describe normalized images with "
                 "space=ImageSpace(shape, mean=..., std=...), and other data with space=TensorSpace(shape)."
             )
+
+    def errors(self, guess: Tensor, truth: Tensor) -> Tensor:
+        """Return the mean squared error of each image, (N,)."""
+        return mse(guess, truth)
+
+    def null_guesses(self, truth: Tensor, public: Tensor | None = None) -> tuple[NullGuess, ...]:
+        """Return mid-gray, a flat image of the batch's mean brightness, and the mean of ``public`` images."""
+        flat = torch.full_like(truth, float(truth.mean()))
+        return (
+            NullGuess("the same flat gray 0.5 for every example", torch.full_like(truth, 0.5)),
+            NullGuess("a flat gray of the private images' mean brightness (oracle)", flat, oracle=True),
+            *super().null_guesses(truth, public),
+        )
+
+    def closeness(self, values: Mapping[str, float | None]) -> tuple[int, str]:
+        """Return 1 from 15 dB on, 2 from 20 dB and SSIM 0.4 on (or 30 dB), 3 from 30 dB on, 4 from 54 dB on.
+
+        These are rules of thumb of the field, not properties of people; the report says so.
+        """
+        psnr, ssim = values.get("psnr"), values.get("ssim")
+        if psnr is None:
+            return 0, _PHRASES[0]
+        recognizable = _RECOGNIZABLE if ssim is None or ssim >= _SSIM else _HARD_TO_SEE
+        level = sum(psnr >= limit for limit in (_COARSE, recognizable, _HARD_TO_SEE, HALF_GRAY))
+        return level, _PHRASES[level]

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from gradleak.errors import InvalidInput
-from gradleak.spaces import InputSpace
+from gradleak.metrics import token_accuracy
+from gradleak.spaces.base import InputSpace, NullGuess
 
 __all__ = ["TokenSpace"]
+
+_PHRASES = (
+    "The sentence did not come back.",
+    "Half of its words are among those read, but not in their places.",
+    "Most words stand where they stood.",
+    "Nearly every word stands where it stood: a person would read the sentence.",
+    "Every word stands where it stood.",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +32,7 @@ class TokenSpace(InputSpace):
         table: (V, d) word embeddings of the model that was sent out.
         length: number of tokens T, special tokens among them.
         excluded: ids that no sentence contains (padding, unused slots), never decoded to.
+        words: the text of every id, for a reader; ids are shown where it is empty.
 
     Raises:
         InvalidInput: the table is not a matrix, the length is not positive, or no token is left to decode to.
@@ -30,6 +42,15 @@ class TokenSpace(InputSpace):
     table: Tensor
     length: int
     excluded: tuple[int, ...] = ()
+    words: Sequence[str] = ()
+
+    kind: ClassVar[str] = "tokens"
+    noun: ClassVar[str] = "sentence"
+    nouns: ClassVar[str] = "sentences"
+    display: ClassVar[Literal["pictures", "numbers", "text", "table"]] = "text"
+    reads: ClassVar[frozenset[str]] = frozenset({"tokens"})
+    quoted: ClassVar[tuple[str, ...]] = ("token_accuracy",)
+    error_name: ClassVar[str] = "share of wrong tokens"
 
     def __post_init__(self) -> None:
         if self.table.ndim != 2 or self.length < 1:
@@ -80,3 +101,34 @@ class TokenSpace(InputSpace):
     def encode(self, inputs: Tensor) -> Tensor:
         """Return the embeddings (..., T, d) of token ids (..., T)."""
         return self.table[inputs]
+
+    def prepare(self, inputs: Tensor) -> Tensor:
+        """Return token ids on the CPU; embeddings are decoded, −1 stays: it counts for nothing."""
+        return self.decode(inputs.detach()).to("cpu", torch.long)
+
+    def errors(self, guess: Tensor, truth: Tensor) -> Tensor:
+        """Return the share of wrong tokens of each sentence, (N,)."""
+        return 1 - token_accuracy(guess, truth)
+
+    def null_guesses(self, truth: Tensor, public: Tensor | None = None) -> tuple[NullGuess, ...]:
+        """Return none: no sentence guessed without the update has half of its words in their places."""
+        return ()
+
+    def closeness(self, values: Mapping[str, float | None]) -> tuple[int, str]:
+        """Return 4 for every token in its place, 3 from nine tenths on, 2 from half, 1 where half occur at all."""
+        placed, known = values.get("token_accuracy"), values.get("token_recall")
+        if placed is not None and placed >= 0.5:
+            level = 2 + (placed >= 0.9) + (placed >= 1)
+        else:
+            level = int(known is not None and known >= 0.5)
+        return level, _PHRASES[level]
+
+    def texts(self, inputs: Tensor) -> tuple[tuple[str, ...], ...]:
+        """Return the words of each sentence (ids where no words are known); an empty one where nothing counts."""
+        rows = self.prepare(inputs).tolist()
+        return tuple(tuple(self._word(i) for i in row) for row in rows)
+
+    def _word(self, token: int) -> str:
+        if token < 0:
+            return ""
+        return self.words[token] if token < len(self.words) else str(token)

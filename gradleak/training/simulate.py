@@ -112,7 +112,7 @@ class Simulator:
         """Return the model's outputs at model inputs (N, *shape), computed in ``dtype``."""
         values = {**self.params(dtype), **self.buffers(dtype)}
         with sdpa_kernel(SDPBackend.MATH):
-            return functional_call(self.model, values, (cast_one(inputs, dtype or self.dtype),))
+            return functional_call(self.model, values, (cast_one(inputs, dtype or self.dtype).to(self.device),))
 
     def update(self, inputs: Tensor, labels: Tensor, dtype: torch.dtype | None = torch.float64) -> dict[str, Tensor]:
         """Return the undefended update by name, computed in ``dtype``; differentiable, traceable by torch.func.
@@ -126,8 +126,8 @@ class Simulator:
         return self.undefended.tensors(
             self.model,
             self.params(dtype),
-            cast_one(inputs, dtype or self.dtype),
-            cast_one(labels, dtype or self.dtype),
+            cast_one(inputs, dtype or self.dtype).to(self.device),
+            cast_one(labels, dtype or self.dtype).to(self.device),
             buffers=self.buffers(dtype),
         )
 
@@ -137,7 +137,9 @@ class Simulator:
 
     def relative(self, inputs: Tensor, labels: Tensor, observed: Tensors) -> float:
         """Return the relative distance of the update simulated in float64 to the seen one; infinite if that is zero."""
-        ours, seen = self.update(inputs, labels), cast(observed, torch.float64)
+        seen = cast(observed, torch.float64)
+        with torch.no_grad():
+            ours = self.update(inputs, labels)
         left = self.residual({k: ours[k] for k in seen}, seen)
         total = sum(float(t.square().sum()) for t in seen.values())
         return math.sqrt(sum(float(t.square().sum()) for t in left.values()) / total) if total > 0 else math.inf

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import stat
 from dataclasses import replace
@@ -9,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import gradleak.audit.folder as module
-from gradleak.audit.folder import Folder, check_writable, read_folder, write_files, write_folder
+import gradleak.files as module
+from gradleak.audit.folder import Folder, check_writable, read_folder, write_files, write_folder, write_report
 from gradleak.audit.records import AttackRun, Curves, Example, Outcome, Record, Subject, Threat, Verdict
 from gradleak.errors import InvalidFile, InvalidInput
 
@@ -35,7 +37,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_round_trip(tmp_path, folder: Folder) -> None:
     write_folder(tmp_path / "new" / "out", folder, "<html>")
     back = read_folder(tmp_path / "new" / "out")
-    assert back.record == folder.record
+    assert replace(back.record, files={}) == folder.record
+    for name, written in back.record.files.items():
+        assert hashlib.sha256((tmp_path / "new" / "out" / name).read_bytes()).hexdigest() == written
+    assert set(back.record.files) == {"reconstruction.safetensors", "trace.safetensors"}
     for name in ("inputs", "labels", "truth", "snapshots"):
         left, right = getattr(back, name), getattr(folder, name)
         assert (left is None) == (right is None)
@@ -107,13 +112,14 @@ def test_a_folder_that_refuses_root_as_well() -> None:
 
 
 def test_a_check_that_is_refused_half_way_leaves_nothing(tmp_path, monkeypatch) -> None:
-    def refuse(**_: object) -> str:
+    def refuse(_: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module.tempfile, "mkdtemp", refuse)
-    with pytest.raises(InvalidInput, match="No space left"):
-        check_writable(tmp_path / "a" / "b" / "c")
-    assert os.listdir(tmp_path) == []
+    monkeypatch.setattr(Path, "touch", refuse)
+    for place in (tmp_path / "a" / "b" / "c", tmp_path):
+        with pytest.raises(InvalidInput, match="No space left"):
+            check_writable(place)
+        assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -134,13 +140,120 @@ def test_absent_folders_and_files_are_named(tmp_path) -> None:
         read_folder(tmp_path)
 
 
+def forget_hashes(folder: Path) -> None:
+    """Make ``result.json`` that of an earlier version, which named no hashes."""
+    stored = json.loads((folder / "result.json").read_text())
+    del stored["files"]
+    (folder / "result.json").write_text(json.dumps(stored))
+
+
 @pytest.mark.parametrize("name", ["reconstruction.safetensors", "trace.safetensors"])
 @pytest.mark.parametrize("keep", [0, 4, 8, 40, -1])
 def test_truncated_tensors(tmp_path, name: str, keep: int) -> None:
     write_folder(tmp_path, WHOLE, "")
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(data[:keep])
+    with pytest.raises(InvalidFile, match=r"is not the file that belongs to result\.json"):
+        read_folder(tmp_path)
+    forget_hashes(tmp_path)
     with pytest.raises(InvalidFile, match="is damaged"):
+        read_folder(tmp_path)
+
+
+def test_results_of_earlier_versions_are_read(tmp_path) -> None:
+    write_folder(tmp_path, replace(WHOLE, truth=None, snapshots=None), "")
+    forget_hashes(tmp_path)
+    (tmp_path / "trace.safetensors").unlink()
+    assert np.array_equal(read_folder(tmp_path).inputs, INPUTS)
+
+
+def test_files_of_two_runs_are_told_apart(tmp_path) -> None:
+    write_folder(tmp_path / "a", WHOLE, "")
+    write_folder(tmp_path / "b", replace(WHOLE, inputs=1 - INPUTS), "")
+    (tmp_path / "b" / "reconstruction.safetensors").replace(tmp_path / "a" / "reconstruction.safetensors")
+    with pytest.raises(InvalidFile, match=r"one of them was changed, or writing them was stopped in between"):
+        read_folder(tmp_path / "a")
+
+
+def test_a_rename_that_fails_puts_back_what_was_there(tmp_path, monkeypatch) -> None:
+    write_folder(tmp_path, WHOLE, "<old>")
+    (tmp_path / "notes.txt").write_text("mine")
+    before, rename, calls = contents(tmp_path), Path.replace, []
+
+    def fail(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == 3:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(InvalidFile, match="Input/output error"):
+        write_folder(tmp_path, replace(WHOLE, inputs=1 - INPUTS), "<new>")
+    assert contents(tmp_path) == before
+
+
+def test_disks_without_hard_links(tmp_path, monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    write_folder(tmp_path, WHOLE, "<old>")
+    write_folder(tmp_path, replace(WHOLE, inputs=1 - INPUTS), "<new>")
+    assert np.array_equal(read_folder(tmp_path).inputs, 1 - INPUTS)
+    assert (tmp_path / "report.html").read_text() == "<new>"
+
+
+def test_what_killed_runs_left_is_removed_and_nothing_else(tmp_path) -> None:
+    out = tmp_path / "out"
+    gone, alive = 2**22 + 1, os.getppid()  # above the largest process number
+    left = [
+        tmp_path / f".out.{module._machine()}-{gone}-{'0' * 8}.partial",
+        out / f".out.{'0' * 8}-1-{'1' * 8}.partial",
+    ]
+    stay = [
+        tmp_path / f".out.{module._machine()}-{alive}-{'0' * 8}.partial",
+        tmp_path / f".out.{'0' * 8}-{gone}-{'0' * 8}.partial",  # of another machine, and fresh
+        tmp_path / f".other.{module._machine()}-{gone}-{'0' * 8}.partial",
+        tmp_path / ".out.mine.partial",
+    ]
+    for folder in [left[0], *stay]:
+        folder.mkdir(parents=True)
+        (folder / "a").touch()
+    write_files(out, {"a": b"1"})
+    assert sorted(tmp_path.iterdir()) == sorted([out, *stay])
+    left[1].mkdir()
+    os.utime(left[1], (0, 0))
+    write_files(out, {"a": b"2"})
+    assert contents(out) == {"a": b"2"}
+
+
+def test_the_page_alone_is_replaced(tmp_path) -> None:
+    write_folder(tmp_path, WHOLE, "<old>")
+    write_report(tmp_path, "<new> \udcff")
+    assert (tmp_path / "report.html").read_text() == "<new> ?"
+    assert np.array_equal(read_folder(tmp_path).inputs, INPUTS)
+
+
+def test_names_that_are_no_unicode_do_not_cost_the_result(tmp_path) -> None:
+    write_folder(tmp_path, replace(WHOLE, record=replace(RECORD, command="gradleak \udcff")), "\udcff")
+    assert read_folder(tmp_path).record.command == "gradleak ?"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"iterations": 5', f'"iterations": {2**63}'),
+        ('"iterations": 5', '"iterations": ' + "9" * 5000),
+        ('"objective": 0.001', '"objective": ' + "9" * 4000),
+        ('"files": {', '"files": {"notes.txt": "", '),
+    ],
+)
+def test_records_that_no_run_writes(tmp_path, old: str, new: str) -> None:
+    write_folder(tmp_path, WHOLE, "")
+    text = (tmp_path / "result.json").read_text()
+    assert old in text
+    (tmp_path / "result.json").write_text(text.replace(old, new))
+    with pytest.raises(InvalidFile, match=r"^result\.json is"):
         read_folder(tmp_path)
 
 
@@ -151,11 +264,15 @@ def test_truncated_tensors(tmp_path, name: str, keep: int) -> None:
         replace(WHOLE, inputs=INPUTS[:0]),
         replace(WHOLE, truth=INPUTS[:1]),
         replace(WHOLE, snapshots=np.stack([INPUTS] * 2)),
+        replace(WHOLE, inputs=INPUTS.astype(np.complex64)),
+        replace(WHOLE, record=replace(RECORD, curves=Curves((0, 2, 5), (1.0, 0.5)))),
+        replace(WHOLE, record=replace(RECORD, curves=Curves((0, 2, 5), (1.0, 0.5, 0.1), {"w": (1.0,)}))),
+        replace(WHOLE, record=replace(RECORD, curves=Curves((0, 2, 5), (1.0, 0.5, 0.1), {}, (1.0,)))),
         replace(WHOLE, record=replace(RECORD, examples=(Example(0, 7, None, None, {}),))),
         replace(WHOLE, record=replace(RECORD, examples=(Example(-1, 0, None, None, {}),))),
     ],
 )
 def test_files_that_do_not_belong_together(tmp_path, wrong: Folder) -> None:
     write_folder(tmp_path, wrong, "")
-    with pytest.raises(InvalidFile, match="do not belong together"):
+    with pytest.raises(InvalidFile, match=r"do not belong together|\d entries, not \d"):
         read_folder(tmp_path)

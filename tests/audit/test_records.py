@@ -14,13 +14,16 @@ from gradleak.audit.records import (
     SCHEMA,
     Aggregate,
     AttackRun,
+    AttemptRecord,
     CertificateRecord,
     Curves,
     Example,
+    FindingRecord,
     Lift,
     Match,
     Outcome,
     Record,
+    Shown,
     Subject,
     Success,
     Threat,
@@ -34,15 +37,31 @@ RECORD = Record(
     subject=Subject("lenet", "LeNet", 10, 2, "image", (3, 4, 4), 5, 2, "gradient", "float32", "FedSGD"),
     threat=Threat(("BATCH_SIZE",), ("LABELS",)),
     attack=AttackRun("dlg", {"lr": 0.1, "restarts": 2, "box": True, "solver": "lbfgs", "dtype": None}, 3),
-    outcome=Outcome("budget", 1e-3, 5, 7, 1.5, (1, 0), ("a note",)),
+    outcome=Outcome(
+        "budget",
+        1e-3,
+        5,
+        7,
+        1.5,
+        (1, 0),
+        ("a note",),
+        ("limit",),
+        attack="recursion",
+        findings=(FindingRecord("labels", "Both.", True, 2, 2),),
+        attempts=(AttemptRecord("recursion", True, "matched", "why"), AttemptRecord("dlg", False, None, "no time")),
+        solved=(1,),
+    ),
     verdict=Verdict("leaked", "It came back.", "Because.", ("x",), ("y", "z")),
     match=Match(1e-3, 1e-7),
-    certificate=CertificateRecord("matched", 1e-8, 1e-7, 3, 4, ("matched", "matched"), "why"),
-    examples=(Example(1, 0, 1, 1, {"mse": 0.5, "psnr": None}), Example(0, None, None, None, {})),
+    certificate=CertificateRecord(
+        "matched", 1e-8, 1e-7, 3, 4, ("matched", "matched"), "why", 2.0, 1e-9, True, True, {"fc.weight": 2.0}
+    ),
+    examples=(Example(1, 0, 1, 1, {"mse": 0.5, "psnr": None}, True, 2, "Words."), Example(0, None, None, None, {})),
     aggregates=(Aggregate("mse", "", 2, 0.1, None, 0.0, 0.1, 0.2),),
     success=Success(1e-3, 1, 2, 0.1, 0.9, None),
     lifts=(Lift("gray", 10.0, None, True),),
     curves=Curves((0, 5), (1.0, math.inf), {"fc.weight": (1.0, 0.5)}, (0.5, 0.25)),
+    shown=Shown(("age",), (("39",), ("40",)), (("39",), ("41",))),
     command="gradleak demo",
     environment={"torch": "2"},
     created="2026-01-01T00:00:00+00:00",
@@ -95,6 +114,13 @@ def damaged(path: str, value: object) -> str:
         ("curves.layers", [], "curves.layers is not an object"),
         ("verdict.headline", None, "verdict.headline is not of type str"),
         ("examples.0.values", {"mse": "small"}, "values.mse"),
+        ("outcome.findings.0.proved", 1, "proved is not of type bool"),
+        ("subject.parameters", 2**63, "larger than any number"),
+        ("outcome.seconds", 10**400, "larger than any number"),
+        ("curves.layers", {"fc.weight": [1.0]}, "curves.layers.fc.weight has 1 entries, not 2"),
+        ("curves.mse", [0.5], "curves.mse has 1 entries, not 2"),
+        ("outcome.note_kinds", ["limit", "limit"], "note_kinds has 2 entries, not 1"),
+        ("shown.truth", [["39"]], "shown.truth has 1 entries, not 2"),
     ],
 )
 def test_damage_is_named(path: str, value: object, says: str) -> None:
@@ -108,10 +134,29 @@ def test_anything_else_is_refused(text: str) -> None:
         from_json(text)
 
 
+def test_version_1_is_told_what_to_do() -> None:
+    with pytest.raises(
+        InvalidFile, match=r"schema 2, but an earlier version wrote it \(schema 1\); run its command again"
+    ):
+        from_json(damaged("schema", 1))
+
+
+def test_halves_of_characters_and_long_names_stay_writable() -> None:
+    odd = replace(RECORD, command="gradleak attack --out \udcff", environment={"\ud800": "x"})
+    to_json(odd).encode()
+    assert from_json(to_json(odd)).command == "gradleak attack --out ?"
+    read = from_json(damaged("command", "\ud800"))
+    read.command.encode()
+    with pytest.raises(InvalidFile) as caught:
+        from_json(damaged("x" * 100_000, 1))
+    assert len(str(caught.value)) < 500
+
+
 def test_the_documented_schema_names_every_field() -> None:
     text = (Path(__file__).resolve().parents[2] / "docs" / "result-schema.md").read_text(encoding="utf-8")
     words = set(re.findall(r"[a-z_]+", " ".join(re.findall(r"`([^`]*)`", text))))
     kinds = [Record, Subject, Threat, AttackRun, Outcome, Verdict, Match, CertificateRecord, Example, Aggregate]
+    kinds += [FindingRecord, AttemptRecord, Shown]
     for kind in [*kinds, Success, Lift, Curves]:
         assert {f.name for f in fields(kind)} - words == set(), kind.__name__
     assert f"version of this schema: {SCHEMA}" in text

@@ -11,12 +11,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gradleak import cli
+from gradleak.attacks.matching import engine
+from gradleak.audit.records import Record, from_json
 from gradleak.exchange import Client
 from gradleak.training import FedAvg, FedSGD, LocalTraining
 from gradleak.types import Batch
 
 MODULE = """
+import sys
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -29,6 +33,10 @@ def small(classes=5, p=0.0, norm=False, width=6, track=True):
 
 def rows():
     return nn.Sequential(nn.Linear(7, 9), nn.Sigmoid(), nn.Linear(9, 3))
+
+
+def single():
+    return nn.Sequential(nn.Linear(7, 1))
 
 
 def tokens():
@@ -45,6 +53,40 @@ def sequence():
 
 def broken():
     raise RuntimeError("no such checkpoint")
+
+
+def quits():
+    sys.exit(0)
+
+
+def damaged():
+    model = small()
+    nn.init.constant_(model[0].weight, float("nan"))
+    return model
+
+
+class Strange(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.inner, self.how = small(), how
+
+    def forward(self, x):
+        x = self.inner(x)
+        if self.how == "quits":
+            sys.exit(0)
+        if self.how == "dropout":
+            return F.dropout(x, 0.5, self.training)
+        if self.how == "numpy":
+            return torch.from_numpy(x.numpy())
+        return x + torch.empty(2**50, dtype=torch.uint8).sum()
+
+
+def strange(how):
+    return Strange(how)
+
+
+def wrong(outputs, targets):
+    raise ValueError("not this one")
 """
 
 
@@ -82,6 +124,9 @@ class Case:
 
         return load_file(self.folder / name)
 
+    def record(self, out: str = "out") -> Record:
+        return from_json((self.folder / out / "result.json").read_text(encoding="utf-8"))
+
     def attack(self, *more: str, **changed: str | None) -> Said:
         """Run ``gradleak attack`` with the right options, some of them changed (None: left out)."""
         options: dict[str, str | None] = {
@@ -96,6 +141,12 @@ class Case:
         } | changed
         words = [w for k, v in options.items() if v is not None for w in (f"--{k.replace('_', '-')}", v)]
         return self.run("attack", *words, *more)
+
+
+@pytest.fixture(autouse=True)
+def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled: no small search gains from it, and time decides too much else."""
+    monkeypatch.setattr(engine, "_SAVED", dict.fromkeys(engine._SAVED, 0.0))
 
 
 @pytest.fixture

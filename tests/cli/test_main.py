@@ -10,7 +10,7 @@ import pytest
 
 import gradleak
 from gradleak.audit.records import from_json
-from gradleak.cli import attack as cli_attack
+from gradleak.cli import demo, names
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,7 +64,7 @@ def test_a_missing_option_is_named(run) -> None:
 @pytest.mark.parametrize("kind", ["attacks", "models", "metrics", "defenses"])
 def test_list(run, kind: str) -> None:
     done = run("list", kind)
-    package = cli_attack._NAMED[kind]
+    package = names.NAMED[kind]
     assert done.code == 0
     lines = done.out.splitlines()
     assert lines
@@ -77,7 +77,7 @@ def test_list(run, kind: str) -> None:
 
 def test_list_everything_and_nothing(run) -> None:
     done = run("list")
-    assert all(f"{kind}\n" in done.out for kind in cli_attack._NAMED)
+    assert all(f"{kind}\n" in done.out for kind in names.NAMED)
     done = run("list", "attack")
     assert done.code == 2
     assert "did you mean 'attacks'" in done.err
@@ -122,7 +122,7 @@ def test_unexpected_system_errors_are_sentences(run, monkeypatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "/somewhere")
 
-    monkeypatch.setattr(cli_attack, "list_names", refuse)
+    monkeypatch.setattr(names, "list_names", refuse)
     done = run("list")
     assert done.code == 2
     assert "'/somewhere'" in done.err
@@ -133,7 +133,7 @@ def test_bugs_are_not_hidden(run, monkeypatch) -> None:
     def bug(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli_attack, "list_names", bug)
+    monkeypatch.setattr(names, "list_names", bug)
     with pytest.raises(ZeroDivisionError):
         run("list")
 
@@ -143,8 +143,8 @@ def test_demo_on_a_picture_of_ones_own(run, tmp_path, monkeypatch) -> None:
     from PIL import Image
 
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 40, 3), dtype=np.uint8)).save(tmp_path / "me.png")
-    original = cli_attack._build_attack
-    monkeypatch.setattr(cli_attack, "_build_attack", lambda name, options: original(name, {"iterations": 5}))
+    original = demo.build_attack
+    monkeypatch.setattr(demo, "build_attack", lambda name, options: original(name, {"iterations": 5}))
     done = run("demo", "--image", "me.png", "--out", "seen")
     assert done.code == 0, done.err
     found = from_json((tmp_path / "seen" / "result.json").read_text(encoding="utf-8"))

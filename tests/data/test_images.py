@@ -240,6 +240,21 @@ class TestFolder:
                 load_images(folder)
             one_sentence(caught)
 
+    def test_pictures_without_end(self, tmp_path):
+        Image.new("1", (6000, 6000)).save(tmp_path / "a.png")
+        with pytest.raises(InvalidFile, match="has 6000 × 6000 pixels; resize it to at most 25 million") as caught:
+            load_images(tmp_path / "a.png", shape=(3, 8, 8))
+        one_sentence(caught)
+
+    def test_large_pictures_are_averaged_before_they_are_resized(self, tmp_path, monkeypatch):
+        y, x = np.mgrid[0:1200, 0:1000] / 1000
+        smooth = (127 * (1 + np.sin(9 * x) * np.cos(7 * y))).round().astype(np.uint8)
+        Image.fromarray(smooth).save(tmp_path / "a.png")
+        large = load_images(tmp_path / "a.png", shape=(1, 12, 10)).inputs
+        monkeypatch.setattr("gradleak.data.images._LARGE", 10**9)
+        exact = load_images(tmp_path / "a.png", shape=(1, 12, 10)).inputs
+        assert 0 < (large - exact).abs().max() < 5e-3
+
     def test_only_what_is_asked_for_is_read(self, folder):
         (folder / "dog" / "1.png").write_bytes(b"broken")
         assert len(load_images(folder, count=3)) == 3

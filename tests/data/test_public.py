@@ -27,12 +27,18 @@ def test_reads_npz_channels_last(tmp_path: Path) -> None:
 
 
 def test_falls_back_on_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def svhn(root: str, *, split: str, download: bool) -> list[tuple[np.ndarray, int]]:
-        assert (root, split, download) == (str(tmp_path / "d"), "test", True)
-        return [(np.full((2, 2, 3), 255, np.uint8), 7)]
+    class SVHN:
+        def __init__(self, root: str, split: str = "train", download: bool = False) -> None:
+            assert (root, split, download) == (str(tmp_path / "d"), "test", True)
+
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+            return np.full((2, 2, 3), 255, np.uint8), 7
 
     stub = types.ModuleType("torchvision.datasets")
-    stub.SVHN = svhn  # type: ignore[attr-defined]
+    stub.SVHN, stub.__all__ = SVHN, ["SVHN"]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     public.require("svhn_mini.npz", None, tmp_path)

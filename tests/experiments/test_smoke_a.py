@@ -12,8 +12,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from gradleak.papers.experiment import Lab, load_package
+from gradleak.papers.experiment import Lab
 from gradleak.papers.reproduce import reproduce
+from gradleak.papers.workers import load_package
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "2019_zhu_dlg"
 NAMES = (

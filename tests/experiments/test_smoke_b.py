@@ -12,15 +12,16 @@ import pytest
 import torch
 
 import gradleak as gl
-from gradleak.papers import experiment, reproduce
+from gradleak.papers import reproduce
 from gradleak.papers.experiment import share
+from gradleak.papers.workers import load_package
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "2019_zhu_dlg"
 NAMES = ("defenses", "property_inference", "synthetic")
 
 
 def load(name: str) -> ModuleType:
-    experiment.load_package("zhu_for_tests", FOLDER)
+    load_package("zhu_for_tests", FOLDER)
     return importlib.import_module(f"zhu_for_tests.{name}")
 
 

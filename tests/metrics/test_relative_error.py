@@ -24,19 +24,37 @@ def test_a_scale_for_each_position() -> None:
     assert scales(torch.zeros(2, 3)).tolist() == [1, 1, 1]
 
 
-@given(st.integers(0, 1000), st.lists(st.floats(-9, 9), min_size=7, max_size=7))
+@given(st.integers(0, 1000), st.lists(st.floats(-0.5, 1.5), min_size=6, max_size=6))
 def test_units_do_not_matter(seed: int, exponents: list[float]) -> None:
-    truth, units = rows(seed=seed), 10 ** torch.tensor(exponents, dtype=torch.float64)
+    truth, units = rows(seed=seed), 10 ** torch.tensor([4, *exponents], dtype=torch.float64)
     guess = truth + 0.01 * rows(seed=seed + 1)
     for metric in (relative_error, null_guess_ratio):
         once = metric(guess, truth)
         same = metric(2.0**-20 * guess, 2.0**-20 * truth)
         assert torch.allclose(once, same, rtol=1e-9)
-    assert torch.allclose(relative_error(guess, truth), relative_error(units * guess, units * truth), rtol=1e-9)
+    # One large column decides what the whole is, so that the others keep their own units.
+    each = ((guess - truth) / truth.square().mean(0).sqrt()).square().mean(1).sqrt()
+    assert torch.allclose(relative_error(units * guess, units * truth), each, rtol=1e-9)
+
+
+@pytest.mark.parametrize("error", [1e-7, 1e-3])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_flat_base_line_is_measured_in_units_of_the_whole(n: int, error: float) -> None:
+    time = torch.linspace(0, 1, 96, dtype=torch.float64)
+    beat = sum(
+        a * torch.exp(-(((time - c) / w) ** 2)) for a, c, w in ((0.2, 0.2, 0.03), (1, 0.37, 0.03), (0.3, 0.6, 0.05))
+    )
+    truth = torch.stack([(1 + i) * beat for i in range(n)])
+    guess = truth + error * rows(n, 96)
+    assert float(truth[:, 90:].abs().max()) < 1e-12  # the base line
+    whole = truth.square().mean().sqrt()
+    assert float(relative_error(guess, truth).max()) < 20 * error / whole
+    assert float(null_guess_ratio(guess, truth).max()) < 0.1
+    assert float(null_guess_ratio(torch.zeros_like(truth), truth).min()) >= 1
 
 
 def test_zeros_score_one() -> None:
-    truth = rows() * torch.tensor([1e-4, 1, 1e5, 3, 1, 7, 0.1], dtype=torch.float64)
+    truth = rows() * torch.tensor([1e-1, 1, 1e4, 3, 1, 7, 0.2], dtype=torch.float64)
     assert float(relative_error(torch.zeros_like(truth), truth).square().mean()) == pytest.approx(1)
     assert float(relative_error(torch.zeros(1, 7), truth[:1])) == pytest.approx(1)
 

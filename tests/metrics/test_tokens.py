@@ -20,6 +20,7 @@ from gradleak.metrics import (
     token_accuracy,
     token_recall,
 )
+from gradleak.spaces import TokenSpace
 from gradleak.types import Batch, Reconstruction
 
 ALL = (token_accuracy, token_recall, rouge_1, rouge_2, rouge_l)
@@ -99,15 +100,16 @@ def test_sentences_are_assigned_by_wrong_tokens() -> None:
 
 def test_scores_of_sentences() -> None:
     truth = Batch(torch.tensor([[5, 6, 7, 8], [5, 9, 9, 8]]), torch.zeros(2, 4, dtype=torch.long))
+    space = TokenSpace(torch.eye(10), 4)
     found = Reconstruction(torch.tensor([[5, 9, 9, 8], [5, 6, 6, 8]]), None, 0.0)
-    scores = score(found, truth)
+    scores = score(found, truth, space)
     assert scores.assignment == (1, 0)
     assert scores.successes == 1
     assert [e.index for e in scores.examples] == [0, 1]  # the worst first
-    assert scores.means["token_accuracy"] == pytest.approx(7 / 8)
-    assert "mse" not in scores.means
-    assert scores.baselines == ()
-    alone = score(Reconstruction(found.inputs[:1], None, 0.0), truth)
+    assert scores.aggregate("token_accuracy").mean == pytest.approx(7 / 8)
+    assert "mse" not in {a.metric for a in scores.aggregates}
+    assert scores.lifts == ()
+    alone = score(Reconstruction(found.inputs[:1], None, 0.0), truth, space)
     assert alone.successes == 1
-    assert alone.examples[0].reconstruction is None
-    assert alone.worst["token_accuracy"] == 0
+    assert alone.examples[0].guess is None
+    assert alone.aggregate("token_accuracy").minimum == 0

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,7 +144,7 @@ def test_a_killed_run_resumes(root: Path) -> None:
     (out / "crash").unlink()
     reproduce("1999_toy", out=out, root=root)
     assert calls(out) == ["0", "1", "2", "2", "3"]
-    assert not list(out.rglob("*.part"))
+    assert not list(out.rglob("*.partial"))
 
 
 def test_version_measures_anew_and_drift_is_reported(root: Path) -> None:
@@ -196,6 +198,115 @@ def test_one_failing_experiment_does_not_stop_the_others(root: Path) -> None:
     assert done.failures == {"bad": "NotApplicable: no"}
     with pytest.raises(NotApplicable):
         reproduce("1999_toy", only="bad", out=root.parent / "out", root=root)
+
+
+NEEDY = '''"""Needs a package."""
+import package_of_the_text_extra
+NAME, SMOKE, DEFAULT, FULL = "needy", 1, 1, 1
+def run(config, lab): ...
+'''
+
+
+def test_an_absent_package_is_one_sentence_and_the_other_experiments_run(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gradleak.papers import reproduce as module
+
+    monkeypatch.setitem(module._EXTRAS, "package_of_the_text_extra", "text")
+    said = (
+        "The experiment 'needy' needs the package 'package_of_the_text_extra', which is not installed; "
+        "install it with pip install 'gradleak[text]'."
+    )
+    (root / "1999_toy" / "needy.py").write_text(NEEDY)
+    done = reproduce("1999_toy", out=root.parent / "out", root=root, scale="smoke")
+    assert set(done.results) == {"toy"}
+    assert done.failures == {"needy": said}
+    with pytest.raises(InvalidInput) as caught:
+        reproduce("1999_toy", only="needy", out=root.parent / "out", root=root)
+    assert str(caught.value) == said
+    late = NEEDY.replace("import package_of_the_text_extra\n", "").replace(
+        ": ...", ": import package_of_the_text_extra"
+    )
+    (root / "1999_toy" / "needy.py").write_text(late)
+    assert reproduce("1999_toy", out=root.parent / "out", root=root, scale="smoke").failures == {
+        "needy": f"InvalidInput: {said}"
+    }
+
+
+def test_the_paper_without_the_extra_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [k for k in sys.modules if k.partition(".")[0] in ("transformers", "tokenizers")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    for name in [k for k in sys.modules if k.startswith("gradleak.integrations")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert "text" in experiments("2019_zhu_dlg")
+    with pytest.raises(
+        InvalidInput, match=r"^The experiment 'text' needs the package 'transformers'.*gradleak\[text\]"
+    ):
+        reproduce("2019_zhu_dlg", only="text", scale="smoke", out=tmp_path)
+    lacking = module_place("2019_zhu_dlg").lacking
+    assert set(lacking) == {"text"}
+
+
+def module_place(paper: str) -> Any:
+    from gradleak.papers import reproduce as module
+
+    return module._load(paper, None)
+
+
+def test_a_place_that_cannot_be_written_is_noticed_before_any_work(root: Path) -> None:
+    (root.parent / "file").write_text("")
+    for bad in (root.parent / "file", Path("/proc/gradleak")):
+        with pytest.raises(InvalidInput, match="name another one with --out"):
+            reproduce("1999_toy", out=bad, root=root)
+    assert not (root.parent / "out" / "trained.txt").exists()
+
+
+def test_damaged_results_of_other_experiments_are_left_out_and_named(root: Path) -> None:
+    out, told = root.parent / "out", []
+    reproduce("1999_toy", out=out, root=root, scale="smoke")
+    stored = json.loads((out / "results-smoke" / "toy.json").read_text())
+    broken = {
+        "a": "{", "b": "[]", "c": json.dumps(stored | {"rows": [{}]}), "d": "[" * 100_000,
+        "e": json.dumps(stored | {"texts": {"a": 3}}), "f": json.dumps(stored | {"figures": [3]}),
+        "g": json.dumps(stored | {"rows": [stored["rows"][0] | {"ours": {"value": "x"}}]}), "h": "",
+    }  # fmt: skip
+    for name, content in broken.items():
+        (out / "results-smoke" / f"{name}.json").write_text(content)
+    done = reproduce("1999_toy", out=out, root=root, scale="smoke", callback=told.append)
+    assert "## toy" in done.page.read_text()
+    assert len([s for s in told if s.startswith("Left out of the page")]) == len(broken)
+
+
+def test_a_missing_picture_does_not_cost_the_page(root: Path) -> None:
+    out = root.parent / "out"
+    reproduce("1999_toy", out=out, root=root)
+    done = reproduce("1999_toy", out=out, root=root)
+    again = module_html(root, out)
+    assert again == done.html.read_text()
+    next((out / "results-default" / "toy").glob("*.png")).unlink()
+    assert "A line: this picture is missing; run the experiment again." in module_html(root, out)
+
+
+def module_html(root: Path, out: Path) -> str:
+    from gradleak.papers import reproduce as module
+    from gradleak.papers.expected import read_expected
+    from gradleak.papers.page import to_html
+
+    known = module._results(out / "results-default", None)
+    return to_html("1999_toy", known, read_expected(root / "1999_toy"), out / "results-default")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[", "a = 3", "[a]\nb = 3", "[a.b]\ntarget = 3", '[a.b]\nfactor = "x"', "[a.b]\ntolerance = true", "\udcff",
+     "a = " + "[" * 50_000, "a = " + "9" * 5000],
+)  # fmt: skip
+def test_expected_figures_that_cannot_be_read(root: Path, text: str) -> None:
+    (root / "1999_toy" / "expected.toml").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(InvalidFile, match=r"expected\.toml .*; correct it\.$"):
+        experiments("1999_toy", root)
 
 
 def test_names(root: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gradleak import metrics
 from gradleak.audit.records import (
     Aggregate,
     AttackRun,
@@ -24,6 +25,7 @@ from gradleak.audit.records import (
 )
 from gradleak.audit.verdict import judge
 from gradleak.report import picture
+from gradleak.spaces import ImageSpace
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ def _photograph(side: int, shift: int) -> np.ndarray:
     y, x = np.mgrid[0:side, 0:side] / side
     channels = [np.sin(5 * x + shift) * np.cos(4 * y), np.cos(3 * x * y + shift), np.sin(6 * y - 2 * x + 2 * shift)]
     return 0.5 + 0.45 * np.stack(channels)
+
+
+def _values(mse: float) -> dict[str, float | None]:
+    return {"mse": mse, "psnr": float(-10 * np.log10(mse)), "ssim": 1 - mse * 8}
 
 
 def make_case(n: int = 1, *, truth: bool = True, frames: int = 24, side: int = 32) -> Case:
@@ -67,15 +73,13 @@ def make_case(n: int = 1, *, truth: bool = True, frames: int = 24, side: int = 3
                     i,
                     10 + i,
                     10 + i if i != 2 else 99,
-                    {
-                        "mse": float(errors[-1, i]),
-                        "psnr": float(-10 * np.log10(errors[-1, i])),
-                        "ssim": float(1 - errors[-1, i] * 8),
-                    },
+                    _values(float(errors[-1, i])),
+                    bool(errors[-1, i] <= 1e-3),
+                    *ImageSpace().closeness(_values(float(errors[-1, i]))),
                 )
                 for i in range(n)
             ),
-            key=lambda e: -(e.mse or 0.0),
+            key=lambda e: -(e.values["mse"] or 0.0),
         )
     )
     aggregates = tuple(
@@ -88,11 +92,12 @@ def make_case(n: int = 1, *, truth: bool = True, frames: int = 24, side: int = 3
             min(v),
             float(np.median(v)),
             max(v),
+            meaning,
         )
-        for name, unit, v in (
-            ("mse", "", [e.mse or 0.0 for e in examples]),
-            ("psnr", "dB", [e.psnr or 0.0 for e in examples]),
-            ("ssim", "", [e.ssim or 0.0 for e in examples]),
+        for name, unit, meaning, v in (
+            ("mse", "", metrics.mse.meaning, [e.values["mse"] or 0.0 for e in examples]),
+            ("psnr", "dB", metrics.psnr.meaning, [e.values["psnr"] or 0.0 for e in examples]),
+            ("ssim", "", metrics.ssim.meaning, [e.values["ssim"] or 0.0 for e in examples]),
         )
     )
     subject = Subject(
@@ -107,6 +112,10 @@ def make_case(n: int = 1, *, truth: bool = True, frames: int = 24, side: int = 3
         "gradient",
         "float32",
         "one gradient of the mean cross-entropy over the whole batch (FedSGD)",
+        noun="image",
+        nouns="images",
+        display="pictures",
+        quoted=("mse", "psnr", "ssim"),
     )
     outcome = Outcome(
         "converged",

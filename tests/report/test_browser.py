@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from gradleak.report import render
+from gradleak.audit.records import AttemptRecord, Shown
+from gradleak.audit.verdict import judge_refusal
+from gradleak.report import picture, render
 
 BROWSER = os.environ.get("GRADLEAK_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
@@ -81,6 +85,26 @@ def test_nothing_overflows(show, case, width: int, n: int, truth: bool) -> None:
     page = show(render(good.record, good.pictures), width)
     assert page.evaluate("document.scrollingElement.scrollWidth") <= width
     assert page.evaluate(OVERFLOWING) == []
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("kind", ["sentences", "rows", "refusal"])
+def test_what_is_no_picture_does_not_overflow_either(show, case, kind: str, width: int) -> None:
+    record = case(1).record
+    subject = replace(record.subject, display="numbers" if kind == "rows" else "text", noun="sentence")
+    record = replace(record, subject=subject, curves=None)
+    inputs = np.linspace(-1e6, 1e6, 8)[None]
+    if kind == "sentences":
+        words = (*["un", "##believ", "##ably"] * 20, "x" * 300)
+        record = replace(record, shown=Shown((), (words,), (words[1:] + words[:1],)))
+    if kind == "refusal":
+        attempts = tuple(AttemptRecord(f"attack_{i}", False, None, "It does not apply. " * 9) for i in range(3))
+        outcome = replace(record.outcome, status="not_applicable", attempts=attempts)
+        record = replace(record, outcome=outcome, examples=None, verdict=judge_refusal(outcome, "No. " * 40))
+    page = show(render(record, picture(record, inputs, inputs)), width)
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= width
+    outside = "e => !e.closest('.scroll') || e.classList.contains('scroll')"
+    assert page.evaluate(OVERFLOWING.replace("const clipped =", f"const clipped = !({outside})(e) ||")) == []
 
 
 def test_hostile_strings_neither_run_nor_overflow(show, hostile) -> None:

@@ -14,8 +14,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gradleak import metrics
 from gradleak.audit.numbers import duration, power, sig
-from gradleak.audit.records import Aggregate, Example, Pictures, from_json, to_json
+from gradleak.audit.records import (
+    Aggregate,
+    AttemptRecord,
+    CertificateRecord,
+    Curves,
+    Example,
+    FindingRecord,
+    Lift,
+    Match,
+    Outcome,
+    Pictures,
+    Shown,
+    Success,
+    from_json,
+    to_json,
+)
+from gradleak.audit.verdict import judge_refusal
 from gradleak.report import picture, render
 from gradleak.report.charts import Series, log_chart
 from gradleak.report.pictures import encode_png
@@ -120,7 +137,7 @@ def test_the_worst_example_is_first(case) -> None:
     good = case(5)
     rows = re.findall(r'<tr><th scope="row">(\d+)</th><td>', render(good.record, good.pictures))
     assert rows[:5] == [str(e.index + 1) for e in good.record.examples]
-    errors = [e.mse for e in good.record.examples]
+    errors = [e.values["mse"] for e in good.record.examples]
     assert errors == sorted(errors, reverse=True)
 
 
@@ -160,7 +177,7 @@ def test_a_closed_form_has_no_slider_and_no_curves(case) -> None:
 
 def test_values_that_are_no_images_become_a_table(case) -> None:
     good = case(1)
-    subject = replace(good.record.subject, input_kind="tensor", input_shape=(30,))
+    subject = replace(good.record.subject, input_kind="tensor", input_shape=(30,), display="numbers")
     record = replace(good.record, subject=subject)
     inputs, truth = np.linspace(0, 1, 30)[None], np.linspace(0, 1, 30)[None] + 0.001
     pictures = picture(record, inputs, truth, None)
@@ -173,13 +190,22 @@ def test_values_that_are_no_images_become_a_table(case) -> None:
 
 def test_values_are_headed_by_their_relative_error(case) -> None:
     good = case(2)
-    subject = replace(good.record.subject, input_kind="tensor", input_shape=(4,))
+    subject = replace(
+        good.record.subject,
+        input_kind="tensor",
+        input_shape=(4,),
+        noun="example",
+        nouns="examples",
+        display="numbers",
+        quoted=("relative_error",),
+    )
     values = {"mse": 62.0, "null_guess_ratio": 7e-4, "relative_error": 6e-4}
     record = replace(
         good.record,
         subject=subject,
         examples=tuple(Example(i, i, None, None, values) for i in range(2)),
-        aggregates=tuple(Aggregate(k, "", 2, v, 0.0, v, v, v) for k, v in values.items()),
+        aggregates=tuple(Aggregate(k, "", 2, v, 0.0, v, v, v, getattr(metrics, k).meaning) for k, v in values.items()),
+        success=replace(good.record.success, error="squared relative error"),
         lifts=(),
         curves=None,
     )
@@ -189,21 +215,131 @@ def test_values_are_headed_by_their_relative_error(case) -> None:
     figures = re.search(r'<dl class="figures">(.*?)</dl>', html, re.S)[1]
     assert "Relative error, median" in figures
     assert "MSE" not in figures
-    assert "squared relative error ≤ 0.0010" in words
+    assert "1 of 2 examples count as recovered: squared relative error at most 0.0010" in words
     assert "each divided by the size" in words
     assert "pixel" not in words
 
-    old = replace(
-        record,
-        examples=tuple(Example(i, i, None, None, {"mse": 62.0}) for i in range(2)),
-        aggregates=record.aggregates[:1],
+
+SUBJECT = {"input_kind": "tokens", "noun": "sentence", "nouns": "sentences", "display": "text", "quoted": ()}
+
+
+def sentences(record, truth: bool):
+    shown = Shown((), (("play", "##ing", "chess", "well"),), (("play", "##ing", "go", "well"),) if truth else None)
+    examples = (Example(0, 0, None, None, {}),) if truth else None
+    subject = replace(record.subject, batch_size=1, **SUBJECT)
+    return replace(record, subject=subject, shown=shown, examples=examples, curves=None)
+
+
+@pytest.mark.parametrize("truth", [True, False])
+def test_sentences_stand_side_by_side(case, truth: bool) -> None:
+    record = sentences(case(1, truth=truth).record, truth)
+    ids = np.array([[1, 2, 3, 4]])
+    html = render(record, picture(record, ids, ids if truth else None))
+    words = Page(html).words
+    assert "playing chess well" in words.replace("  ", " ")
+    assert ("playing go well" in words) is truth
+    assert re.findall(r"<mark>(.*?)</mark>", html) == ([" chess"] if truth else [])
+    assert "<img" not in html
+    assert ("Sentence 1" in words) is truth
+
+
+def test_a_row_of_named_texts_is_a_table(case) -> None:
+    record = sentences(case(1).record, True)
+    record = replace(record, shown=Shown(("age", "job"), (("39", "clerk"),), (("39", "nurse"),)))
+    html = render(record, picture(record, np.zeros((1, 2)), np.zeros((1, 2))))
+    assert '<tr><th scope="row">job</th><td>nurse</td><td>clerk</td></tr>' in html
+
+
+class TestWithoutAScore:
+    def blind(self, case, **changes):
+        record = case(1, truth=False).record
+        return replace(record, **changes)
+
+    def test_findings_and_who_won(self, case) -> None:
+        finding = FindingRecord("labels", "The classes of 58 of 64 images were read.", False, 58, 64)
+        outcome = replace(case(1, truth=False).record.outcome, findings=(finding,), attack="labels")
+        attempts = (
+            AttemptRecord("recursion", False, None, "A layer is too narrow."),
+            AttemptRecord("dlg", True, "unproved", ""),
+        )
+        words = Page(
+            render(self.blind(case, outcome=replace(outcome, attempts=attempts)), case(1, truth=False).pictures)
+        ).words
+        assert "Labels read 58 of 64" in words
+        assert "The classes of 58 of 64 images were read. This is an estimate." in words
+        assert "What was tried" in words
+        assert "recursion does not apply A layer is too narrow." in words
+        assert "the result is that of labels" in words
+
+    @pytest.mark.parametrize("status", ["not_applicable", "missing_knowledge"])
+    def test_a_refusal_is_said_in_words(self, case, status: str) -> None:
+        outcome = Outcome(status, float("nan"), 0, 0, 0.0)
+        record = self.blind(
+            case, outcome=outcome, verdict=judge_refusal(outcome, "Two outputs."), match=None, curves=None
+        )
+        html = render(record, picture(record, np.empty((0, 3, 4, 4), np.float32)))
+        words = Page(html).words
+        assert "No image was reconstructed: the attack did not run." in words
+        assert "Two outputs." in words
+        assert "What would stop it" not in words
+        assert "nan" not in words
+        assert "contains private data" not in words
+
+    def test_what_is_proved_is_marked(self, case) -> None:
+        blind = case(4, truth=False)
+        certificate = CertificateRecord("unproved", 0.1, 1e-7, examples=("proved", "unproved", "unproved", "unproved"))
+        record = replace(blind.record, certificate=certificate, outcome=replace(blind.record.outcome, solved=(2,)))
+        captions = re.findall(r"<figcaption><b>(.*?)</figcaption>", render(record, blind.pictures))
+        assert [c.rsplit(" · ", 1)[-1] for c in captions] == [
+            "proved", "recovered class 11", "solved", "recovered class 13"
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("source", "says"), [("assumed", "assumed: nobody stated it"), ("read", "as the update shows")]
     )
-    old = from_json(to_json(old))
-    words = Page(render(old, picture(old, inputs, inputs))).words
-    assert "MSE, median" in words
-    assert "have MSE ≤" in words
-    assert "elative error" not in words
-    assert "pixel" not in words
+    def test_where_the_batch_size_comes_from(self, case, source: str, says: str) -> None:
+        blind = case(1, truth=False)
+        record = replace(blind.record, subject=replace(blind.record.subject, batch_size_source=source))
+        assert f"1 image ({says})" in Page(render(record, blind.pictures)).words
+
+
+@pytest.mark.parametrize("value", [1e308, 5e-324, -1e308, float("nan"), float("inf"), 0.0])
+def test_damaged_numbers_never_crash_a_page(case, value: float) -> None:
+    good = case(2)
+    r, k = good.record, len(good.record.curves.iterations)
+    values = dict.fromkeys(("mse", "psnr", "ssim"), value)
+    record = replace(
+        r,
+        outcome=replace(r.outcome, objective=value, seconds=value),
+        match=Match(value, value),
+        certificate=CertificateRecord("matched", value, value, 1, 2, (), "", value, value),
+        examples=tuple(replace(e, values=values) for e in r.examples),
+        aggregates=tuple(Aggregate(a.metric, a.unit, 2, *[value] * 5) for a in r.aggregates),
+        success=Success(value, 1, 2, value, value, value),
+        lifts=(Lift("gray", value, value),),
+        curves=Curves(
+            r.curves.iterations, (value,) * k, {"fc.weight": (1.0, *[value] * (k - 1))}, (value, *[1.0] * (k - 1))
+        ),
+    )
+    record = from_json(to_json(record))
+    inputs = np.full_like(good.inputs, value)
+    Page(render(record, picture(record, inputs, good.truth, good.snapshots)))
+    table = replace(record, subject=replace(record.subject, display="numbers"))
+    Page(render(table, picture(table, inputs, good.truth)))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 0, 0), (1, 0, 4, 4), (1, 0), (1,)])
+def test_empty_examples_never_crash_a_page(case, shape) -> None:
+    record = replace(case(1, truth=False).record, curves=None)
+    Page(render(record, picture(record, np.zeros(shape))))
+
+
+@pytest.mark.parametrize("iterations", [(-5, 3), (3, 1), (0, 2**62), (5, 0, 9)])
+def test_curves_that_run_nowhere_are_not_drawn(case, iterations) -> None:
+    good = case(1)
+    n = len(iterations)
+    record = replace(good.record, curves=Curves(iterations, (1.0,) * n, {"a": (0.5,) * n}, ()))
+    Page(render(record, picture(record, good.inputs, good.truth)))
 
 
 def test_rendering_survives_the_round_trip_through_json(case) -> None:
@@ -215,7 +351,7 @@ def test_many_examples_are_cut_and_counted(case) -> None:
     good = case(20, frames=3, side=8)
     assert len(good.pictures.guess) == 16
     assert good.pictures.omitted == 4
-    assert "4 more examples are not shown" in Page(render(good.record, good.pictures)).words
+    assert "4 more images are not shown" in Page(render(good.record, good.pictures)).words
 
 
 def test_large_traces_are_thinned_with_both_ends_kept(case) -> None:

@@ -1,50 +1,38 @@
-"""The record of one reconstruction: what ``result.json`` holds and all that a report may read.
-
-Plain frozen dataclasses without tensors, so that a record can be read, compared and rendered where torch is not
-installed. ``docs/result-schema.md`` documents every field; :data:`SCHEMA` grows by one when a field changes meaning.
-"""
+"""The fields of a record: plain frozen dataclasses without tensors."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import json
-import math
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
-
-from gradleak.errors import InvalidFile
 
 __all__ = [
-    "BETTER",
+    "REFUSED",
     "SCHEMA",
     "Aggregate",
     "AttackRun",
+    "AttemptRecord",
     "CertificateRecord",
     "Curves",
     "Example",
+    "FindingRecord",
     "Lift",
     "Match",
     "Outcome",
     "Pictures",
     "Record",
+    "Shown",
     "Subject",
     "Success",
     "Threat",
     "Values",
     "Verdict",
-    "from_json",
-    "to_json",
 ]
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the record schema."""
 
-BETTER = 0.5
-"""Largest null guess ratio of an example that counts as back: every other guess beats another one by a little."""
+REFUSED = ("not_applicable", "missing_knowledge")
+"""The statuses of an attack that did not run; nothing was reconstructed."""
 
 Option = bool | int | float | str | None
 
@@ -58,14 +46,19 @@ class Subject:
         model_class: the class of the model.
         parameters: number of trainable numbers.
         tensors: number of trainable tensors.
-        input_kind: "image" or "tensor".
-        input_shape: shape of one input, without the batch axis.
+        input_kind: "image", "tensor", "tokens", or the kind of another input space.
+        input_shape: shape of one model input, without the batch axis.
         classes: number of classes, None where the model is not a classifier.
         batch_size: number of examples behind the update.
+        batch_size_source: "stated", "read" (off the update, which shows it) or "assumed".
         update_kind: "gradient" or "weight_delta".
         dtype: number format of the captured update.
         training: the client's forward map in words.
-        normalization: how pixels become model inputs, in words; empty where they are used as they are.
+        normalization: how inputs become model inputs, in words; empty where they are used as they are.
+        noun: what one example is called.
+        nouns: what several are called.
+        display: how examples are shown: "pictures", "numbers", "text" or "table".
+        quoted: the metrics that a headline quotes.
 
     """
 
@@ -81,6 +74,15 @@ class Subject:
     dtype: str
     training: str
     normalization: str = ""
+    batch_size_source: str = "stated"
+    noun: str = "example"
+    nouns: str = "examples"
+    display: str = "numbers"
+    quoted: tuple[str, ...] = ()
+
+    def counted(self, count: int) -> str:
+        """Return "1 image", "4 images"."""
+        return f"{count:,} {self.noun if count == 1 else self.nouns}"
 
 
 @dataclass(frozen=True)
@@ -101,18 +103,61 @@ class AttackRun:
 
 
 @dataclass(frozen=True)
+class FindingRecord:
+    """Something that the update gives away besides whole inputs.
+
+    Attributes:
+        kind: "labels", "counts", "batch_size", "features", "rows", "columns" or "tokens".
+        text: one sentence.
+        proved: whether the update proves it; otherwise it is an estimate.
+        count: how many were found.
+        of: how many there are.
+
+    """
+
+    kind: str
+    text: str
+    proved: bool
+    count: int
+    of: int
+
+
+@dataclass(frozen=True)
+class AttemptRecord:
+    """One way that was tried.
+
+    Attributes:
+        attack: its name.
+        taken: whether it gave a result.
+        verdict: of its certificate, None where there was no result.
+        reason: the certificate's reason, or why it did not apply.
+
+    """
+
+    attack: str
+    taken: bool
+    verdict: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
 class Outcome:
     """How the attack ended.
 
     Attributes:
-        status: "converged", "budget", "stalled", "interrupted" or "exact".
+        status: "converged", "budget", "stalled", "interrupted", "exact", "not_applicable" or "missing_knowledge".
         objective: the attacker's own final objective; comparable within one attack only.
         iterations: iterations of the returned candidate.
         evaluations: evaluations of the objective's gradient, over all restarts.
         seconds: wall-clock time.
         labels: the recovered class of each reconstructed example, in the attack's order; None without classes.
         notes: sentences that a reader of the result must know.
+        note_kinds: what each note is about: "attempt", "assumption", "range", "labels", "limit" or "method".
         shows: "inputs", or "features" where the attack recovers the last layer's inputs instead.
+        attack: name of the attack that led to the result, where the one that ran tries several.
+        findings: what the update gives away besides whole inputs.
+        attempts: the ways that were tried, in order.
+        solved: positions of the reconstructions that linear algebra solved, where not all of them were.
 
     """
 
@@ -123,7 +168,16 @@ class Outcome:
     seconds: float
     labels: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
+    note_kinds: tuple[str, ...] = ()
     shows: str = "inputs"
+    attack: str = ""
+    findings: tuple[FindingRecord, ...] = ()
+    attempts: tuple[AttemptRecord, ...] = ()
+    solved: tuple[int, ...] = ()
+
+    def told(self, kind: str) -> tuple[str, ...]:
+        """Return the notes of one kind."""
+        return tuple(note for note, k in zip(self.notes, self.note_kinds, strict=False) if k == kind)
 
 
 @dataclass(frozen=True)
@@ -138,6 +192,10 @@ class CertificateRecord:
     examples: tuple[str, ...] = ()
     reason: str = ""
     factor: float = 1.0
+    bound: float | None = None
+    local: bool = False
+    mixture: bool = False
+    factors: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -164,6 +222,9 @@ class Example:
         label: its true class, None where it is not known.
         recovered: the recovered class, None where the attack says nothing.
         values: metric name → value, None where it cannot be computed.
+        success: whether its error is at most the threshold, and clearly below that of every guess without the update.
+        level: 4 identical to a person, 3 hardly different, 2 came back with visible errors, 1 a coarse impression, 0.
+        words: what a person makes of it, one sentence.
 
     """
 
@@ -172,36 +233,14 @@ class Example:
     label: int | None
     recovered: int | None
     values: Mapping[str, float | None] = field(default_factory=dict)
+    success: bool = False
+    level: int = 0
+    words: str = ""
 
     @property
     def mse(self) -> float | None:
         """Mean squared error, in squared units of the input (images: [0, 1])."""
         return self.values.get("mse")
-
-    @property
-    def relative_error(self) -> float | None:
-        """Error in units of what each position usually holds; of inputs that are no images."""
-        return self.values.get("relative_error")
-
-    @property
-    def null_guess_ratio(self) -> float | None:
-        """Relative error over that of the best guess without the update; from 1 on nothing was learned."""
-        return self.values.get("null_guess_ratio")
-
-    @property
-    def better(self) -> bool:
-        """Whether it is clearly better than every null guess, where that was measured."""
-        return self.null_guess_ratio is None or self.null_guess_ratio <= BETTER
-
-    @property
-    def psnr(self) -> float | None:
-        """Peak signal-to-noise ratio in dB."""
-        return self.values.get("psnr")
-
-    @property
-    def ssim(self) -> float | None:
-        """Structural similarity, at most 1."""
-        return self.values.get("ssim")
 
 
 @dataclass(frozen=True)
@@ -217,6 +256,7 @@ class Aggregate:
         minimum: smallest value.
         median: middle value.
         maximum: largest value.
+        meaning: what the metric measures, one clause.
 
     """
 
@@ -228,6 +268,7 @@ class Aggregate:
     minimum: float
     median: float
     maximum: float
+    meaning: str = ""
 
 
 @dataclass(frozen=True)
@@ -235,12 +276,13 @@ class Success:
     """How many examples came back, by a threshold on their error.
 
     Attributes:
-        threshold: largest MSE that counts as success; of inputs that are no images, largest squared relative error.
-        successes: number of successful examples.
+        threshold: largest error that counts as success.
+        successes: number of successful examples, clearly better than every guess without the update besides.
         n: number of examples.
         low: lower end of the Wilson 95 % interval of the rate.
         high: its upper end.
         labels: share of the batch's labels that were recovered, in whatever order; None where the attack says nothing.
+        error: what the error is: "MSE", "squared relative error", "share of wrong tokens".
 
     """
 
@@ -250,6 +292,7 @@ class Success:
     low: float
     high: float
     labels: float | None = None
+    error: str = "MSE"
 
 
 @dataclass(frozen=True)
@@ -289,12 +332,28 @@ class Curves:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """Inputs as a person reads them: sentences, or rows of a table.
+
+    Attributes:
+        names: what the pieces of one example are, empty for a sentence.
+        guess: the pieces of each reconstruction, in the attack's order.
+        truth: those of each private example, None without ground truth.
+
+    """
+
+    names: tuple[str, ...]
+    guess: tuple[tuple[str, ...], ...]
+    truth: tuple[tuple[str, ...], ...] | None = None
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The answer in plain words.
 
     Attributes:
-        grade: "leaked", "partly", "not_recovered" with ground truth; "proved", "matched", "solved", "close" or
-            "unmatched" without.
+        grade: "leaked", "partly", "not_recovered" with ground truth; "proved", "matched", "solved", "close",
+            "partly" or "unmatched" without; "not_applicable" or "missing_knowledge" where the attack did not run.
         headline: one short sentence.
         reason: the figures behind it, in words.
         meaning: what this does and does not prove, one sentence each.
@@ -326,9 +385,11 @@ class Record:
         success: how many examples came back; None without ground truth.
         lifts: the reconstruction against guesses that never saw the update.
         curves: how the attack went; None for closed forms.
+        shown: inputs as a person reads them, where they are neither pictures nor plain numbers.
         command: how to repeat it, as typed in a shell; empty where it was run from Python.
         environment: versions and machine, by name.
         created: date and time, ISO 8601, UTC.
+        files: SHA-256 of the tensor files beside ``result.json``, by name, filled in when they are written.
         schema: version of this schema.
 
     """
@@ -345,15 +406,25 @@ class Record:
     success: Success | None = None
     lifts: tuple[Lift, ...] = ()
     curves: Curves | None = None
+    shown: Shown | None = None
     command: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
 
 @dataclass(frozen=True)
 class Values:
-    """One input that is no image: names, private values (None without ground truth) and reconstructed values."""
+    """One input that is no picture, piece by piece.
+
+    Attributes:
+        title: which example.
+        names: what the pieces are, empty for a sentence.
+        truth: the private ones, None without ground truth.
+        guess: the reconstructed ones.
+
+    """
 
     title: str
     names: tuple[str, ...]
@@ -371,7 +442,7 @@ class Pictures:
         guess: the reconstructed images.
         frames: positions in ``Record.curves`` of the shown snapshots.
         snapshots: one tuple of images per shown snapshot.
-        values: tables for inputs that are no images.
+        values: inputs that are no pictures, piece by piece.
         omitted: number of examples that are not shown.
 
     """
@@ -383,116 +454,3 @@ class Pictures:
     snapshots: tuple[tuple[str, ...], ...] = ()
     values: tuple[Values, ...] = ()
     omitted: int = 0
-
-
-def to_json(record: Record) -> str:
-    """Return ``record`` as indented JSON; NaN and infinities become the strings "NaN", "Infinity", "-Infinity"."""
-    return json.dumps(_plain(dataclasses.asdict(record)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def from_json(text: str) -> Record:
-    """Return the record that :func:`to_json` wrote.
-
-    Raises:
-        InvalidFile: not JSON, of another schema version, or a field is missing or has the wrong type.
-
-    """
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InvalidFile(f"result.json is not valid JSON ({error}); run the attack again to write it anew.") from error
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        found = data.get("schema") if isinstance(data, dict) else None
-        raise InvalidFile(
-            f"result.json has schema {found!r}, but this version of gradleak reads schema {SCHEMA}; "
-            "run the attack again, or use the version of gradleak that wrote it."
-        )
-    try:
-        return _build(Record, data, "result")
-    except _Mismatch as error:
-        raise InvalidFile(f"result.json is damaged: {error}; run the attack again to write it anew.") from error
-
-
-class _Mismatch(Exception):
-    """A JSON value does not have the declared type."""
-
-
-T = TypeVar("T")
-_SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value
-
-
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
-def _build(kind: type[T], data: Any, where: str) -> T:
-    if not isinstance(data, dict):
-        raise _Mismatch(f"{where} is not an object")
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for name in data:
-        if name not in fields:
-            raise _Mismatch(f"{where} has an unknown field {name!r}")
-    for name, f in fields.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and name not in data:
-            raise _Mismatch(f"{where} lacks the field {name!r}")
-    hints = _hints(typing.cast("Any", kind))
-    return kind(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in data.items()})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    origin = typing.get_origin(hint)
-    if origin is types.UnionType or origin is typing.Union:
-        return _union(typing.get_args(hint), value, where)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise _Mismatch(f"{where} is not a list")
-        item = typing.get_args(hint)[0]
-        return tuple(_value(item, v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, dict):
-            raise _Mismatch(f"{where} is not an object")
-        item = typing.get_args(hint)[1]
-        return {k: _value(item, v, f"{where}.{k}") for k, v in value.items()}
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast("type[Any]", hint), value, where)
-    return _scalar(hint, value, where)
-
-
-def _union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in choices:
-        return None
-    # JSON keeps apart what Python blurs: True is no int, and the exact type wins over a convertible one.
-    if type(value) in choices:
-        return value
-    for choice in choices:
-        if choice is not type(None):
-            try:
-                return _value(choice, value, where)
-            except _Mismatch:
-                if len([c for c in choices if c is not type(None)]) == 1:
-                    raise
-    raise _Mismatch(f"{where} has a value of the wrong type")
-
-
-def _scalar(hint: Any, value: Any, where: str) -> Any:
-    if hint is float and isinstance(value, str) and value in _SPECIAL:
-        return _SPECIAL[value]
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if hint in (str, bool) and isinstance(value, hint):
-        return value
-    raise _Mismatch(f"{where} is not {'a number' if hint in (int, float) else 'of type ' + hint.__name__}")

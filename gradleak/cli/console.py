@@ -1,0 +1,84 @@
+"""What the commands print: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from gradleak.attacks.base import Progress as Step
+from gradleak.audit.numbers import duration, sig
+from gradleak.audit.records import Record
+from gradleak.errors import clean
+
+__all__ = ["progress_bar", "say", "tell", "warn"]
+
+_ROWS = 20
+"""Examples that the table shows."""
+
+
+class _Console(Console):
+    """A console that lets a closed pipe end the command with its own exit code."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def say(text: str, style: str = "") -> None:
+    """Print one line; it is text, not markup: a path may contain brackets, or codes that a terminal would obey."""
+    _Console(highlight=False).print(Text(clean(text), style=style), soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Print one line on stderr."""
+    Console(stderr=True, highlight=False).print(Text(clean(text)), soft_wrap=True)
+
+
+def tell(record: Record, out: Path) -> None:
+    """Print the verdict, the scores of the worst examples, the effort, and where the report lies."""
+    say("")
+    say(record.verdict.headline, style="bold")
+    say(record.verdict.reason)
+    if record.examples is not None:
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for name in ("example", "class", *(a.metric + (f", {a.unit}" if a.unit else "") for a in record.aggregates)):
+            table.add_column(name, justify="right")
+        for e in record.examples[:_ROWS]:
+            values = (sig(e.values.get(a.metric), 3) for a in record.aggregates)
+            table.add_row(str(e.index + 1), "–" if e.label is None else str(e.label), *values)
+        say("")
+        _Console(highlight=False).print(table)
+        if len(record.examples) > _ROWS:
+            say(f"… and {len(record.examples) - _ROWS} better ones in result.json.")
+    say("")
+    outcome = record.outcome
+    search = f"{outcome.iterations:,} iterations, {outcome.evaluations:,} evaluations"
+    say(f"{'In closed form' if outcome.evaluations == 0 else search}, {duration(outcome.seconds)}")
+    say(f"Report: {out / 'report.html'}")
+
+
+@contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[Step], None]]:
+    """Show a bar on stderr while the block runs, and give what moves it; where nobody watches there is none."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
+        TextColumn("objective {task.fields[objective]}"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(clean(name), total=1, objective="–", visible=False)
+
+        def move(step: Step) -> None:
+            bar.update(task, completed=step.done, total=step.total, objective=sig(step.objective), visible=True)
+
+        yield move

@@ -1,0 +1,196 @@
+"""Runs an attack within its time, and writes the folder of its result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradleak.attacks.base import Progress
+from gradleak.audit.build import build_record
+from gradleak.audit.folder import Folder, write_folder
+from gradleak.audit.scores import score
+from gradleak.cli.console import progress_bar, tell, warn
+from gradleak.cli.factories import ChosenAttack
+from gradleak.cli.pending import build_refusal
+from gradleak.cli.signals import Watch
+from gradleak.clock import Deadline, TimeSpent
+from gradleak.errors import MissingKnowledge, NotApplicable, clean
+from gradleak.report import picture, render
+from gradleak.threat import Observation
+from gradleak.training import BinaryCrossEntropy, MeanSquaredError
+from gradleak.types import Batch, Note, NoteKind, Reconstruction, Shows, Status, Verdict
+
+__all__ = ["REFUSED", "Job", "run"]
+
+REFUSED = 3
+"""Exit code of an attack that does not apply here, or is not told what it needs; that is recorded as well."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """An attack that is ready to run, with what is needed to report on it.
+
+    Attributes:
+        observations: what was seen, once for each training that the client may have had, the likeliest first.
+        chosen: the attack.
+        seed: its seed.
+        out: the folder to write.
+        model: how the user named the model.
+        captured: number type in which the update was captured.
+        outputs: number of the model's outputs.
+        command: how to repeat the run.
+        batch_size_source: "stated", "read" off the update, or "assumed".
+        notes: what was taken for granted.
+        warnings: what is suspicious about the capture.
+        truth: the private batch, decoded.
+        public: public images, for the null guesses.
+
+    """
+
+    observations: tuple[Observation, ...]
+    chosen: ChosenAttack
+    seed: int
+    out: Path
+    model: str
+    captured: torch.dtype
+    outputs: int
+    command: str
+    batch_size_source: str = "stated"
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    truth: Batch | None = None
+    public: Tensor | None = None
+
+
+def run(job: Job, watch: Watch) -> int:
+    """Attack, write the folder and say what it holds; return the exit code.
+
+    Args:
+        job: what to do.
+        watch: an entered watch over the time and the signals.
+
+    """
+    code = 0
+    try:
+        observation, found, notes = attack_all(job, watch)
+    except (NotApplicable, MissingKnowledge) as refusal:
+        watch.rest()
+        code, folder = REFUSED, _refused(job, refusal)
+    except TimeSpent:
+        watch.rest()
+        limit = "It was interrupted" if watch.signal else "Its time was over"
+        status = Status.INTERRUPTED if watch.signal else Status.BUDGET
+        folder = _refused(job, NotApplicable(f"{limit} before it had found anything; give it more time."), status)
+    else:
+        watch.rest()
+        folder = _reported(replace(job, notes=(*job.notes, *notes)), observation, found)
+    publish(folder, job.out)
+    if watch.signal is not None:
+        warn("The attack was interrupted; this is the best it had found by then.")
+    return watch.exit_code or code
+
+
+def publish(folder: Folder, out: Path) -> None:
+    """Write the folder of a result, whole or not at all, and print what it says."""
+    pictures = picture(folder.record, folder.inputs, folder.truth, folder.snapshots)
+    write_folder(out, folder, render(folder.record, pictures))
+    tell(folder.record, out)
+
+
+def attack_all(job: Job, watch: Watch) -> tuple[Observation, Reconstruction, tuple[Note, ...]]:
+    """Return the observation that was explained best, by what, and what was assumed of the client's loss.
+
+    Raises:
+        NotApplicable: the attack applies to none of the observations.
+        MissingKnowledge: it is not told what it needs.
+        TimeSpent: the time was over before anything was found.
+
+    """
+    tried: list[tuple[Observation, Reconstruction]] = []
+    refusal: NotApplicable | TimeSpent | None = None
+    for index, observation in enumerate(job.observations):
+        deadline = watch.deadline.part(1 / (len(job.observations) - index))
+        try:
+            tried.append((observation, attack_one(observation, job, watch, deadline)))
+        except (NotApplicable, TimeSpent) as error:
+            refusal = refusal or error
+        if watch.deadline.over or (tried and _verdict(tried[-1][1]) is Verdict.PROVED):
+            break
+    if not tried:
+        assert refusal is not None
+        raise refusal
+    observation, found = max(tried, key=lambda pair: _strength(pair[1]))
+    return observation, found, () if len(job.observations) == 1 else (_assumed(observation, found),)
+
+
+def attack_one(observation: Observation, job: Job, watch: Watch, deadline: Deadline) -> Reconstruction:
+    """Return what the attack finds on one observation in its time."""
+    watch.limit(deadline)
+    with progress_bar(job.chosen.name) as move:
+
+        def callback(step: Progress) -> None:
+            move(step)
+            deadline.raise_if_over()
+
+        found = job.chosen.attack.reconstruct(observation, seed=job.seed, callback=callback, deadline=deadline)
+        watch.rest()
+    # A search that a signal ended is interrupted, whatever its own phases made of that.
+    ended = watch.signal is not None and found.status in (Status.BUDGET, Status.STALLED)
+    return replace(found, status=Status.INTERRUPTED) if ended else found
+
+
+def _verdict(found: Reconstruction) -> Verdict:
+    return Verdict.UNPROVED if found.certificate is None else Verdict(found.certificate.verdict)
+
+
+def _strength(found: Reconstruction) -> tuple[int, float]:
+    """Order results by what the update proves of them, then by how much of it they explain."""
+    residual = math.nan if found.certificate is None else found.certificate.residual
+    return _verdict(found).strength, -math.inf if math.isnan(residual) else -residual
+
+
+def _assumed(observation: Observation, found: Reconstruction) -> Note:
+    loss = None if observation.training is None else observation.training.loss
+    name = {BinaryCrossEntropy: "binary cross-entropy", MeanSquaredError: "squared error"}.get(type(loss), "this loss")
+    said = "The loss was not stated; of binary cross-entropy and squared error"
+    if _verdict(found) is Verdict.UNPROVED:
+        return Note(f"{said}, neither explains the update; this is the result under {name}.", NoteKind.ASSUMPTION)
+    return Note(f"{said}, {name} explains the update.", NoteKind.ASSUMPTION)
+
+
+def _reported(job: Job, observation: Observation, found: Reconstruction) -> Folder:
+    truth, notes = job.truth, job.notes
+    if truth is not None and found.shows is not Shows.INPUTS:
+        truth = None
+        unused = "The attack recovers features, which cannot be scored against private inputs; --truth is unused."
+        notes = (*notes, Note(unused, NoteKind.LIMIT))
+    return build_record(
+        observation,
+        found,
+        scores=None if truth is None else score(found, truth, observation.space, public=job.public),
+        truth=truth,
+        **_about(job, notes),
+    )
+
+
+def _refused(job: Job, error: NotApplicable | MissingKnowledge, status: Status | None = None) -> Folder:
+    return build_refusal(job.observations[0], error, status=status, **_about(job, job.notes))
+
+
+def _about(job: Job, notes: Sequence[str]) -> dict[str, Any]:
+    return {
+        "attack": clean(job.chosen.name),
+        "options": job.chosen.options,
+        "seed": job.seed,
+        "model": job.model,
+        "dtype": job.captured,
+        "notes": (*notes, *job.warnings),
+        "command": job.command,
+        "classes": job.outputs,
+    }

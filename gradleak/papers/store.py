@@ -1,0 +1,207 @@
+"""Where measured cases and built tensors are kept: one file under the hash of what was asked.
+
+What is damaged counts as not stored, so that it is measured again.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import io
+import json
+import os
+import platform
+import re
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import torch as safetensors_torch
+from torch import Tensor
+
+from gradleak.data.archives import read_arrays
+from gradleak.errors import InvalidFile, InvalidInput
+from gradleak.files import read_file, write_bytes
+
+__all__ = [
+    "Measured", "count_measured", "hardware", "place", "read_built", "read_case", "short", "write_built", "write_case",
+]  # fmt: skip
+
+_KEY = 24
+"""Hexadecimal digits of a hash that name a file."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One stored case: what was asked, what came out, and where and when.
+
+    Attributes:
+        case: the arguments of the measuring function.
+        values: what it returned; arrays come back as ``numpy.ndarray``.
+        seconds: its wall-clock time.
+        hardware: the machine it ran on.
+        date: when, as YYYY-MM-DD.
+        source: fingerprint of the experiment's code at that time.
+
+    """
+
+    case: Mapping[str, Any]
+    values: Mapping[str, Any]
+    seconds: float
+    hardware: str
+    date: str
+    source: str
+
+    def __getitem__(self, name: str) -> Any:
+        """Return one value by name."""
+        return self.values[name]
+
+
+def place(folder: Path, module: types.ModuleType, function: str, case: Mapping[str, Any], suffix: str) -> Path:
+    """Return the file of one case: its name is the hash of the experiment, its ``VERSION``, the function, the case.
+
+    Raises:
+        InvalidInput: the case is not plain JSON.
+
+    """
+    content = {
+        "module": module.__name__.rpartition(".")[2],
+        "function": function,
+        "version": getattr(module, "VERSION", 1),
+        "case": dict(case),
+    }
+    try:
+        text = json.dumps(content, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(
+            f"The case {short(case)} of {function} is not plain JSON ({error}); use numbers, text, lists."
+        ) from error
+    return folder / (hashlib.sha256(text.encode()).hexdigest()[:_KEY] + suffix)
+
+
+def write_case(
+    path: Path, module: types.ModuleType, function: str, case: Mapping[str, Any], values: Mapping[str, Any],
+    seconds: float,
+) -> None:  # fmt: skip
+    """Store what ``function`` of ``module`` measured.
+
+    Args:
+        path: where; see :func:`place`.
+        module: the experiment.
+        function: name of the measuring function.
+        case: what was asked.
+        values: JSON values, arrays or tensors by name; arrays go to an ``.npz`` file beside ``path``, which is written
+            first.
+        seconds: that it took.
+
+    Raises:
+        InvalidFile: it cannot be written there.
+
+    """
+    arrays = {
+        k: np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v)
+        for k, v in values.items()
+        if isinstance(v, Tensor | np.ndarray)
+    }
+    record = {
+        "case": dict(case),
+        "function": function,
+        "seconds": seconds,
+        "hardware": hardware(),
+        "date": _today(),
+        "source": _fingerprint(module),
+        "values": {k: v for k, v in values.items() if k not in arrays},
+        "arrays": sorted(arrays),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if arrays:
+        stream = io.BytesIO()
+        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
+        write_bytes(path.with_suffix(".npz"), stream.getvalue())
+    write_bytes(path, json.dumps(record, indent=1, default=_plain).encode())
+
+
+def read_case(path: Path, case: Mapping[str, Any]) -> Measured | None:
+    """Return the stored ``case``, or None where it is absent or damaged."""
+    try:
+        record = json.loads(read_file(path))
+        values, names = dict(record["values"]), list(record["arrays"])
+        if names:
+            arrays = read_arrays(path.with_suffix(".npz"), names)
+            values |= {name: arrays[name] for name in names}
+        found = Measured(
+            dict(record["case"]),
+            values,
+            float(record["seconds"]),
+            str(record["hardware"]),
+            str(record["date"]),
+            str(record["source"]),
+        )
+    except (InvalidFile, ValueError, TypeError, LookupError, RecursionError, OverflowError):
+        return None
+    return found if found.case == json.loads(json.dumps(dict(case))) else None
+
+
+def write_built(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], seconds: float) -> None:
+    """Store built tensors with notes, JSON values.
+
+    Raises:
+        InvalidFile: they cannot be written there.
+
+    """
+    notes = {**notes, "seconds": seconds, "hardware": hardware(), "date": _today()}
+    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, safetensors_torch.save(plain, {"notes": json.dumps(notes)}))
+
+
+def read_built(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return the tensors and notes that :func:`write_built` stored, or None where they are absent or damaged."""
+    try:
+        raw = read_file(path)
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+        return safetensors_torch.load(raw), dict(json.loads(header["__metadata__"]["notes"]))
+    except Exception:  # noqa: BLE001  (a damaged file can fail in any way, and is then built again)
+        return None
+
+
+def count_measured(out: Path) -> int:
+    """Return how many measured cases are stored under ``out``."""
+    return sum(re.fullmatch(f"[0-9a-f]{{{_KEY}}}", path.stem) is not None for path in out.glob("*/*.json"))
+
+
+def hardware() -> str:
+    """Return the machine in words: processor, cores, accelerator, torch."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [s.partition(":")[2].strip() for s in cpuinfo.read_text().splitlines() if s.startswith("model name")]
+        processor = names[0] if names else processor
+    device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{processor}, {os.cpu_count()} cores{device}, torch {torch.__version__}"
+
+
+def short(case: Mapping[str, Any]) -> str:
+    """Return a case in at most a hundred characters."""
+    return ", ".join(f"{k}={v}" for k, v in case.items())[:100]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not plain JSON; return numbers, text, lists, tensors or arrays")
+
+
+def _today() -> str:
+    return datetime.now(UTC).date().isoformat()
+
+
+def _fingerprint(module: types.ModuleType) -> str:
+    """Return a hash of the module's code that comments and layout do not change."""
+    return hashlib.sha256(ast.dump(ast.parse(inspect.getsource(module))).encode()).hexdigest()[:16]
