@@ -14,7 +14,7 @@ from gradleak.attacks.matching.problem import _arrangements
 from gradleak.errors import InvalidInput
 
 TOLD = gl.ThreatModel(gl.ThreatModel().knows | gl.Knowledge.LABELS)
-SHAPE = (1, 6, 6)
+SHAPE = (1, 5, 5)
 SPACE = gl.ImageSpace(SHAPE, mean=(0.4,), std=(0.3,))  # so that encoding and decoding rounds
 LABELS = torch.tensor([2, 0, 1])
 
