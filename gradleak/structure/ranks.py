@@ -158,7 +158,8 @@ def _separates(model: nn.Module, params: Mapping[str, Tensor], probe: Tensor, or
     handles = [m.register_forward_pre_hook(lambda _m, args, name=k: cut(args, name)) for k, m in _leaves(model)]
     try:
         with torch.enable_grad():
-            return not run_quietly(model, fixed, probe).requires_grad
+            outputs: object = run_quietly(model, fixed, probe)  # a tuple where there are several heads
+            return isinstance(outputs, Tensor) and not outputs.requires_grad
     finally:
         for handle in handles:
             handle.remove()
