@@ -124,6 +124,12 @@ def test_a_model_of_one_number_type_is_searched_in_it() -> None:
     assert found.certificate.verdict is Verdict.UNPROVED
 
 
+def test_the_automatic_choice_ends_with_a_search_of_a_model_of_one_number_type() -> None:
+    x, seen = observe(Single())
+    found = gl.attacks.auto(iterations=400).reconstruct(seen)
+    assert float((found.inputs - x).square().mean()) < 1e-6
+
+
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize(
     ("make", "error", "sentence"),
@@ -154,3 +160,16 @@ def test_batch_statistics_are_searched_at_the_stated_batch_size(attack: str) -> 
     alone = gl.ThreatModel().observe(seen.model, seen.update, space=seen.space, training=seen.training, batch_size=1)
     with pytest.raises(NotApplicable, match="more than 1 value per channel"):
         ATTACKS[attack]().reconstruct(alone)
+
+
+class Hard(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.one_hot(super().forward(x).argmax(1), 4).float()
+
+
+def test_what_has_no_gradient_is_refused_where_the_client_trains() -> None:
+    batch = gl.Batch(torch.rand(1, STEPS, CHANNELS), torch.tensor([1]))
+    with pytest.raises(InvalidModel, match="does not depend on any trainable parameter"):
+        gl.Client(Hard(), batch).send()
+    with pytest.raises(InvalidModel, match="lazy layer"):
+        gl.Client(nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), batch).send()
