@@ -248,6 +248,11 @@ def _targets(
             )
         )
         return Targets(kind, given=torch.arange(classes, device=device)[:, None])
+    if not optimizable and kind is not TargetKind.CLASSES:
+        raise NotApplicable(
+            f"The loss does not take targets of the outputs' shape {tuple(outputs.shape)}, so unknown labels cannot be "
+            "searched; grant LABELS in the threat model (command line: --labels)."
+        )
     if not optimizable:
         raise NotApplicable(
             "The loss gives other values for class indices than for the same classes as probabilities, or takes no "
