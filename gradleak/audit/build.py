@@ -18,6 +18,7 @@ from torch import Tensor
 import gradleak
 from gradleak.audit.folder import Folder
 from gradleak.audit.records import (
+    NOTHING,
     AttackRun,
     AttemptRecord,
     CertificateRecord,
@@ -125,6 +126,7 @@ def build_refusal(
     error: MissingKnowledge | NotApplicable,
     *,
     attack: str,
+    status: Status | None = None,
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
     model: str = "",
@@ -135,12 +137,13 @@ def build_refusal(
     batch_size_source: str | None = None,
     threat: Threat | None = None,
 ) -> Folder:
-    """Return the record of an attack that did not run, with its reason and what was found all the same.
+    """Return the record of an attack that reconstructed nothing, with its reason and what was found all the same.
 
     ``subject`` is what the attack saw, or, where no observation could be made, what is known of it (then with
     ``threat``: what would have been granted). ``error`` says why the attack did not run; its ``findings`` and
-    ``attempts``, where the attack left them there, are recorded. The other arguments are those of :func:`build_record`.
-    The folder's ``inputs`` have no examples: (0, *shape).
+    ``attempts``, where the attack left them there, are recorded. ``status`` is that of the error if None; ``BUDGET`` or
+    ``INTERRUPTED`` where the attack ended before it had found anything. The other arguments are those of
+    :func:`build_record`. The folder's ``inputs`` have no examples: (0, *shape).
 
     """
     device = torch.device("cpu")
@@ -149,13 +152,14 @@ def build_refusal(
         subject = _subject(subject, model, dtype or _format(subject), classes, batch_size_source)
     refused = Status.MISSING_KNOWLEDGE if isinstance(error, MissingKnowledge) else Status.NOT_APPLICABLE
     outcome = Outcome(
-        status=refused.value,
+        status=(status or refused).value,
         objective=float("nan"),
         iterations=0,
         evaluations=0,
         seconds=0.0,
         notes=tuple(str(n) for n in notes),
         note_kinds=tuple(_kind(n) for n in notes),
+        shows=NOTHING,
         findings=_findings(error.findings),
         attempts=_attempts(error.attempts),
     )

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from gradleak.audit.numbers import duration, metric_name, sig
 from gradleak.audit.records import (
-    REFUSED,
     CertificateRecord,
     Example,
     FindingRecord,
@@ -77,20 +76,24 @@ def judge(
     return replace(verdict, meaning=unfinished + verdict.meaning, remedies=_REMEDIES)
 
 
+_NOTHING = {
+    "not_applicable": ("This attack does not apply here.", "another attack may apply."),
+    "missing_knowledge": (
+        "The attacker was not told what this attack needs.",
+        "an attacker who knows more may succeed.",
+    ),
+    "budget": ("Nothing was found in the time given.", "with more time, the attack may succeed."),
+    "interrupted": ("The attack was interrupted before it had found anything.", "left to run, it may succeed."),
+}
+
+
 def judge_refusal(outcome: Outcome, reason: str) -> Verdict:
-    """Return the verdict on an attack that did not run, with what was found all the same."""
-    assert outcome.status in REFUSED, outcome.status
-    told = outcome.status == "not_applicable"
-    verdict = Verdict(
-        outcome.status,
-        "This attack does not apply here." if told else "The attacker was not told what this attack needs.",
-        reason,
-        (
-            "Nothing was reconstructed. That is no evidence of protection: "
-            + ("another attack may apply." if told else "an attacker who knows more may succeed."),
-        ),
-    )
-    return _with_findings(verdict, _named(outcome), REFUSED)
+    """Return the verdict on an attack that reconstructed nothing, with what was found all the same."""
+    headline, however = _NOTHING[outcome.status]
+    refused = outcome.status in ("not_applicable", "missing_knowledge")
+    meaning = (f"Nothing was reconstructed. That is no evidence of protection: {however}",)
+    verdict = Verdict(outcome.status if refused else "unmatched", headline, reason, meaning)
+    return _with_findings(verdict, _named(outcome), (verdict.grade,))
 
 
 # ---------------------------------------------------------------------------------------------------- findings

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from gradleak.attacks.base import Progress
-from gradleak.audit.build import build_record
+from gradleak.audit.build import build_record, build_refusal
 from gradleak.audit.folder import Folder, write_folder
 from gradleak.audit.scores import score
 from gradleak.cli.console import progress_bar, tell, warn
 from gradleak.cli.factories import ChosenAttack
-from gradleak.cli.pending import build_refusal
 from gradleak.cli.signals import Watch
 from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import MissingKnowledge, NotApplicable, clean
@@ -193,4 +192,5 @@ def _about(job: Job, notes: Sequence[str]) -> dict[str, Any]:
         "notes": (*notes, *job.warnings),
         "command": job.command,
         "classes": job.outputs,
+        "batch_size_source": job.batch_size_source,
     }

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from gradleak.audit.folder import strange
 from gradleak.data import public
 from gradleak.errors import GradleakError, InvalidFile, InvalidInput, UnknownName
 from gradleak.files import check_writable, read_file, write_bytes
@@ -277,7 +278,7 @@ def _read(path: Path) -> dict[str, Any]:
     """
     try:
         stored = json.loads(read_file(path).decode("utf-8"))
-        whole = _plain(stored) and _has(stored, _KEYS) and all(_has(f, _FIGURE) for f in stored["figures"])
+        whole = not strange(stored) and _has(stored, _KEYS) and all(_has(f, _FIGURE) for f in stored["figures"])
         whole = whole and all(isinstance(text, str) for text in stored["texts"].values())
         for row in stored["rows"] if whole else ():
             values = [row[k] for k in ("ours", "published")] if _has(row, _ROW) else [0]
@@ -290,17 +291,6 @@ def _read(path: Path) -> dict[str, Any]:
         raise InvalidFile(f"{path} is not a stored result; run its experiment again.")
     found: dict[str, Any] = stored
     return found
-
-
-def _plain(value: Any) -> bool:
-    """Return whether no text of a JSON value is broken and no whole number of it absurd."""
-    if isinstance(value, str):
-        return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
-    if isinstance(value, dict):
-        return all(_plain(v) for pair in value.items() for v in pair)
-    if isinstance(value, list):
-        return all(map(_plain, value))
-    return not isinstance(value, int) or -(2**63) < value < 2**63
 
 
 def _has(value: Any, fields: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from gradleak.audit.numbers import sig
-from gradleak.audit.records import REFUSED, Pictures, Record, Shown, Values
+from gradleak.audit.records import NOTHING, Pictures, Record, Shown, Values
 
 __all__ = ["encode_png", "picture"]
 
@@ -48,7 +48,7 @@ def picture(record: Record, inputs: Array, truth: Array | None = None, snapshots
 
     """
     subject, shown = record.subject, record.shown
-    if record.outcome.status in REFUSED:
+    if record.outcome.shows == NOTHING:
         return Pictures()
     if record.examples is not None and (truth is not None or (shown is not None and shown.truth is not None)):
         pairs = [(e.index, e.guess) for e in record.examples]

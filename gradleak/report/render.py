@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from gradleak.audit.numbers import duration, metric_name, sig
-from gradleak.audit.records import REFUSED, Aggregate, Curves, Pictures, Record, Values
+from gradleak.audit.records import NOTHING, Aggregate, Curves, Pictures, Record, Values
 from gradleak.report.charts import Series, log_chart
 
 __all__ = ["render"]
@@ -62,7 +62,7 @@ def render(record: Record, pictures: Pictures) -> str:
         acts=[_ACTS[k] for k in record.threat.granted if k in _ACTS],
         untold=[_TOLD[k] for k in record.threat.withheld if k in _TOLD],
         ended=_STATUS.get(record.outcome.status, record.outcome.status),
-        refused=record.outcome.status in REFUSED,
+        nothing=record.outcome.shows == NOTHING,
         mood="alarm"
         if record.verdict.grade in _ALARM
         else "caution"
@@ -154,7 +154,7 @@ def _figures(record: Record) -> list[tuple[str, str]]:
         figures.append(("Noise floor", sig(floor)))
     for finding in record.outcome.findings:
         figures.append((_capital(finding.kind.replace("_", " ")) + " read", f"{finding.count:,} of {finding.of:,}"))
-    if record.outcome.status not in REFUSED:
+    if record.outcome.shows != NOTHING:
         figures.append(("Time", duration(record.outcome.seconds)))
     return figures
 

@@ -166,13 +166,21 @@ class TestRefusals:
         folder = build_refusal(observation, error, attack="recursion", seed=3, command="gradleak attack …")
         assert folder.record.outcome.status == folder.record.verdict.grade == status
         assert folder.record.verdict.reason == str(error)
-        assert folder.inputs.shape == (0, 6)
+        assert (folder.record.outcome.shows, folder.inputs.shape) == ("nothing", (0, 6))
         html = render(folder.record, picture(folder.record, folder.inputs))
         write_folder(tmp_path / "out", folder, html)
         read = read_folder(tmp_path / "out")
         assert to_json(replace(read.record, files={})) == to_json(folder.record)
         assert render(read.record, picture(read.record, read.inputs)) == html
-        assert "the attack did not run" in html
+        assert "the attack did not run, because" in html
+
+    def test_a_time_that_was_too_short(self, tmp_path) -> None:
+        error = NotApplicable("Its time was over before it had found anything; give it more time.")
+        folder = build_refusal(observed()[0], error, attack="dlg", status=Status.BUDGET)
+        assert (folder.record.outcome.status, folder.record.verdict.grade) == ("budget", "unmatched")
+        html = render(folder.record, picture(folder.record, folder.inputs))
+        write_folder(tmp_path / "out", folder, html)
+        assert read_folder(tmp_path / "out").record.outcome.shows == "nothing"
 
     def test_with_what_was_found(self) -> None:
         observation, _ = observed()

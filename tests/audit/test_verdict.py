@@ -256,6 +256,11 @@ class TestFindings:
             alone = replace(OUTCOME, findings=(finding,))
             assert judge(self.MANY, alone, None, (), Match(0.9, 1e-7)).grade == "unmatched"
 
+    @pytest.mark.parametrize("status", ["budget", "interrupted"])
+    def test_nothing_in_the_time_given(self, status: str) -> None:
+        verdict = judge_refusal(Outcome(status, math.nan, 0, 0, 0.0, shows="nothing"), "Give it more time.")
+        assert (verdict.grade, verdict.reason) == ("unmatched", "Give it more time.")
+
     @pytest.mark.parametrize("status", ["not_applicable", "missing_knowledge"])
     def test_a_refusal(self, status: str) -> None:
         refused = Outcome(status, math.nan, 0, 0, 0.0)

@@ -99,7 +99,7 @@ def test_what_is_no_picture_does_not_overflow_either(show, case, kind: str, widt
         record = replace(record, shown=Shown((), (words,), (words[1:] + words[:1],)))
     if kind == "refusal":
         attempts = tuple(AttemptRecord(f"attack_{i}", False, None, "It does not apply. " * 9) for i in range(3))
-        outcome = replace(record.outcome, status="not_applicable", attempts=attempts)
+        outcome = replace(record.outcome, status="not_applicable", shows="nothing", attempts=attempts)
         record = replace(record, outcome=outcome, examples=None, verdict=judge_refusal(outcome, "No. " * 40))
     page = show(render(record, picture(record, inputs, inputs)), width)
     assert page.evaluate("document.scrollingElement.scrollWidth") <= width

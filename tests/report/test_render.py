@@ -273,13 +273,13 @@ class TestWithoutAScore:
 
     @pytest.mark.parametrize("status", ["not_applicable", "missing_knowledge"])
     def test_a_refusal_is_said_in_words(self, case, status: str) -> None:
-        outcome = Outcome(status, float("nan"), 0, 0, 0.0)
+        outcome = Outcome(status, float("nan"), 0, 0, 0.0, shows="nothing")
         record = self.blind(
             case, outcome=outcome, verdict=judge_refusal(outcome, "Two outputs."), match=None, curves=None
         )
         html = render(record, picture(record, np.empty((0, 3, 4, 4), np.float32)))
         words = Page(html).words
-        assert "No image was reconstructed: the attack did not run." in words
+        assert "No image was reconstructed: the attack did not run, because" in words
         assert "Two outputs." in words
         assert "What would stop it" not in words
         assert "nan" not in words

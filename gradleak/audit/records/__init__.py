@@ -5,7 +5,7 @@ Without tensors, so that a record can be read, compared and rendered where torch
 """
 
 from gradleak.audit.records.fields import (
-    REFUSED,
+    NOTHING,
     SCHEMA,
     Aggregate,
     AttackRun,
@@ -29,7 +29,7 @@ from gradleak.audit.records.fields import (
 from gradleak.audit.records.text import from_json, to_json
 
 __all__ = [
-    "REFUSED",
+    "NOTHING",
     "SCHEMA",
     "Aggregate",
     "AttackRun",

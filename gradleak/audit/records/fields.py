@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 __all__ = [
-    "REFUSED",
+    "NOTHING",
     "SCHEMA",
     "Aggregate",
     "AttackRun",
@@ -31,8 +31,8 @@ __all__ = [
 SCHEMA = 2
 """Version of the record schema."""
 
-REFUSED = ("not_applicable", "missing_knowledge")
-"""The statuses of an attack that did not run; nothing was reconstructed."""
+NOTHING = "nothing"
+"""What ``Outcome.shows`` says where nothing was reconstructed: the attack did not run, or ended before any result."""
 
 Option = bool | int | float | str | None
 
@@ -153,7 +153,7 @@ class Outcome:
         labels: the recovered class of each reconstructed example, in the attack's order; None without classes.
         notes: sentences that a reader of the result must know.
         note_kinds: what each note is about: "attempt", "assumption", "range", "labels", "limit" or "method".
-        shows: "inputs", or "features" where the attack recovers the last layer's inputs instead.
+        shows: "inputs", "features" where the attack recovers the last layer's inputs instead, or "nothing".
         attack: name of the attack that led to the result, where the one that ran tries several.
         findings: what the update gives away besides whole inputs.
         attempts: the ways that were tried, in order.

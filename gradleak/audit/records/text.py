@@ -32,48 +32,23 @@ def from_json(text: str) -> Record:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidFile(
-            f"result.json is not valid JSON ({_readable(str(error))[:200]}); run the attack again to write it anew."
-        ) from error
+        raise InvalidFile(f"result.json is not valid JSON ({error}); run the attack again to write it anew.") from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else None
         older = isinstance(found, int) and not isinstance(found, bool) and 0 < found < SCHEMA
-        which = f"an earlier version wrote it (schema {found})" if older else f"it has schema {repr(found)[:40]}"
+        which = f"an earlier version wrote it (schema {found})" if older else f"it has schema {found!r}"
         raise InvalidFile(
             f"This version of gradleak reads result.json of schema {SCHEMA}, but {which}; run its command again to "
             "write it anew, or read it with the version that wrote it."
         )
     try:
-        record = _build(Record, data, "result")
-        _check_together(record)
-        return record
+        return _build(Record, data, "result")
     except _Mismatch as error:
-        what = str(error) if len(str(error)) <= 200 else str(error)[:200] + "…"
-        raise InvalidFile(
-            f"result.json is damaged: {_readable(what)}; run the attack again to write it anew."
-        ) from error
+        raise InvalidFile(f"result.json is damaged: {error}; run the attack again to write it anew.") from error
 
 
 class _Mismatch(Exception):
     """A JSON value does not have the declared type."""
-
-
-def _check_together(record: Record) -> None:
-    """Check what a report relies on: lists that belong together are equally long."""
-    curves, outcome, shown = record.curves, record.outcome, record.shown
-    lengths: list[tuple[str, int, int]] = []
-    if curves is not None:
-        points = len(curves.iterations)
-        lengths = [("curves.objectives", len(curves.objectives), points)]
-        lengths += [(f"curves.layers.{name}", len(values), points) for name, values in curves.layers.items()]
-        lengths += [("curves.mse", len(curves.mse), points)] if curves.mse else []
-    if outcome.note_kinds:
-        lengths.append(("outcome.note_kinds", len(outcome.note_kinds), len(outcome.notes)))
-    if shown is not None and record.examples is not None and shown.truth is not None:
-        lengths.append(("shown.truth", len(shown.truth), len(record.examples)))
-    for where, found, expected in lengths:
-        if found != expected:
-            raise _Mismatch(f"{where} has {found} entries, not {expected}")
 
 
 T = TypeVar("T")
@@ -84,18 +59,11 @@ _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, str):
-        return _readable(value)
     if isinstance(value, Mapping):
-        return {_readable(str(k)): _plain(v) for k, v in value.items()}
+        return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     return value
-
-
-def _readable(text: str) -> str:
-    """Return ``text`` without halves of characters, as in file names that are not UTF-8; no file can hold those."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 @functools.cache
@@ -131,7 +99,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise _Mismatch(f"{where} is not an object")
         item = typing.get_args(hint)[1]
-        return {_readable(k): _value(item, v, f"{where}.{k}") for k, v in value.items()}
+        return {k: _value(item, v, f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast("type[Any]", hint), value, where)
     return _scalar(hint, value, where)
@@ -163,5 +131,5 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if hint in (str, bool) and isinstance(value, hint):
-        return _readable(value) if isinstance(value, str) else value
+        return value
     raise _Mismatch(f"{where} is not {'a number' if hint in (int, float) else 'of type ' + hint.__name__}")
