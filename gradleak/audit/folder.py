@@ -24,7 +24,7 @@ from gradleak.audit.records import NOTHING, Curves, Record, from_json, to_json
 from gradleak.errors import InvalidFile
 from gradleak.files import check_writable, read_file, write_files
 
-__all__ = ["Folder", "check_writable", "read_folder", "strange", "write_files", "write_folder", "write_report"]
+__all__ = ["Folder", "check_writable", "read_folder", "write_files", "write_folder", "write_report"]
 
 Array = npt.NDArray[Any]
 
@@ -121,7 +121,7 @@ def _record(directory: Path) -> Record:
     text = _read(directory / RESULT).decode("utf-8", errors="replace")
     try:
         record = from_json(text)
-        found = strange(dataclasses.asdict(record))
+        found = _strange(dataclasses.asdict(record))
     except (OverflowError, RecursionError) as error:
         raise InvalidFile(f"{RESULT} is damaged: it has a number that is out of range; {_AGAIN}.") from error
     rates = () if record.success is None else (record.success.low, record.success.high, record.success.labels)
@@ -132,16 +132,16 @@ def _record(directory: Path) -> Record:
     return record
 
 
-def strange(value: Any) -> str:
+def _strange(value: Any) -> str:
     """Return in words what in plain data no run can have written and no page can show; empty if there is nothing."""
     if isinstance(value, str):
         return "text that is not Unicode" if any("\ud800" <= c <= "\udfff" for c in value) else ""
     if isinstance(value, int) and not -_WHOLE < value < _WHOLE:
         return "a number that is out of range"
     if isinstance(value, Mapping):
-        return next((said for pair in value.items() for said in map(strange, pair) if said), "")
+        return next((said for pair in value.items() for said in map(_strange, pair) if said), "")
     if isinstance(value, (list, tuple)):
-        return next((said for said in map(strange, value) if said), "")
+        return next((said for said in map(_strange, value) if said), "")
     return ""
 
 
