@@ -40,6 +40,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "fedavg_memory": ("--steps", "4"),
     "cost": ("--repeats", "1", "--largest", "16"),
     "import_time": ("--rounds", "1"),
+    "threads": ("--rounds", "1", "--evaluations", "20"),
     "hostile": ("--broken", "5", "--results", "20", "--kills", "3", "--commands", "0"),
     "gpu": ("--images", "2", "--published", "1"),
 }
@@ -80,6 +81,7 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
         ("`import gradleak` against `import torch`", "≤ 1.1 ×"),
         ("`gradleak --help`", "≤ 0.5 s"),
     ),
+    "threads": (("search with the threads that the commands choose, one core busy, against one thread", "≤ 1.5 ×"),),
     "hostile": (("broken files, results and bombs, kills and signals: not as promised", "0"),),
     "gpu": (("`dlg()` on a GPU against the published algorithm on the same GPU", "≥ 20 ×"),),
 }

@@ -11,7 +11,7 @@ from typing import final
 
 import torch
 
-from gradleak.attacks.base import Attack, Callback
+from gradleak.attacks.base import Attack, Callback, nothing_found
 from gradleak.attacks.certifying import better, certificate, certified
 from gradleak.attacks.feature_matching import feature_matching
 from gradleak.attacks.findings import find_besides
@@ -24,7 +24,6 @@ from gradleak.attacks.sentences import read_sentences
 from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import InvalidInput, InvalidModel, MissingKnowledge, NotApplicable, ResourceLimit
 from gradleak.exact.labels import recover_labels
-from gradleak.proof.certify import unproved
 from gradleak.spaces import TokenSpace
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import FedSGD
@@ -337,7 +336,7 @@ class Auto(Attack):
                 refusal = NotApplicable(f"No attack applies. {told}{' ' if told else ''}{reasons}")
                 refusal.findings, refusal.attempts = besides, tuple(case.attempts)
                 raise refusal
-            best = self._nothing(case)
+            best = nothing_found(case.observation)
         explained = best.certificate is not None and best.certificate.verdict is not Verdict.UNPROVED
         solved = best.status is Status.EXACT and not explained
         why = "Its equations are solved exactly" if solved else "Chosen by its certificate"
@@ -350,15 +349,6 @@ class Auto(Attack):
             attempts=tuple(case.attempts),
             seconds=seconds,
         )
-
-    def _nothing(self, case: Case) -> Reconstruction:
-        """Return the guess that says least, where the time ended before there was any other."""
-        observation = case.observation
-        guess = observation.space.neutral().expand(observation.batch_size or 1, *observation.space.shape)
-        decoded = observation.space.decode(guess.to(observation.simulator.device))
-        found = Reconstruction(decoded, None, float("inf"), status=Status.BUDGET, attack="nothing")
-        why = "The time was over before any attack had found anything; what is shown is the guess that says least."
-        return replace(found, certificate=unproved(len(found), why))
 
 
 def auto(

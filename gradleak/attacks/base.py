@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -19,7 +20,7 @@ from gradleak.structure.probe import run_quietly
 from gradleak.threat import Knowledge, Observation
 from gradleak.types import Note, NoteKind, Reconstruction, Status
 
-__all__ = ["Attack", "Callback", "Progress"]
+__all__ = ["Attack", "Callback", "Progress", "nothing_found"]
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,15 @@ def _timed(callback: Callback | None, deadline: Deadline) -> Callback:
             raise TimeSpent
 
     return tell
+
+
+def nothing_found(observation: Observation) -> Reconstruction:
+    """Return the guess that says least, where the time ended before there was any other."""
+    guess = observation.space.neutral().expand(observation.batch_size or 1, *observation.space.shape)
+    decoded = observation.space.decode(guess.to(observation.simulator.device))
+    why = "The time was over before any attack had found anything; what is shown is the guess that says least."
+    proof = unproved(len(decoded), why)
+    return Reconstruction(decoded, None, math.inf, status=Status.BUDGET, attack="nothing", certificate=proof)
 
 
 def present(observation: Observation, inputs: Tensor, *, exact: bool) -> tuple[Tensor, Note | None]:

@@ -21,7 +21,7 @@ from gradleak.solve.conjugate_gradients import conjugate_gradients
 from gradleak.solve.jacobian import jacobian
 from gradleak.solve.least_squares import State, minimize
 from gradleak.threat import Observation
-from gradleak.training import check_reproducible
+from gradleak.training import check_reproducible, output_tensors
 from gradleak.types import Reconstruction, Status
 
 __all__ = ["LARGEST", "Problem", "Sampled", "State", "is_smooth", "search"]
@@ -63,8 +63,7 @@ def is_smooth(model: nn.Module, shape: tuple[int, ...]) -> bool:
         s = t.repeat(len(start)).requires_grad_()
         grid = s.view(len(start), _POINTS, *(1,) * len(shape))
         found = functional_call(model, tensors, ((start[:, None] + grid * way[:, None]).flatten(0, 1),))
-        parts = found if isinstance(found, (tuple, list)) else [found]
-        out = torch.cat([part.flatten(1) for part in parts], 1)
+        out = torch.cat([part.flatten(1) for part in output_tensors(found)], 1)
         mixed = out @ torch.randn(out.shape[1], generator=draw, dtype=torch.float64).to(out)
         (first,) = torch.autograd.grad(mixed.sum(), s, create_graph=True)
         second = None

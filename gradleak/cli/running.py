@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradleak.attacks.base import Progress
-from gradleak.audit.build import build_record
+from gradleak.attacks.base import Progress, nothing_found
+from gradleak.audit.build import build_record, build_refusal
 from gradleak.audit.folder import Folder, write_folder
 from gradleak.audit.scores import score
 from gradleak.cli.console import progress_bar, tell, warn
 from gradleak.cli.factories import ChosenAttack
-from gradleak.cli.pending import build_refusal
 from gradleak.cli.signals import Watch
 from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import MissingKnowledge, NotApplicable, clean
@@ -81,12 +80,7 @@ def run(job: Job, watch: Watch) -> int:
         observation, found, notes = attack_all(job, watch)
     except (NotApplicable, MissingKnowledge) as refusal:
         watch.rest()
-        code, folder = REFUSED, _refused(job, refusal)
-    except TimeSpent:
-        watch.rest()
-        limit = "It was interrupted" if watch.signal else "Its time was over"
-        status = Status.INTERRUPTED if watch.signal else Status.BUDGET
-        folder = _refused(job, NotApplicable(f"{limit} before it had found anything; give it more time."), status)
+        code, folder = REFUSED, build_refusal(job.observations[0], refusal, **_about(job, job.notes))
     else:
         watch.rest()
         folder = _reported(replace(job, notes=(*job.notes, *notes)), observation, found)
@@ -109,16 +103,15 @@ def attack_all(job: Job, watch: Watch) -> tuple[Observation, Reconstruction, tup
     Raises:
         NotApplicable: the attack applies to none of the observations.
         MissingKnowledge: it is not told what it needs.
-        TimeSpent: the time was over before anything was found.
 
     """
     tried: list[tuple[Observation, Reconstruction]] = []
-    refusal: NotApplicable | TimeSpent | None = None
+    refusal: NotApplicable | None = None
     for index, observation in enumerate(job.observations):
         deadline = watch.deadline.part(1 / (len(job.observations) - index))
         try:
             tried.append((observation, attack_one(observation, job, watch, deadline)))
-        except (NotApplicable, TimeSpent) as error:
+        except NotApplicable as error:
             refusal = refusal or error
         if watch.deadline.over or (tried and _verdict(tried[-1][1]) is Verdict.PROVED):
             break
@@ -138,7 +131,10 @@ def attack_one(observation: Observation, job: Job, watch: Watch, deadline: Deadl
             move(step)
             deadline.raise_if_over()
 
-        found = job.chosen.attack.reconstruct(observation, seed=job.seed, callback=callback, deadline=deadline)
+        try:
+            found = job.chosen.attack.reconstruct(observation, seed=job.seed, callback=callback, deadline=deadline)
+        except TimeSpent:
+            found = nothing_found(observation)
         watch.rest()
     # A search that a signal ended is interrupted, whatever its own phases made of that.
     ended = watch.signal is not None and found.status in (Status.BUDGET, Status.STALLED)
@@ -179,10 +175,6 @@ def _reported(job: Job, observation: Observation, found: Reconstruction) -> Fold
     )
 
 
-def _refused(job: Job, error: NotApplicable | MissingKnowledge, status: Status | None = None) -> Folder:
-    return build_refusal(job.observations[0], error, status=status, **_about(job, job.notes))
-
-
 def _about(job: Job, notes: Sequence[str]) -> dict[str, Any]:
     return {
         "attack": clean(job.chosen.name),
@@ -193,4 +185,5 @@ def _about(job: Job, notes: Sequence[str]) -> dict[str, Any]:
         "notes": (*notes, *job.warnings),
         "command": job.command,
         "classes": job.outputs,
+        "batch_size_source": job.batch_size_source,
     }

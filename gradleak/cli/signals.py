@@ -17,7 +17,7 @@ _GRACE, _LEAST_GRACE = 0.05, 0.5
 _AGAIN = 1.0
 """Seconds until a phase that began after the time was over is ended as well."""
 _SHIELDED = 0.05
-"""Seconds until a watchdog looks again that came while a result was put away."""
+"""Seconds until a watchdog looks again that came while a result was put away, or a module imported."""
 _ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -88,11 +88,20 @@ class Watch:
         self._wake(_LEAST_GRACE)
         warn("Stopping; press Ctrl-C (once more) to give up at once.")
 
-    def _late(self, *_: object) -> None:
+    def _late(self, _: int, frame: types.FrameType | None) -> None:
         if self._resting:
             return
-        if self._current.shielded:
+        if self._current.shielded or _importing(frame):
             self._wake(_SHIELDED)
             return
         self._wake(_AGAIN)
         raise TimeSpent
+
+
+def _importing(frame: types.FrameType | None) -> bool:
+    """Tell whether a module is being imported: torn apart, it would stay half-made for everything that follows."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

@@ -27,7 +27,7 @@ _CHECKED = 256
 """Unknowns up to which the error bound of a construction is checked against the Jacobian's."""
 _LARGEST = 1024
 """Unknowns up to which the Jacobian is computed without being asked for."""
-_MIXTURE = "a mean of several examples explains it as well: this input or a mean of several"
+_MIXTURE = "means of several examples explain it as well, so that what is shown may be such means"
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ _STATED = 1.5
 """The same where nearly all of the noise is that of a known defense, whose size is told."""
 _TENSOR = 1.5
 """By how much a single tensor may exceed that, since fewer numbers are averaged."""
+_MUCH = 0.1
+"""Share of the residual that free factors must leave at most to count as the better explanation."""
 _HIDDEN = 0.5
 """Floor from which on an update says too little to tell a match from a guess: guesses leave a residual of about 1."""
 
@@ -208,7 +210,13 @@ class Explanation:
             fits.append(common)
             if not common.matched and len(self.sizes) > 1 and not self.simulator.defended:
                 fits.append(self._by_tensor(deviations, simulated, seen))
-        return next((f for f in fits if f is not None and f.matched), fits[0] if fits else None)
+        tried = [f for f in fits if f is not None]
+        matched = next((f for f in tried if f.matched), None)
+        if matched is not None or not tried:
+            return matched
+        # Free factors always explain more; they count where they explain nearly all of what the plain scale leaves.
+        free = min(tried, key=lambda f: f.residual)
+        return free if free.residual <= _MUCH * tried[0].residual else tried[0]
 
     def _by_tensor(self, deviations: Tensor, simulated: Tensor, seen: Tensor) -> Fit | None:
         """Return the comparison with a factor for each tensor; None where a factor is not positive."""

@@ -100,8 +100,8 @@ class ImageSpace(InputSpace):
             return images.clamp(0, 1), None
         why = (
             f"The solved inputs run from {low:.2g} to {high:.2g}, but images run from 0 to 1: the client probably "
-            "scales or normalizes them otherwise, so state its mean and std (command line: --mean, --std). They are "
-            "shown rescaled."
+            "scales or normalizes them otherwise, so state its mean and std (command line: --mean, --std), or they are "
+            "no images, which TensorSpace describes (--input-kind tensor). They are shown rescaled."
         )
         return (images - low) / max(high - low, 1e-12), why
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.structure.probe import probe_inputs, run_quietly
+from gradleak.training import output_tensors
 
 __all__ = ["RankBound", "in_span", "numerical_rank", "rank_bound"]
 
@@ -158,7 +159,7 @@ def _separates(model: nn.Module, params: Mapping[str, Tensor], probe: Tensor, or
     handles = [m.register_forward_pre_hook(lambda _m, args, name=k: cut(args, name)) for k, m in _leaves(model)]
     try:
         with torch.enable_grad():
-            return not run_quietly(model, fixed, probe).requires_grad
+            return not any(o.requires_grad for o in output_tensors(run_quietly(model, fixed, probe)))
     finally:
         for handle in handles:
             handle.remove()

@@ -11,6 +11,7 @@ from gradleak.training.base import (
     check_repeatable,
     check_reproducible,
     gradient,
+    output_tensors,
     parameters,
     tracks_statistics,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "class_axis",
     "gradient",
     "harden",
+    "output_tensors",
     "parameters",
     "relax",
     "soft_labels",

@@ -25,6 +25,7 @@ __all__ = [
     "check_repeatable",
     "check_reproducible",
     "gradient",
+    "output_tensors",
     "parameters",
     "tracks_statistics",
 ]
@@ -79,9 +80,7 @@ def check_repeatable(model: nn.Module, inputs: Tensor) -> None:
             raise
         except Exception as error:
             raise InvalidModel(_misfit(model, inputs, error)) from error
-        runs.append(
-            [outputs] if isinstance(outputs, Tensor) else [o for o in _leaves(outputs) if isinstance(o, Tensor)]
-        )
+        runs.append(output_tensors(outputs))
     if not runs[0]:
         raise InvalidModel(
             f"The model returns a {type(outputs).__name__} without tensors; wrap it so that it returns its logits."
@@ -94,12 +93,12 @@ def check_repeatable(model: nn.Module, inputs: Tensor) -> None:
         )
 
 
-def _leaves(outputs: object) -> list[object]:
-    if isinstance(outputs, Mapping):
-        outputs = list(outputs.values())
-    if isinstance(outputs, (list, tuple)):
-        return [leaf for item in outputs for leaf in _leaves(item)]
-    return [outputs]
+def output_tensors(outputs: object) -> list[Tensor]:
+    """Return the tensors of a model's outputs: one, or those of a tuple, list or mapping, however nested."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    items = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, (list, tuple)) else ()
+    return [tensor for item in items for tensor in output_tensors(item)]
 
 
 def batch_statistics(model: nn.Module) -> nn.Module:

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gradleak import cli
-from gradleak.attacks.matching import engine
 from gradleak.audit.records import Record, from_json
 from gradleak.exchange import Client
 from gradleak.training import FedAvg, FedSGD, LocalTraining
@@ -141,12 +140,6 @@ class Case:
         } | changed
         words = [w for k, v in options.items() if v is not None for w in (f"--{k.replace('_', '-')}", v)]
         return self.run("attack", *words, *more)
-
-
-@pytest.fixture(autouse=True)
-def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is compiled: no small search gains from it, and time decides too much else."""
-    monkeypatch.setattr(engine, "_SAVED", dict.fromkeys(engine._SAVED, 0.0))
 
 
 @pytest.fixture

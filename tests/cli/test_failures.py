@@ -300,7 +300,7 @@ def test_a_model_of_tokens_is_refused_and_its_ids_are_named(case) -> None:
     done = case.attack(model="victim:tokens", weights=None, input_shape="3", attack=None)
     assert done.code == 3
     assert case.record().outcome.status == "not_applicable"
-    assert "TokenSpace" in " ".join(case.record().outcome.notes)
+    assert "TokenSpace" in case.record().verdict.reason
 
 
 def test_an_attack_that_does_not_apply_is_a_recorded_result(case, monkeypatch) -> None:
@@ -313,7 +313,9 @@ def test_an_attack_that_does_not_apply_is_a_recorded_result(case, monkeypatch) -
     done = case.attack()
     assert done.code == 3
     assert case.record().outcome.status == "not_applicable"
-    assert "No linear layer sees the data; choose dlg." in case.record().outcome.notes
+    assert "No linear layer sees the data; choose dlg." in case.record().verdict.reason
+    assert "No linear layer sees the data" in done.out
+    assert case.run("report", "out").code == 0
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13, "Permission denied")])
