@@ -99,6 +99,16 @@ def test_a_time_budget_returns_the_best_so_far(name: str, restarts: int) -> None
         assert "The search was ended by its time budget." in one.notes
 
 
+def test_time_that_ends_while_curves_are_written_costs_the_curves_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*_: object) -> None:
+        raise TimeSpent
+
+    monkeypatch.setattr(engine, "write_trace", late)
+    found = gl.attacks.dlg(iterations=20).reconstruct(observe())
+    assert found.trace is None
+    assert found.evaluations >= 20
+
+
 def test_a_budget_that_is_over_at_once_still_measures_every_observation() -> None:
     found = slow("dlg", 1e-6, restarts=2).reconstruct_all([observe(i) for i in range(2)])
     assert all(one.status is Status.BUDGET and 0 < one.objective < 1e3 for one in found)
