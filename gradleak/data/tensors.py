@@ -80,16 +80,16 @@ def read_tensors(path: str | Path, *, limit: int | None = None) -> dict[str, Ten
         size = sum(t.numel() * t.element_size() for t in tensors.values())
     elif data[:4] == b"PK\x03\x04" or data[:1] == b"\x80":
         try:
-            if zipfile.is_zipfile(io.BytesIO(data)):
-                size = max(size, check_unpacked(data, path, limit))
-                with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                    pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
-            else:
-                pickles = [data]
-            if any(map(_nests_deeply, pickles)):
-                raise InvalidFile(f"{str(path)!r} nests tuples too deeply for tensors by name; {_REMEDY}.")
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what torch thinks of a damaged file is decided here
+                warnings.simplefilter("ignore")  # what its readers think of a damaged file is decided here
+                if zipfile.is_zipfile(io.BytesIO(data)):
+                    size = max(size, check_unpacked(data, path, limit))
+                    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                        pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
+                else:
+                    pickles = [data]
+                if any(map(_nests_deeply, pickles)):
+                    raise InvalidFile(f"{str(path)!r} nests tuples too deeply for tensors by name; {_REMEDY}.")
                 tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except InvalidFile:
             raise
