@@ -135,8 +135,8 @@ class GradientMatching(Attack):
             observation: what was seen.
             solved_inputs: (N, *shape) decoded inputs; rows outside the mask are ignored.
             solved_mask: (N,) which rows are known.
-            labels: (N, ...) labels of all rows, known or not, in this order; None takes granted labels as they come,
-                and optimizes the others.
+            labels: (N, ...) labels of all rows, known or not, in this order. None tries how granted labels and known
+                rows belong together, where there are few ways, and otherwise optimizes the labels.
             seed: of the start of the other rows.
             callback: receives progress.
             deadline: when to end with the best so far.
@@ -344,8 +344,8 @@ def _result(
     )
     if not group.attack.trace:
         return result
-    with suppress(TimeSpent):  # Curves are worth less than the result, which must not be lost with them.
-        return replace(result, trace=write_trace(group, row, recorder, outcome, deadline))
+    with suppress(TimeSpent):  # A result without its curves is better than none.
+        result = replace(result, trace=write_trace(group, row, recorder, outcome, deadline))
     return result
 
 
