@@ -213,9 +213,11 @@ def fit_layers(
     condition, response = _condition(local, seed)
     spread = whole.variance(state.cost) * response
     unknowns, equations = len(value), len(whole.target) - features
+    shows, error = condition > _SINGULAR, math.sqrt(spread)
+    relative = 3 * error / max(float(state.z.square().mean().sqrt()), 1e-300) if shows else math.nan
     report = LayerReport(
         "all layers together", unknowns, features, equations, min(unknowns, features + equations),
-        condition > _SINGULAR and done, math.sqrt(spread), math.nan, state.steps,
+        shows and done, error, relative, state.steps,
     )  # fmt: skip
     found = state.z.view(start.shape)
     explained = residual <= _CLOSE * noise
