@@ -235,6 +235,20 @@ def test_equations_that_depend_on_each_other_are_not_counted_as_determined() -> 
     assert "some direction does not show" in str(result.stopped_at)
 
 
+def test_averages_that_lose_a_direction_are_not_undone() -> None:
+    """Averages of 3 x 3 lose a direction on a plane of 5 x 5, and none on 4 x 4."""
+    for size, lost in ((5, True), (4, False)):
+        model = seeded(
+            lambda size=size: nn.Sequential(
+                nn.Conv2d(2, 8, 3, padding=1), nn.Tanh(), nn.AvgPool2d(3, 1, 1), nn.Tanh(), nn.Flatten(),
+                nn.Linear(8 * size**2, 10),
+            )
+        )  # fmt: skip
+        result = invert(model.double(), example((2, size, size)))
+        assert (result.input is None) == lost
+        assert ("hides some direction" in str(result.stopped_at)) == lost
+
+
 def test_it_ends_when_it_is_told_to() -> None:
     model = lenet(image_size=16, seed=1)
     x = example((3, 16, 16), torch.float32)
