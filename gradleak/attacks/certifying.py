@@ -11,7 +11,7 @@ from gradleak.clock import Deadline
 from gradleak.errors import InvalidModel, NotApplicable
 from gradleak.proof.certify import certify, unproved
 from gradleak.threat import Observation
-from gradleak.types import Certificate, Reconstruction, Shows
+from gradleak.types import Certificate, Reconstruction, Shows, Status
 
 __all__ = ["better", "certificate", "certified"]
 
@@ -97,6 +97,8 @@ def certified(
         )
     if found.labels is None and found.label_probabilities is None and granted is None:
         found = replace(found, labels=hard, label_probabilities=soft if simulated is soft else None)
+    if best.mixture and found.status is Status.EXACT:  # Its equations hold, but not of single examples only.
+        found = replace(found, status=Status.CONVERGED, solved=None)
     return replace(found, certificate=best)
 
 

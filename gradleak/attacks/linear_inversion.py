@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,6 +34,8 @@ from gradleak.types import Construction, Finding, FindingKind, Note, NoteKind, R
 
 __all__ = ["LinearInversion", "linear_inversion"]
 
+_SUBSETS = 3000
+"""Subsets of the inputs that rows agree on that are tried, at most: milliseconds each."""
 _CLASSES = 64
 """Classes of which each is tried for a row of a batch, at most."""
 
@@ -276,6 +280,8 @@ class _Reader:
             )
         size = self.size
         passed = [i for i in range(len(found)) if self._is_single(found[i], rows[i])]
+        if not passed and size is not None:
+            passed = self._consistent(found, size)
         if size is None or not passed:
             return self._undecided(found, rows, misfit)
         passed = passed[:size]
@@ -333,6 +339,33 @@ class _Reader:
             if self.size is not None and outputs.shape[1] <= _CLASSES:
                 return False
         return len(rows) > 1 and tells_examples_apart(simulator, self.bias, self._only(rows), inputs)
+
+    def _consistent(self, found: Tensor, size: int) -> list[int]:
+        """Return ``size`` of the inputs ``found`` (K, n) that explain all rows by the units they activate, if any do.
+
+        Mixtures explain the rows as well, but not by the units that the model says they activate.
+        """
+        if size > len(found) or math.comb(len(found), size) > _SUBSETS:
+            return []
+        whole = torch.cat([self.dw, self.db[:, None]], 1).double()
+        patterns = [self._activated(self._shaped(x[None])) for x in found]
+        for chosen in itertools.combinations(range(len(found)), size):
+            basis = torch.cat([found[list(chosen)], found.new_ones(size, 1)], 1)
+            shares = whole @ torch.linalg.pinv(basis)
+            if float((shares @ basis - whole).norm()) > 10 * self.close * float(whole.norm()):
+                continue
+            used = shares.abs() > (10 * self.close * shares.abs().amax(1, keepdim=True)).clamp_min(1e-300)
+            if all(p is not None and torch.equal(used[:, j], p) for j, p in enumerate(patterns[i] for i in chosen)):
+                return list(chosen)
+        return []
+
+    def _activated(self, inputs: Tensor) -> Tensor | None:
+        """Return which units (m,) of the layer one example reaches, None where that is not known."""
+        outputs = self.observation.simulator.outputs(inputs, torch.float64).detach()
+        if not isinstance(outputs, Tensor) or outputs.is_complex():
+            return None
+        found = self._bias_gradient(inputs, torch.zeros_like(outputs))
+        return None if found is None else found.abs() > 1e-9 * found.abs().max()
 
     def _labels_to_try(self, kind: TargetKind, outputs: Tensor) -> list[Tensor]:
         """Return the labels of one example to try, as granted or of the form that the loss takes."""

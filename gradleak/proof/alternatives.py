@@ -15,6 +15,7 @@ needs the truth:
 from __future__ import annotations
 
 import math
+import statistics
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,11 @@ from gradleak.training import Loss, Simulator, TargetKind, class_axis, target_ki
 
 __all__ = ["has_free_directions", "mean_of_several", "reversed_sign", "shortage", "tells_examples_apart"]
 
-_STEP = 1e-3
-"""Size of the differences, relative to the inputs': small enough to cross few kinks, large enough for float64."""
+_STEPS = {torch.float32: 1e-4, torch.float64: 1e-3}
+"""Size of second differences, relative to the inputs', by the update's arithmetic: small enough to cross few kinks,
+large enough that what float64 leaves of them is below the update's own rounding."""
+_TURNED = 1e-6
+"""The same for first differences of directions."""
 _DIRECTIONS = 6
 _APART = 8
 """Examples up to which each is moved by itself; in larger batches all are moved together."""
@@ -47,15 +51,16 @@ def mean_of_several(explanation: Explanation, fit: Fit) -> bool:
     if not x.is_floating_point() or size == 0:
         return False
     draw = torch.Generator().manual_seed(explanation.seed + 3)
-    rounding = 16 * 2.0**-52 / _STEP**2  # What float64 leaves of a second difference.
+    step = _STEPS[explanation.arithmetic]
+    rounding = 16 * 2.0**-52 / step**2  # What float64 leaves of a second difference.
     groups = [[i] for i in range(len(x))] if 1 < len(x) <= _APART else [list(range(len(x)))]
     factors = _scale(explanation, fit)
     for group in groups:
         for _ in range(max(2, _DIRECTIONS // len(groups))):
             move = torch.zeros_like(x)
             move[group] = torch.randn((len(group), *x.shape[1:]), generator=draw, dtype=torch.float64).to(x) * size
-            around = explanation.simulate_all(torch.stack([x + _STEP * move, x - _STEP * move, x]))
-            bend = (around[0] + around[1] - 2 * around[2]) / (2 * _STEP**2)
+            around = explanation.simulate_all(torch.stack([x + step * move, x - step * move, x]))
+            bend = (around[0] + around[1] - 2 * around[2]) / (2 * step**2)
             bend = torch.where(bend.abs() > rounding * around[2].abs().max(), bend, 0.0)
             # The mean of x + d and x − d deviates from x by the bend; several examples of one label are more of the
             # same. What the candidate leaves unexplained itself is not held against it.
@@ -115,7 +120,7 @@ def shortage(explanation: Explanation, fit: Fit) -> str | None:
     draw = torch.Generator().manual_seed(explanation.seed + 2)
     count = wanted + 8
     moves = torch.randn((count, *x.shape), generator=draw, dtype=torch.float64).to(x)
-    others = x + _NEAR * explanation.size * moves
+    others = x + _NEAR * (explanation.size or 1.0) * moves
     drawn = _random_labels(explanation, count, draw)
     live = (fit.noise.weight > 0).nonzero().flatten()
     order = torch.randperm(len(live), generator=draw)[: 4 * count]
@@ -149,7 +154,9 @@ def _random_labels(explanation: Explanation, count: int, draw: torch.Generator) 
             return drawn / drawn.sum(2, keepdim=True)
         return drawn * labels.abs().max().clamp_min(1.0)
     outputs = explanation.simulator.outputs(explanation.inputs, torch.float64)
-    classes = int(outputs.shape[1])
+    if not isinstance(outputs, Tensor):
+        return labels.expand(count, *labels.shape)  # How labels of several outputs look is not known.
+    classes = int(outputs.shape[class_axis(explanation.simulator.undefended.loss)])
     return torch.randint(0, classes, (count, *labels.shape), generator=draw).to(labels.device)
 
 
@@ -178,7 +185,7 @@ def tells_examples_apart(simulator: Simulator, bias: str, seen: Tensor, inputs: 
     if not isinstance(outputs, Tensor):
         return False  # Of several outputs it is not known how they are weighed.
     draw = torch.Generator().manual_seed(5)
-    moves = torch.randn((_DIRECTIONS, *x.shape), generator=draw, dtype=torch.float64).to(x) * size * _STEP
+    moves = torch.randn((_DIRECTIONS, *x.shape), generator=draw, dtype=torch.float64).to(x) * size * _TURNED
 
     def direction(z: Tensor, labels: Tensor) -> Tensor:
         with torch.random.fork_rng(devices=[]):  # A random mask is the same one in every run.
@@ -198,8 +205,9 @@ def tells_examples_apart(simulator: Simulator, bias: str, seen: Tensor, inputs: 
             likely.append((labels, here))
     # Where no label gives what was seen, the loss is another one, and it must hold for all of them.
     for labels, here in likely or every:
-        turned = [float((direction(x + move, labels) - here).norm()) / _STEP for move in moves]
-        if float(here.norm()) < 0.5 or max(turned) <= _TURN:
+        turned = [float((direction(x + move, labels) - here).norm()) / _TURNED for move in moves]
+        # In the middle: a move that crosses a kink says nothing of those that do not.
+        if float(here.norm()) < 0.5 or statistics.median(turned) <= _TURN:
             return False
     return True
 
