@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -24,6 +26,35 @@ RUN = [ROOT / "README.md", *(ROOT / "docs" / f"{p}.md" for p in ("quickstart", "
 
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+
+
+RUNNER = """
+import runpy, shlex, sys
+for path in sys.argv[1:]:
+    if path.endswith(".py"):
+        runpy.run_path(path, run_name="__main__")
+        continue
+    from gradleak.cli import main
+    for line in open(path):
+        sys.argv = shlex.split(line)
+        try:
+            main()
+        except SystemExit as end:
+            assert not end.code, line
+"""
+"""One process for all blocks, each in a namespace of its own: importing torch takes longer than most of them."""
+
+
+def run(files: list[Path], folder: Path, *options: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *options, "-c", RUNNER, *map(str, files)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def blocks(page: Path, info: str = "python") -> list[str]:
@@ -47,18 +78,25 @@ def test_blocks_run_in_an_empty_folder(tmp_path: Path) -> None:
         for number, code in enumerate(codes):
             files.append(tmp_path / f"{page.stem}_{number}.py")
             files[-1].write_text(code, encoding="utf-8")
-    # One process for all blocks, each in a namespace of its own: importing torch takes longer than most of them.
-    runner = "import runpy, sys\nfor path in sys.argv[1:]: runpy.run_path(path, run_name='__main__')"
     (tmp_path / "empty").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", runner, *map(str, files)],
-        cwd=tmp_path / "empty",
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run(files, tmp_path / "empty", "-W", "error")
+
+
+def test_commands_run_in_an_empty_folder(tmp_path: Path) -> None:
+    text = "\n".join(b for page in ("README.md", "docs/quickstart.md") for b in blocks(ROOT / page, "bash"))
+    lines = [" ".join(shlex.split(line, comments=True)) for line in text.replace("\\\n", " ").splitlines()]
+    commands = [
+        c for c in dict.fromkeys(lines) if c.startswith(("gradleak attack", "gradleak report", "gradleak list"))
+    ]
+    assert len(commands) >= 4
+    capture = tmp_path / "capture.py"
+    capture.write_text(next(b for b in blocks(ROOT / "docs" / "quickstart.md") if "truth.safetensors" in b))
+    (tmp_path / "commands").write_text("\n".join(commands).replace("--budget 20s", "--budget 1s"))
+    (tmp_path / "empty").mkdir()
+    run([capture, tmp_path / "commands"], tmp_path / "empty")
+    found = json.loads((tmp_path / "empty" / "leak" / "result.json").read_text(encoding="utf-8"))
+    assert found["verdict"]["headline"] == "The update proves that the client trained on this image."
+    assert (tmp_path / "empty" / "leak-scored" / "report.html").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -81,18 +119,16 @@ def test_every_page_is_in_the_navigation() -> None:
     assert not lacking
 
 
-def names_in_table(page: Path, heading: str) -> list[str]:
-    section = page.read_text(encoding="utf-8").split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
-    return [n for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for n in re.findall(r"`(\w+)`", row)]
+def section(page: Path, heading: str) -> str:
+    return page.read_text(encoding="utf-8").split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
 
 
 @pytest.mark.parametrize(
     ("page", "heading"), [("README.md", "Attacks"), ("docs/threat-models.md", "What each attack needs")]
 )
-def test_attack_tables_name_attacks(page: str, heading: str) -> None:
-    names = names_in_table(ROOT / page, heading)
-    assert len(names) >= 3
-    assert set(names) <= set(gl.attacks.__all__)
+def test_attack_tables_name_all_attacks(page: str, heading: str) -> None:
+    first_cells = [row.split("|")[1] for row in section(ROOT / page, heading).splitlines() if row.startswith("| `")]
+    assert set(re.findall(r"`(\w+)`", " ".join(first_cells))) == set(gl.attacks.__all__)
 
 
 def test_the_table_of_needs_says_that_recursion_solves_batches_too() -> None:
@@ -109,15 +145,20 @@ def test_the_table_of_needs_says_that_recursion_solves_batches_too() -> None:
 
 
 def test_flags_of_knowledge_are_explained() -> None:
-    names = names_in_table(ROOT / "docs" / "threat-models.md", "What a threat model may grant")
-    assert set(names) == {flag.name for flag in gl.Knowledge if flag.value}
+    rows = re.findall(
+        r"^\| `(\w+)`", section(ROOT / "docs" / "threat-models.md", "What a threat model may grant"), re.M
+    )
+    assert set(rows) == {flag.name for flag in gl.Knowledge if flag.value}
+
+
+def test_words_of_certificates_are_explained_once() -> None:
+    rows = re.findall(r"^\| `(\w+)`", section(ROOT / "docs" / "threat-models.md", "What a result proves"), re.M)
+    assert rows == [verdict.value for verdict in sorted(gl.Verdict, key=lambda v: -v.strength)]
 
 
 def test_defenses_that_the_readme_names_exist() -> None:
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Defenses\n", 1)[1].split("\n## ", 1)[0]
-    named = [n for n in re.findall(r"`(\w+)`", section) if n.islower()]
-    assert len(named) >= 9
-    assert set(named) <= set(gl.defenses.__all__)
+    named = [n for n in re.findall(r"`(\w+)`", section(ROOT / "README.md", "Defenses")) if n.islower()]
+    assert set(named) == {n for n in gl.defenses.__all__ if n.islower()}
 
 
 def test_options_that_the_pages_name_exist() -> None:
@@ -143,14 +184,14 @@ def contract_tests() -> types.ModuleType:
     return module
 
 
-ATTACKS = blocks(ROOT / "docs" / "extend.md", 'python title="attack"')
+SHOWN = [b for page in ("docs/extend.md", "CONTRIBUTING.md") for b in blocks(ROOT / page, 'python title="attack"')]
 
 
-@pytest.mark.parametrize(("number", "name"), [(0, "first_layer"), (1, "smooth_dlg")])
-def test_attacks_shown_in_extend_keep_the_contract(number: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("number", "name"), list(enumerate(("first_layer", "smooth_dlg", "gray_guess"))))
+def test_attacks_that_pages_show_keep_the_contract(number: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = types.ModuleType(name)
     monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
-    exec(compile(ATTACKS[number], "docs/extend.md", "exec"), module.__dict__)
+    exec(compile(SHOWN[number], name, "exec"), module.__dict__)
     monkeypatch.setattr(gl.attacks, name, getattr(module, name), raising=False)
     contract = contract_tests()
     checks = [f for n, f in vars(contract).items() if n.startswith("test_") and n != "test_runs_on_cuda"]
@@ -160,5 +201,5 @@ def test_attacks_shown_in_extend_keep_the_contract(number: int, name: str, monke
 
 
 def test_the_attack_shown_in_extend_is_short() -> None:
-    lines = [line for line in ATTACKS[0].splitlines() if line.strip()]
+    lines = [line for line in SHOWN[0].splitlines() if line.strip()]
     assert len(lines) <= 20

@@ -55,14 +55,17 @@ class _Chart:
 def render(record: Record, pictures: Pictures) -> str:
     """Return one self-contained HTML page: it loads nothing, and every string of the record is escaped."""
     template = _environment().get_template("report.html")
+    outcome = record.outcome
+    tried = outcome.told("attempt") if len(outcome.attempts) > 1 else ()  # these stand in a table of their own
     return template.render(
         r=record,
         p=pictures,
         told=[_TOLD[k] for k in record.threat.granted if k in _TOLD],
         acts=[_ACTS[k] for k in record.threat.granted if k in _ACTS],
         untold=[_TOLD[k] for k in record.threat.withheld if k in _TOLD],
-        ended=_STATUS.get(record.outcome.status, record.outcome.status),
-        refused=record.outcome.status in REFUSED,
+        ended=_STATUS.get(outcome.status, outcome.status),
+        refused=outcome.status in REFUSED,
+        notes=[note for note in outcome.notes if note not in tried],
         mood="alarm"
         if record.verdict.grade in _ALARM
         else "caution"

@@ -262,9 +262,11 @@ class TestWithoutAScore:
             AttemptRecord("recursion", False, None, "A layer is too narrow."),
             AttemptRecord("dlg", True, "unproved", ""),
         )
-        words = Page(
-            render(self.blind(case, outcome=replace(outcome, attempts=attempts)), case(1, truth=False).pictures)
-        ).words
+        notes, kinds = ("recursion: not taken. A layer is too narrow.", "Mind the range."), ("attempt", "range")
+        outcome = replace(outcome, attempts=attempts, notes=notes, note_kinds=kinds)
+        words = Page(render(self.blind(case, outcome=outcome), case(1, truth=False).pictures)).words
+        assert "Mind the range." in words
+        assert "not taken" not in words  # The table of what was tried says it already.
         assert "Labels read 58 of 64" in words
         assert "The classes of 58 of 64 images were read. This is an estimate." in words
         assert "What was tried" in words
