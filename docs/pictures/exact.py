@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import gradleak as gl
 from gradleak.data import demo_image
 from gradleak.errors import NotApplicable
-from gradleak.exact.recursion import invert_layers
+from gradleak.exact.one_example import invert_layers
 from gradleak.structure.head import features_and_logits, find_head
 from gradleak.structure.ranks import rank_bound
 from gradleak.training import parameters

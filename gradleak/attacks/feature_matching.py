@@ -101,7 +101,8 @@ def decouple(observation: Observation, separated: Separated, weight: float) -> O
     body = {k: v for k, v in separated.gradient.items() if k not in (head.weight_name, head.bias_name)}
     model = observation.model
     if separated.chain is not None and peeled is not None and peeled.index < len(separated.chain.steps):
-        targets, cotangents, steps = peeled.values, peeled.cotangents, separated.chain.steps[: peeled.index]
+        targets, cotangents = peeled.known.values, peeled.known.pull
+        steps = separated.chain.steps[: peeled.index]
         left = {n for s in steps if isinstance(s, Affine) for n in (s.weight_name, s.bias_name)}
         body = {k: v for k, v in body.items() if k in left}
     else:
@@ -186,7 +187,7 @@ def feature_matching(
 
     With exact features and logit gradients the head drops out of the problem: no softmax couples the examples, their
     order is fixed, and every example has its own target. So do the layers before it whose inputs their own equations
-    determine for all examples (:mod:`gradleak.exact.peel`); the targets are then those inputs, and where that leads
+    determine for all examples (:mod:`gradleak.exact.backward`); the targets are then those inputs, and where that leads
     to the first layer nothing is left to match. The rest is squared-error matching as in :func:`dlg`, in its
     coordinates and for smooth models; published relative: gradient inversion with embeddings (GIE, ICME 2024).
 

@@ -13,7 +13,7 @@ from gradleak.attacks.base import Attack, Callback, Progress
 from gradleak.attacks.least_squares import LARGEST, Problem, State, search
 from gradleak.attacks.recursion import check, from_layers
 from gradleak.errors import InvalidInput, NotApplicable, ResourceLimit
-from gradleak.exact.recursion import RecursionResult, fit_layers
+from gradleak.exact.one_example import RecursionResult, fit_layers
 from gradleak.formats import number_format
 from gradleak.structure.chain import Chain
 from gradleak.structure.ranks import rank_bound

@@ -19,6 +19,7 @@ from gradleak.exact.labels import recover_labels
 from gradleak.formats import number_format, storage_deviation
 from gradleak.solve.conjugate_gradients import conjugate_gradients
 from gradleak.solve.jacobian import jacobian
+from gradleak.solve.least_squares import State, minimize
 from gradleak.threat import Observation
 from gradleak.training import check_reproducible, output_tensors
 from gradleak.types import Reconstruction, Status
@@ -33,6 +34,8 @@ _OVERSAMPLED = 4
 """Sampled rows per unknown."""
 _POINTS = 9
 """Points of a line, for Simpson's rule."""
+_KINK = 1e-3
+"""Relative error of Simpson's rule above which a line meets a kink: on smooth activations it is far smaller."""
 
 
 def is_smooth(model: nn.Module, shape: tuple[int, ...]) -> bool:
@@ -82,7 +85,7 @@ def is_smooth(model: nn.Module, shape: tuple[int, ...]) -> bool:
             change = first[:, -1] - first[:, 0]
             error = (second @ simpson - change).abs()
             # Against the whole variation, not the net change, in which rises and falls may cancel.
-            if bool((error > 1e-3 * (second.abs() @ simpson) + 1e-9 * first.norm(dim=1)).any()):
+            if bool((error > _KINK * (second.abs() @ simpson) + 1e-9 * first.norm(dim=1)).any()):
                 return False
     except (NotImplementedError, RuntimeError, IndexError, ValueError, TypeError, AttributeError):
         return False  # an operation without second derivatives cannot be judged, nor taken by this attack
@@ -100,7 +103,7 @@ def search(
 ) -> State:
     """Return where Levenberg–Marquardt from ``z`` (n,) ends, after at most ``iterations`` steps.
 
-    Source: Levenberg 1944, Marquardt 1963; damping of Nielsen 1999.
+    See :func:`gradleak.solve.least_squares.minimize`.
 
     Args:
         problem: the residual.
@@ -111,55 +114,16 @@ def search(
         begin: when the work began (``time.perf_counter``).
 
     """
-    state = State(z, problem.cost(z))
-    damping, grow = 1e-3, 2.0
-    factor: _System | None = None
-    try:
-        for step in range(iterations):
-            if budget is not None and time.perf_counter() - begin > budget:
-                return state
-            system = problem.linearize(state.z, factor)
-            factor = system
-            state.evaluations += system.evaluations
-            moved = False
-            while not moved:
-                change = system.step(damping)
-                predicted = system.decrease(change)
-                cost = problem.cost(state.z + change)
-                state.evaluations += 1
-                gain = (state.cost - cost) / max(predicted, 1e-300) if math.isfinite(cost) else -1.0
-                if gain > 1e-3:
-                    fall = state.cost - cost
-                    state.z, state.cost, moved = state.z + change, cost, True
-                    damping = max(damping * max(1 / 3, 1 - (2 * gain - 1) ** 3), 1e-14)
-                    grow = 2.0
-                    state.steps = step + 1
-                    if fall <= 1e-4 * state.cost and damping < 1e-3:
-                        state.status = Status.CONVERGED
-                        return state
-                    factor = None if gain < 0.9 else factor
-                elif predicted <= 1e-7 * state.cost + 1e-300 or damping > 1e10:
-                    # What the linear model still promises is below the rounding of the cost.
-                    state.status = Status.CONVERGED if predicted <= 1e-7 * state.cost + 1e-300 else Status.STALLED
-                    return state
-                else:
-                    damping, grow = damping * grow, grow * 2
-            if callback is not None:
-                callback(Progress(step + 1, iterations, problem.relative(state.cost), f"damping {damping:.0e}"))
-    except KeyboardInterrupt:
-        state.status = Status.INTERRUPTED
-    return state
+    before = -1
 
+    def going(state: State, damping: float) -> bool:
+        nonlocal before
+        if callback is not None and state.steps > before >= 0:
+            callback(Progress(state.steps, iterations, problem.relative(state.cost), f"damping {damping:.0e}"))
+        before = state.steps
+        return budget is None or time.perf_counter() - begin <= budget
 
-@dataclass
-class State:
-    """Where a search stands: inputs (n,), sum of squares, why it ended, steps and evaluations so far."""
-
-    z: Tensor
-    cost: float
-    status: Status = Status.BUDGET
-    steps: int = 0
-    evaluations: int = 0
+    return minimize(problem, z, iterations=iterations, going=going)
 
 
 @final
@@ -278,7 +242,7 @@ class Problem:
         seen = torch.cat([o.flatten() for o in self.observed.values()]) * self.weight
         return cost / max(float(seen.square().sum()), 1e-300)
 
-    def linearize(self, z: Tensor, former: _System | None) -> _System:
+    def linearize(self, z: Tensor, former: System | None) -> System:
         """Return the system at ``z``; a large one keeps the preconditioner of ``former`` where it still serves."""
         rows = len(self.weight)
         if self.unknowns > LARGEST:
@@ -300,7 +264,7 @@ class Problem:
             hard,
             self.relative(state.cost),
             label_probabilities=labels if labels.is_floating_point() else None,
-            status=state.status,
+            status=Status(state.status),
             iterations=state.steps,
             evaluations=evaluations,
             seconds=seconds,
@@ -325,21 +289,7 @@ def _weight(tensors: Mapping[str, Tensor], observed: Mapping[str, Tensor], devia
     return torch.where(torch.isfinite(tau), 1 / tau.clamp(min=least), 0.0)
 
 
-class _System:
-    """The linearized problem at one point."""
-
-    evaluations = 0
-
-    def step(self, damping: float) -> Tensor:
-        """Return the damped step."""
-        raise NotImplementedError
-
-    def decrease(self, change: Tensor) -> float:
-        """Return by how much the linear model falls."""
-        raise NotImplementedError
-
-
-class _Dense(_System):
+class _Dense:
     """The whole Jacobian, factorized once: every damping costs two products."""
 
     def __init__(self, problem: Problem, z: Tensor) -> None:
@@ -347,13 +297,22 @@ class _Dense(_System):
         with torch.no_grad():
             self.r = problem.residual(z)
         self.evaluations = len(z)
-        if self.J.shape[0] > self.J.shape[1]:
-            Q, R = torch.linalg.qr(self.J)
-            self.U, self.s, self.Vh = torch.linalg.svd(R)
-            self.right = self.U.T @ (Q.T @ self.r)
-        else:
-            U, self.s, self.Vh = torch.linalg.svd(self.J, full_matrices=False)
-            self.right = U.T @ self.r
+        left, J = self.r, self.J
+        if len(J) > J.shape[1]:
+            Q, J = torch.linalg.qr(J)
+            left = Q.T @ left
+        if not bool(torch.isfinite(J).all()):
+            raise NotApplicable(
+                "The update's derivatives at the point reached are not finite, so no step can be taken; use dlg()."
+            )
+        try:
+            U, self.s, self.Vh = torch.linalg.svd(J, full_matrices=False)
+            self.right = U.T @ left
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # LAPACK's iteration may fail on clustered singular values.
+            values, vectors = torch.linalg.eigh(J.T @ J)
+            self.s, self.Vh = values.clamp(min=0).sqrt(), vectors.T
+            seen = self.s > float(self.s.max()) * torch.finfo(J.dtype).eps ** 0.5
+            self.right = torch.where(seen, (self.Vh @ (J.T @ left)) / self.s.clamp(min=1e-300), 0.0)
 
     def step(self, damping: float) -> Tensor:
         """Return −(JᵀJ + damping · mean(s²))⁻¹ Jᵀ r."""
@@ -366,8 +325,10 @@ class _Dense(_System):
         return float(-(2 * self.right * moved + moved.square()).sum())
 
 
-class _Products(_System):
+class _Products:
     """Products with the Jacobian by automatic differentiation."""
+
+    evaluations = 0
 
     def __init__(self, problem: Problem, z: Tensor) -> None:
         with torch.enable_grad():
@@ -488,3 +449,6 @@ _PATIENT = 400
 """Conjugate gradient steps without a preconditioner."""
 _STALE, _GAIN = 25, 0.02
 """They end when so many steps lower what is left by no more than this share."""
+
+System = _Dense | Iterated | Sampled
+"""The problem linearized at one point."""

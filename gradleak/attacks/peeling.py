@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gradleak.attacks.disaggregation import FeatureDisaggregation
 from gradleak.errors import NotApplicable
-from gradleak.exact.peel import Peeled, obstacle, peel
+from gradleak.exact.backward import Walked, obstacle, walk_back
+from gradleak.exact.layer_iterative import Known
 from gradleak.structure.chain import Chain
 from gradleak.structure.head import Head, find_head
 from gradleak.structure.reader import trace_chain
@@ -19,6 +20,9 @@ from gradleak.threat import Observation
 from gradleak.types import Reconstruction
 
 __all__ = ["Separated", "separate_batch"]
+
+_ACCUMULATED = 16.0
+"""Error of separated features, in rounding units of their size."""
 
 
 @final
@@ -41,7 +45,7 @@ class Separated:
     gradient: Mapping[str, Tensor]
     cotangents: Tensor
     chain: Chain | None
-    peeled: Peeled | None
+    peeled: Walked | None
 
     @property
     def complete(self) -> bool:
@@ -84,10 +88,20 @@ def separate_batch(
     assert head is not None and observation.training is not None  # Or the disaggregation would not have applied.
     gradient = observation.gradient.require_single()
     features = found.features.double()
-    with torch.enable_grad():
-        leaf = features.clone().requires_grad_()
-        (cotangents,) = torch.autograd.grad(observation.training.loss(head.logits(leaf), found.labels), leaf)
-    peeled = None if chain is None else peel(chain, params, gradient, features, cotangents, going=going)
+    loss, labels = observation.training.loss, found.labels
+
+    def pull(features: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaf = features.clone().requires_grad_()
+            return torch.autograd.grad(loss(head.logits(leaf), labels), leaf)[0]
+
+    cotangents, peeled = pull(features), None
+    if chain is not None:
+        noise = max(torch.finfo(t.dtype).eps for t in observation.update.tensors.values())
+        deviation = _ACCUMULATED * noise * float(features.square().mean().sqrt())
+        known = Known.plain(features, cotangents, deviation, torch.Generator().manual_seed(seed))
+        known = replace(known, slips=torch.stack([pull(features + e) - cotangents for e in known.errors]))
+        peeled = walk_back(chain, params, gradient, known, noise, seed=seed, going=going)
     return Separated(found, head, gradient, cotangents, chain, peeled)
 
 

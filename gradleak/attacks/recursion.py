@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from gradleak.attacks.labeling import order_as_granted, read_labels
 from gradleak.attacks.least_squares import Problem, search
 from gradleak.attacks.peeling import Separated, separate_batch
 from gradleak.errors import InvalidModel, NotApplicable
-from gradleak.exact.recursion import RecursionResult, invert_layers
+from gradleak.exact.one_example import RecursionResult, invert_layers
 from gradleak.proof.alternatives import tells_examples_apart
 from gradleak.structure.chain import Affine, Chain, Elementwise
 from gradleak.structure.reader import trace_chain
@@ -35,7 +36,7 @@ class Recursion(Attack):
 
     Attributes:
         polish: whether to finish with Gauss–Newton steps on the whole map.
-        quick: whether to try the iterative way first.
+        quick: whether to leave them out where the walk's own estimated error is small enough.
 
     """
 
@@ -45,12 +46,14 @@ class Recursion(Attack):
     requires = Knowledge.BATCH_SIZE
 
     def _one(self, observation: Observation, seed: int, callback: Callback) -> Reconstruction:
+        begin = time.monotonic()
+
+        def going() -> bool:
+            if time.monotonic() - begin > _PROMPT:
+                callback(Progress(0, 1, math.inf, "solving a layer"))  # It raises to end the attack.
+            return True
+
         if observation.batch_size != 1:
-
-            def going() -> bool:
-                callback(Progress(0, 1, math.inf, "solving a layer for all examples"))  # It raises to end the attack.
-                return True
-
             return invert_batch(observation, seed=seed, going=going)
         check(observation)
         shape = tuple(observation.space.shape)
@@ -64,6 +67,7 @@ class Recursion(Attack):
             polish=self.polish,
             quick=self.quick,
             seed=seed,
+            going=going,
         )
         if result.input is not None:
             return from_layers(observation, result, chain, _BACKWARD)
@@ -190,7 +194,7 @@ def solved(observation: Observation, separated: Separated, going: Callable[[], b
     peeled, found, simulator = separated.peeled, separated.found, observation.simulator
     assert peeled is not None and peeled.stop is None
     assert found.labels is not None and found.features is not None
-    x, steps, seen = peeled.values.reshape(-1, *observation.space.shape), 0, observation.update.tensors
+    x, steps, seen = peeled.known.values.reshape(-1, *observation.space.shape), 0, observation.update.tensors
     rounding, residual = _rounding(observation), simulator.relative(x, found.labels, seen)
     if residual > _ROUGH * rounding:
         # Layer by layer, errors add up; all equations together take most of them back.
@@ -206,7 +210,7 @@ def solved(observation: Observation, separated: Separated, going: Callable[[], b
         *map(Note, map(str, peeled.layers)),
         Note(f"The re-simulated update agrees to {residual:.1e}."),
     )
-    error = max(peeled.error, rounding * float(peeled.values.square().mean().sqrt()))
+    error = max(peeled.error, rounding * float(peeled.known.values.square().mean().sqrt()))
     return Reconstruction(
         decoded,
         found.labels[order],
@@ -215,7 +219,7 @@ def solved(observation: Observation, separated: Separated, going: Callable[[], b
         iterations=found.iterations + steps,
         notes=(*(n for n in (why, None if hidden is None else Note(hidden)) if n is not None), *notes),
         features=found.features[order],
-        construction=Construction(peeled.values.numel(), error, _BATCHED, local=True),
+        construction=None if hidden else Construction(peeled.known.values.numel(), error, _BATCHED, local=True),
         solved=torch.full((len(x),), exact),
     )
 
@@ -232,6 +236,8 @@ def _sharpened(
 _BACKWARD = "solved backward, every layer's linear system has full rank"
 _BATCHED = "solved backward from separated features, every layer's equations determine its inputs for all examples"
 
+_PROMPT = 0.5
+"""Seconds that solving may take without asking whether to go on; most results are complete by then."""
 _ROUGH = 8.0
 """Residual of a batch, in rounding units, above which steps on the whole update follow."""
 _STEPS = 3
@@ -265,19 +271,19 @@ def recursion(*, polish: bool = True, quick: bool = True) -> Recursion:
     """Solve the network backward, layer by layer: exact where every layer is determined, and said so where not.
 
     Sources: Zhu & Blaschko, *R-GAP*, ICLR 2021, Section 3; *R-CONV*, arXiv 2406.04227. Deviations: see
-    :mod:`gradleak.exact.recursion`. Neither label nor loss nor step size is needed: the system does not change when
+    :mod:`gradleak.exact.one_example`. Neither label nor loss nor step size is needed: the system does not change when
     the update is scaled, so a weight delta of one plain step will do.
 
     A batch takes more: the loss must be known cross-entropy, ``disaggregate`` must prove every example's features, and
-    then each layer must determine its inputs for all examples (:mod:`gradleak.exact.peel`): by its gradient alone,
+    then each layer must determine its inputs for all examples (:mod:`gradleak.exact.backward`): by its gradient alone,
     as a linear layer does up to as many examples as it has outputs, or together with its recovered outputs
-    (:mod:`gradleak.exact.joint`), where both kinds of equation are more than the values. Gauss–Newton steps on the
-    whole update finish.
+    (:mod:`gradleak.exact.layer_iterative`), where both kinds of equation are more than the values. Gauss–Newton steps
+    on the whole update finish.
 
     Args:
         polish: finish with Gauss–Newton steps on the whole map, which brings float32 updates to their noise floor.
-        quick: take iterative solves where their estimated error is small enough, an order of magnitude above that
-            floor in a fraction of the time and memory; otherwise, and with False, factorize.
+        quick: leave these steps out where the walk's estimated error is small enough: an order of magnitude above that
+            floor, in a fraction of the time and memory.
 
     """
     return Recursion(polish=polish, quick=quick)

@@ -16,15 +16,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from gradleak.exact.mixing import ROUNDED, MixingEquations
 from gradleak.solve.cholesky import cholesky, cholesky_solve
-
-if TYPE_CHECKING:
-    from gradleak.exact.features import System
 
 __all__ = ["LARGEST", "Refined", "refine"]
 
@@ -78,7 +75,7 @@ class _Linear:
     moved: Tensor  # (q r, C (B + 1)) what τ does inside
 
 
-def refine(system: System, mixing: Tensor, iterations: int = 40) -> Refined | None:
+def refine(system: MixingEquations, mixing: Tensor, iterations: int = 40) -> Refined | None:
     """Return features that need not lie in the row space, from the coordinates (B, B) of ones that do.
 
     Args:
@@ -113,7 +110,7 @@ def refine(system: System, mixing: Tensor, iterations: int = 40) -> Refined | No
     return None if draws is None else Refined(state.features, draws, inside, iteration)
 
 
-def _state(system: System, features: Tensor) -> _State:
+def _state(system: MixingEquations, features: Tensor) -> _State:
     p = torch.softmax(features @ system.weight.T + system.bias, -1)
     d = (p - system.soft) * system.row
     mixing = features @ system.rows.T * system.whiten
@@ -122,7 +119,7 @@ def _state(system: System, features: Tensor) -> _State:
     return _State(features, p, d, mixing, d.T @ system.augment(mixing) - system.target, outside)
 
 
-def _linearize(system: System, state: _State, extra: Tensor) -> _Linear | None:
+def _linearize(system: MixingEquations, state: _State, extra: Tensor) -> _Linear | None:
     b, r = system.size, len(extra)
     values, vectors = torch.linalg.eigh(state.d @ state.d.T)
     weak = values < 1e-3 * values[-1]
@@ -144,14 +141,16 @@ def _linearize(system: System, state: _State, extra: Tensor) -> _Linear | None:
     return _Linear(whole, diagonal, combinations, m, flat)
 
 
-def _pull(system: System, state: _State, linear: _Linear, inside: Tensor, outside: Tensor) -> Tensor:
+def _pull(system: MixingEquations, state: _State, linear: _Linear, inside: Tensor, outside: Tensor) -> Tensor:
     """Return Jᵀ of a residual inside (C, B + 1) and in the columns V_w (C, r)."""
     first = system.pull(linear.m, state.d[None], state.mixing[None], inside[None])[0]
     second = linear.moved @ inside.flatten() + (linear.combinations.T @ state.d @ outside).flatten()
     return torch.cat([first, second])
 
 
-def _step(system: System, state: _State, linear: _Linear, extra: Tensor, damping: float) -> tuple[_State | None, float]:
+def _step(
+    system: MixingEquations, state: _State, linear: _Linear, extra: Tensor, damping: float
+) -> tuple[_State | None, float]:
     """Return the next state, None where no damping improves, and the damping that did."""
     b, q = system.size, linear.combinations
     rest = -torch.linalg.pinv(state.d.T) @ state.outside
@@ -177,7 +176,7 @@ def _step(system: System, state: _State, linear: _Linear, extra: Tensor, damping
     return None, damping
 
 
-def _bend(system: System, state: _State, a: Tensor, beyond: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+def _bend(system: MixingEquations, state: _State, a: Tensor, beyond: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
     """Return the second derivative of the residual inside and in the columns V_w along a step."""
     p = state.p
     z = (a @ system.basis + beyond @ extra) @ system.weight.T
@@ -189,7 +188,7 @@ def _bend(system: System, state: _State, a: Tensor, beyond: Tensor, extra: Tenso
     return second.T @ system.augment(state.mixing) + first.T @ flat, first.T @ beyond
 
 
-def _draws(system: System, state: _State, linear: _Linear, extra: Tensor) -> Tensor | None:
+def _draws(system: MixingEquations, state: _State, linear: _Linear, extra: Tensor) -> Tensor | None:
     """Return (S, B, d') changes of the features under noise of the size that the residual shows."""
     b, classes, width = system.size, len(system.row), len(system.column)
     sound = linear.normal.clone()
@@ -202,7 +201,7 @@ def _draws(system: System, state: _State, linear: _Linear, extra: Tensor) -> Ten
     freedom = system.freedom
     sigma = math.sqrt(inside / freedom) * (1 + 2 / math.sqrt(2 * freedom))
     spare = max((classes - b) * (width - b), 1)
-    floor = 0.25 * system.eps * system.scale / math.sqrt(classes * width)
+    floor = ROUNDED * system.eps * system.scale / math.sqrt(classes * width)
     beyond = max(float(state.outside.norm()) / math.sqrt(spare), floor)
     noise = torch.randn((len(linear.normal), _DRAWS), generator=generator, dtype=torch.float64).to(state.inside)
     drawn = torch.linalg.solve_triangular(factor.mT, noise, upper=True) / linear.diagonal[:, None]

@@ -1,4 +1,4 @@
-"""Conjugate gradients, for one or several symmetric systems at once."""
+"""Conjugate gradients, for several symmetric systems at once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Image", "Rows", "conjugate_gradients"]
+__all__ = ["Rows", "conjugate_gradients"]
 
 Rows = Callable[[Tensor], Tensor]
-Image = Callable[[Tensor, Tensor], Tensor]
+"""A linear map of rows (k, n)."""
 
 
 def conjugate_gradients(
@@ -20,75 +20,51 @@ def conjugate_gradients(
     *,
     tolerance: float,
     limit: int,
-    ready: Tensor | None = None,
-    image: Image | None = None,
+    least: Tensor | float = 0.0,
+    image: Callable[[Tensor, Tensor], Tensor] | None = None,
     going: Callable[[float], bool] | None = None,
 ) -> tuple[Tensor, int, bool]:
-    """Solve k symmetric systems ``product(x) = right`` at once, rows (k, n); stop by the energy of the error.
+    """Solve k symmetric positive systems ``product(x) = right`` at once, rows (k, n).
 
-    ``ready`` is ``precondition(right)`` where the caller has it already. ``image`` is (r, ``precondition(r)``) → the
-    product of the latter, where knowing r makes that cheaper; products with directions then come from a recurrence.
-    ``going`` is asked before every iteration of a single system: xᵀ right − xᵀ A x / 2 is half of its argument.
+    The energy of a residual r is rᵀ P r with the preconditioner P: an estimate of the squared error in the norm of the
+    system. A row is done when its energy fell by ``tolerance``², or to ``least``.
 
-    Returns the solutions, the number of iterations, and whether each energy fell by ``tolerance``².
+    Args:
+        product: of the system.
+        right: (k, n).
+        precondition: an approximate inverse, symmetric and positive.
+        tolerance: relative accuracy, in the norm of the system.
+        limit: iterations.
+        least: energy that counts as zero, for all rows or (k, 1).
+        image: (r, P r) → the product of the latter, where knowing r makes that cheaper: with A = B + N and P = B⁻¹ it
+            is r + N P r. Products with directions then come from a recurrence.
+        going: twice the fall of xᵀ A x / 2 − xᵀ right so far, summed over the rows → whether to go on; asked before
+            every iteration.
+
+    Returns:
+        The solutions (k, n), the number of iterations, and whether every row is done.
+
     """
-    if len(right) == 1:
-        return _single(product, right, precondition, tolerance**2, limit, ready, image, going)
-    x = torch.zeros_like(right)
-    residual = right.clone()
-    z = precondition(residual) if ready is None else ready
-    direction = z.clone()
-    energy = (residual * z).sum(1)
-    first = energy.clone()
-    done = first <= 0
-    steps, share, moved = 0, torch.zeros_like(energy), torch.zeros_like(right)
-    while steps < limit and not bool(done.all()):
-        moved = product(direction) if image is None else image(residual, z).addcmul_(share[:, None], moved)
-        curvature = (direction * moved).sum(1)
-        good = (curvature > 0) & ~done
-        step = torch.where(good, energy / curvature.where(good, torch.ones_like(curvature)), torch.zeros_like(energy))
-        x = x + step[:, None] * direction
-        residual = residual - step[:, None] * moved
-        z = precondition(residual)
-        new = (residual * z).sum(1)
-        share = new / energy.where(energy > 0, torch.ones_like(energy))
-        direction = z + share[:, None] * direction
-        energy = new
-        steps += 1
-        done = done | ~good | (energy <= tolerance**2 * first)
-    return x, steps, bool((energy <= tolerance**2 * first).all())
-
-
-def _single(
-    product: Rows,
-    right: Tensor,
-    precondition: Rows,
-    left: float,
-    limit: int,
-    ready: Tensor | None,
-    image: Image | None,
-    going: Callable[[float], bool] | None,
-) -> tuple[Tensor, int, bool]:
-    """Solve one system: numbers instead of masks save a fifth of an iteration where systems are small."""
     x, residual = torch.zeros_like(right), right.clone()
-    z = precondition(residual) if ready is None else ready
-    direction = z.clone()
-    energy = first = float(residual.flatten() @ z.flatten())
-    steps, share, moved, fallen = 0, 0.0, torch.zeros_like(right), 0.0
-    while steps < limit and energy > left * first and energy > 0:
-        if going is not None and not going(fallen):
-            break
-        moved = product(direction) if image is None else image(residual, z).add_(moved, alpha=share)
-        curvature = float(direction.flatten() @ moved.flatten())
-        steps += 1
-        if not curvature > 0:
-            break
-        x.add_(direction, alpha=energy / curvature)
-        fallen += energy * energy / curvature
-        residual.sub_(moved, alpha=energy / curvature)
+    z = precondition(residual)
+    direction, energy = z.clone(), (residual * z).sum(1, keepdim=True)
+    share, moved = torch.zeros_like(energy), torch.zeros_like(right)
+    goal = (tolerance**2 * energy).clamp(min=least)
+    done, stuck, fallen = energy <= goal, torch.zeros_like(energy, dtype=torch.bool), torch.zeros_like(energy)
+    for steps in range(limit):
+        if bool((done | stuck).all()) or (going is not None and not going(float(fallen.sum()))):
+            return x, steps, bool(done.all())
+        moved = product(direction) if image is None else image(residual, z).addcmul_(share, moved)
+        curvature = (direction * moved).sum(1, keepdim=True)
+        stuck = stuck | ~(curvature > 0)
+        length = torch.where(done | stuck, 0.0, energy / torch.where(stuck, 1.0, curvature))
+        x.addcmul_(length, direction)
+        residual.addcmul_(length, moved, value=-1)
+        fallen = fallen + length * energy
         z = precondition(residual)
-        new = float(residual.flatten() @ z.flatten())
-        share = new / energy
+        new = (residual * z).sum(1, keepdim=True)
+        share = new / torch.where(energy > 0, energy, 1.0)
         direction.mul_(share).add_(z)
         energy = new
-    return x, steps, energy <= left * first
+        done = energy <= goal
+    return x, limit, bool(done.all())

@@ -57,3 +57,25 @@ def test_kinks_are_admitted_only_where_the_caller_knows_the_pattern() -> None:
     with pytest.raises(NotApplicable, match="kinks"):
         Problem.of(seen, batch.labels, 0)
     assert Problem.of(seen, batch.labels, 0, kinks=True).unknowns == 3 * 64
+
+
+def test_a_failed_singular_value_decomposition_gives_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, batch = observe(torch.float64, "sigmoid")
+    problem = Problem.of(seen, batch.labels, 0)
+    start = batch.inputs.double().flatten() + 1e-3
+    wanted = problem.linearize(start, None).step(1e-3)
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.linalg.LinAlgError("linalg.svd: The algorithm failed to converge")  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(torch.linalg, "svd", fail)
+    other = problem.linearize(start, None)
+    torch.testing.assert_close(other.step(1e-3), wanted, rtol=1e-6, atol=1e-8)
+    assert other.decrease(wanted) > 0
+
+
+def test_derivatives_that_are_not_finite_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, batch = observe(torch.float64, "sigmoid")
+    problem = Problem.of(seen, batch.labels, 0)
+    with pytest.raises(NotApplicable, match="not finite"):
+        problem.linearize(torch.full((batch.inputs.numel(),), torch.nan, dtype=torch.float64), None)

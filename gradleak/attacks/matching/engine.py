@@ -135,8 +135,8 @@ class GradientMatching(Attack):
             observation: what was seen.
             solved_inputs: (N, *shape) decoded inputs; rows outside the mask are ignored.
             solved_mask: (N,) which rows are known.
-            labels: (N, ...) labels of all rows, known or not, in this order; None takes granted labels as they come,
-                and optimizes the others.
+            labels: (N, ...) labels of all rows, known or not, in this order. None tries how granted labels and known
+                rows belong together, where there are few ways, and otherwise optimizes the labels.
             seed: of the start of the other rows.
             callback: receives progress.
             deadline: when to end with the best so far.

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradleak.errors import NotApplicable
+from gradleak.exact.one_example import RecursionResult, invert_layers
 from gradleak.exact.outer_product import read_outer_product
-from gradleak.exact.recursion import RecursionResult, invert_layers
 from gradleak.models import lenet, resnet18
 
 
@@ -189,3 +189,54 @@ def test_outer_product_measures_the_rounding() -> None:
     read = read_outer_product(torch.outer(d, h), d)
     assert torch.allclose(read.features, h.double(), rtol=1e-7)
     assert 1e-9 < read.noise < 1e-7
+
+
+def test_a_walk_ends_near_the_noise_floor_and_is_honest_about_it() -> None:
+    x = example((3, 16, 16), torch.float32)
+    model = lenet(image_size=16, seed=1)
+    quick, polished = invert(model, x, quick=True), invert(model, x)
+    assert (quick.steps, len(quick.layers)) == (0, 3)
+    assert polished.steps > 0
+    mse, floor = error(quick, x), error(polished, x)
+    assert mse < 1e-10
+    assert mse < 100 * floor
+    assert mse / 20 < quick.spread < 100 * mse
+
+
+@pytest.mark.parametrize("inputs", [12, 40], ids=["more outputs", "fewer outputs"])
+def test_linear_layer_without_bias(inputs: int) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(inputs, 16, bias=False), nn.Tanh(), nn.Linear(16, 5)))
+    x = example((inputs,), torch.float32)
+    result = invert(model, x, quick=True)
+    assert result.steps == 0
+    assert error(result, x) < 1e-10
+
+
+def test_an_update_that_is_not_explained_takes_further_steps() -> None:
+    x = example((3, 16, 16), torch.float32)
+    model = lenet(image_size=16, seed=1)
+    seen = gradient(model, x)
+    name = next(n for n in seen if n.endswith("weight"))
+    seen[name] = seen[name] * 1.01
+    result = invert_layers(model, dict(model.named_parameters()), seen, (3, 16, 16))
+    assert result.residual > 1e-4
+    assert result.steps > 0
+
+
+def test_equations_that_depend_on_each_other_are_not_counted_as_determined() -> None:
+    """A 1 x 1 convolution whose 16 outputs span two of three channels: enough equations, too low a rank."""
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 16, 1), nn.Tanh(), nn.Flatten(), nn.Linear(16 * 64, 10)))
+    with torch.no_grad():
+        weight = model[0].weight  # type: ignore[index]
+        weight[:, 2] = weight[:, 0] + weight[:, 1]
+    result = invert(model.double(), example((3, 8, 8)), quick=True)
+    assert result.layers[0].rank_bound == result.layers[0].unknowns == 192
+    assert result.input is None
+    assert "some direction does not show" in str(result.stopped_at)
+
+
+def test_it_ends_when_it_is_told_to() -> None:
+    model = lenet(image_size=16, seed=1)
+    x = example((3, 16, 16), torch.float32)
+    with pytest.raises(NotApplicable, match="time ended"):
+        invert_layers(model, dict(model.named_parameters()), gradient(model, x), (3, 16, 16), going=lambda: False)

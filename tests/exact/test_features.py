@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gradleak.errors import InvalidInput, ResourceLimit
-from gradleak.exact.features import CLASS_SPAN, EXACT, NOT_IDENTIFIABLE, Disaggregation, System, disaggregate
+from gradleak.exact.features import CLASS_SPAN, EXACT, NOT_IDENTIFIABLE, Disaggregation, disaggregate
 from gradleak.exact.labels import LabelEstimate
+from gradleak.exact.mixing import MixingEquations
 from gradleak.structure.head import Head
 from gradleak.training import CrossEntropy
 
@@ -176,7 +177,7 @@ def test_derivatives_are_exact() -> None:
     head, features, y = batch([4, 4, 9, 11], classes=12, width=10, seed=3)
     gw, gb = gradients(head, features, y, CrossEntropy(label_smoothing=0.1))
     means = torch.stack([features[:2].mean(0), features[2], features[3]])
-    system = System.build(gw, gb, head, known(y, 12), means, CrossEntropy(label_smoothing=0.1))
+    system = MixingEquations.build(gw, gb, head, known(y, 12), means, CrossEntropy(label_smoothing=0.1))
     generator = torch.Generator().manual_seed(0)
     mixing = system.starts(means, known(y, 12), 2, generator)
 

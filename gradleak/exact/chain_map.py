@@ -1,4 +1,4 @@
-"""The whole chain as one map, from its input to features and layer gradients, and Gauss–Newton steps on it."""
+"""A chain of layers as one map from its input to features and layer gradients, with derivatives, as least squares."""
 
 from __future__ import annotations
 
@@ -11,37 +11,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradleak.exact.layers import Factor
 from gradleak.exact.outer_product import OuterProduct
-from gradleak.solve.conjugate_gradients import Rows, conjugate_gradients
+from gradleak.solve.cholesky import Factor
+from gradleak.solve.conjugate_gradients import conjugate_gradients
 from gradleak.structure.chain import Affine, Chain, Elementwise, Fixed, Step
 
-__all__ = ["Linearization", "Polished", "WholeMap", "feature_scale", "newton_steps"]
+__all__ = ["ChainMap", "Linearized", "Point", "feature_scale"]
 
 Tensors = Mapping[str, Tensor]
 
-STEPS = 8
-"""Gauss–Newton steps that finish a recursion."""
+_TOLERANCE = 1e-3
+"""Relative accuracy of a Gauss–Newton step, in the norm of the normal matrix."""
+_LIMIT = 100
+"""Conjugate gradient steps for one Gauss–Newton step."""
+_STALE = 60
+"""The same beyond which a new factor of the normal matrix is the quicker way."""
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class Linearization:
-    """The map's value and derivative at one point."""
+class ChainMap:
+    """The weighted map from the input of ``steps`` to features and layer gradients, for one example.
 
-    residual: Tensor
-    descent: Tensor
-    product: Rows
+    The gradient at the last output is taken as seen. Every equation is divided by its size, since rounding is relative.
 
+    Attributes:
+        steps: the map's operations.
+        shape: of its input.
+        names: the parameters whose gradients are used.
+        target: the weighted equations' right sides.
 
-class WholeMap:
-    """The map from the input of ``steps`` to features and layer gradients for the seen output gradient, weighted."""
+    """
 
     def __init__(
-        self, chain: Chain, steps: tuple[Step, ...], params: Tensors, seen: Tensors, outer: OuterProduct
+        self,
+        chain: Chain,
+        params: Tensors,
+        seen: Tensors,
+        outer: OuterProduct,
+        *,
+        first: int = 0,
+        factorize: Callable[[ChainMap, Tensor], Factor] | None = None,
     ) -> None:
-        self.steps, self.params, self.features = steps, params, outer.features
-        wanted = [n for s in steps if isinstance(s, Affine) for n in (s.weight_name, s.bias_name) if n is not None]
+        """Keep the equations.
+
+        Args:
+            chain: whose steps from ``first`` on are the map.
+            params: float64 parameters by name.
+            seen: float64 gradients by name.
+            outer: features and output gradient of the linear layer behind.
+            first: index of the first step.
+            factorize: (this map, an input (n,)) → a factor of its normal matrix there, which preconditions steps.
+
+        """
+        self.steps: tuple[Step, ...] = chain.steps[first:]
+        self.shape = self.steps[0].in_shape if self.steps else (outer.features.numel(),)
+        self.params, self.features, self.factorize = params, outer.features, factorize
+        wanted = [n for s in self.steps if isinstance(s, Affine) for n in (s.weight_name, s.bias_name) if n is not None]
         self.names = [n for n in wanted if n in seen and float(seen[n].square().sum()) > 0]
         self.pull = outer.delta @ params[chain.anchor.weight_name]
         self.feature_scale = feature_scale(self.features)
@@ -52,28 +76,31 @@ class WholeMap:
 
     def outputs(self, x: Tensor) -> Tensor:
         """Return the weighted equations' left sides at ``x`` (*shape)."""
-        return self._at(x).outputs
+        return self.at(x).outputs
 
     def relative(self, x: Tensor) -> float:
         """Return the relative distance of the weighted equations at ``x``."""
         return float((self.outputs(x) - self.target).norm() / self.target.norm())
 
-    def linearize(self, value: Tensor) -> Linearization:
-        """Return residual r, Jᵀ r (n,) and v (k, n) → Jᵀ J v, in the precision of v, at ``value`` (n,)."""
-        point = self._at(value.detach().reshape(self.steps[0].in_shape))
-        residual = self.target - point.outputs
-        own = _Tangents(self, point, value.dtype)
-        tangents = {value.dtype: own}
+    def cost(self, z: Tensor) -> float:
+        """Return the sum of squares at ``z`` (n,)."""
+        return float((self.outputs(z.view(self.shape)) - self.target).square().sum())
 
-        def product(v: Tensor) -> Tensor:
-            if v.dtype not in tangents:
-                tangents[v.dtype] = _Tangents(self, point, v.dtype)
-            return torch.stack([tangents[v.dtype].product(row) for row in v])
+    def linearize(self, z: Tensor, former: Linearized | None = None) -> Linearized:
+        """Return the map linearized at ``z`` (n,); ``former`` lends its factor where that still serves."""
+        if self.factorize is None or (former is not None and former.served):
+            factor = None if former is None else former.factor
+        else:
+            factor = self.factorize(self, z)
+        return Linearized(self, z, factor)
 
-        return Linearization(residual, own.pull(*self._split(residual)), product)
+    def variance(self, cost: float) -> float:
+        """Return the squared noise of one weighted equation, as ``cost`` at the solution shows it."""
+        return max(cost, 1e-300) / max(len(self.target) - math.prod(self.shape), 1)
 
     @torch.no_grad()
-    def _at(self, x: Tensor) -> _Point:
+    def at(self, x: Tensor) -> Point:
+        """Return what the derivatives at ``x`` (*shape) are made of."""
         inputs = [x[None]]
         for step in self.steps:
             inputs.append(step.forward(inputs[-1], self.params))
@@ -99,9 +126,9 @@ class WholeMap:
             deltas.append(delta)
         parts = [inputs[-1].flatten() * self.feature_scale]
         parts += [(gradients[n] * self.scales[n]).flatten() for n in self.names]
-        return _Point(torch.cat(parts), deltas[-2::-1], slopes, patches)
+        return Point(torch.cat(parts), deltas[-2::-1], slopes, patches)
 
-    def _split(self, u: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    def split(self, u: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Return the features' part of ``u`` and every layer's, as :class:`_Tangents` holds gradients."""
         parts = u.split([self.features.numel(), *(self.params[n].numel() for n in self.names)])
         named = dict(zip(self.names, parts[1:], strict=True))
@@ -120,7 +147,7 @@ class WholeMap:
 
 @final
 @dataclass(frozen=True, eq=False)
-class _Point:
+class Point:
     """What the derivatives at one point are made of, step by step.
 
     Attributes:
@@ -145,7 +172,7 @@ class _Tangents:
     A layer's gradient is held as (groups, channels · taps + 1, outputs), the bias last, and times its scale.
     """
 
-    def __init__(self, whole: WholeMap, point: _Point, dtype: torch.dtype) -> None:
+    def __init__(self, whole: ChainMap, point: Point, dtype: torch.dtype) -> None:
         self.feature_scale = whole.feature_scale.to(dtype)
         self.maps: list[_Layer | _Diagonal | _Other] = []
         for index, step in enumerate(whole.steps):
@@ -283,81 +310,50 @@ class _Layer:
 
 
 @final
-@dataclass(frozen=True, eq=False)
-class Polished:
-    """Where Gauss–Newton steps ended: estimated mean squared error, relative residual, whether no step helps more."""
+class Linearized:
+    """The map linearized at one point, for :func:`gradleak.solve.least_squares.minimize`.
 
-    value: Tensor
-    steps: int
-    spread: float
-    residual: float
-    done: bool
+    Attributes:
+        residual: target less outputs.
+        descent: Jᵀ residual, (n,).
+        factor: of the normal matrix here or nearby.
+        served: whether the factor still preconditions well.
+
+    """
+
+    def __init__(self, whole: ChainMap, z: Tensor, factor: Factor | None) -> None:
+        self.whole, self.factor, self.served, self.evaluations = whole, factor, True, 1
+        self.point = whole.at(z.detach().view(whole.shape))
+        self.residual = whole.target - self.point.outputs
+        self._tangents = {z.dtype: _Tangents(whole, self.point, z.dtype)}
+        self.descent = self._tangents[z.dtype].pull(*whole.split(self.residual))
+
+    def product(self, v: Tensor) -> Tensor:
+        """Return Jᵀ J v for rows v (k, n), in their precision."""
+        if v.dtype not in self._tangents:
+            self._tangents[v.dtype] = _Tangents(self.whole, self.point, v.dtype)
+        return torch.stack([self._tangents[v.dtype].product(row) for row in v])
+
+    def solve(self, right: Tensor, damping: float, tolerance: float = _TOLERANCE) -> tuple[Tensor, bool]:
+        """Return (JᵀJ + damping · D)⁻¹ right for rows (k, n), D the normal matrix' diagonal, and whether it ended."""
+        assert self.factor is not None
+        shift = damping * self.factor.scale.square().reciprocal()
+        x, steps, done = conjugate_gradients(
+            lambda v: self.product(v) + shift * v, right, self.factor.solve, tolerance=tolerance, limit=_LIMIT
+        )
+        self.served = self.served and done and steps <= _STALE
+        return x, done
+
+    def step(self, damping: float) -> Tensor:
+        """Return the damped step."""
+        return self.solve(self.descent[None], damping)[0][0]
+
+    def decrease(self, change: Tensor) -> float:
+        """Return by how much the linear model falls."""
+        return float(2 * self.descent @ change - change @ self.product(change[None])[0])
 
 
 def feature_scale(features: Tensor) -> Tensor:
     """Return one over the size of every feature (d,), bounded where they are near zero."""
     floor = float(0.05 * features.square().mean().sqrt()) + 1e-300
     return features.abs().clamp(min=floor).reciprocal()
-
-
-def newton_steps(
-    whole: WholeMap,
-    value: Tensor,
-    factor: Factor,
-    probe: Tensor,
-    *,
-    limit: int = STEPS,
-    stale: int = 60,
-    halvings: int = 0,
-    tolerance: float = 1e-2,
-    floor: float = 0.0,
-    going: Callable[[float, int], bool] | None = None,
-) -> Polished:
-    """Take Gauss–Newton steps on the whole map until they are below the noise that the residual shows.
-
-    Args:
-        whole: the map.
-        value: where the steps begin, (n,).
-        factor: of its normal matrix nearby, which preconditions.
-        probe: (k, n) signs, for the estimate of the error: one could miss the direction that is known worst.
-        limit: steps.
-        stale: conjugate gradient steps beyond which the factor no longer serves.
-        halvings: how often a step that does not help is halved.
-        tolerance: relative accuracy of a step, in energy.
-        floor: relative residual below which a step that does not halve it is the last.
-        going: (relative residual, steps so far) → whether to go on.
-
-    """
-    response, n = float((probe * factor.solve(probe)).sum()) / probe.numel(), len(value)
-    local, steps, served = whole.linearize(value), 0, True
-    norm = float(local.residual.square().sum())
-    while True:
-        variance = max(norm, 1e-300) / max(len(local.residual) - n, 1)
-        right = local.descent[None]
-        ready = factor.solve(right)
-        decrement = float((right * ready).sum())
-        done = decrement < 1e-2 * variance * n
-        if done or steps >= limit or not served:
-            break
-        step, taken, _ = conjugate_gradients(
-            local.product, right, factor.solve, tolerance=tolerance, limit=60, ready=ready
-        )
-        served = taken <= stale
-        for halving in range(halvings + 1):
-            moved = value + step[0] / 2**halving
-            there = whole.linearize(moved)
-            fallen = float(there.residual.square().sum())
-            if fallen < norm:
-                break
-        else:
-            done = True
-            break
-        gained, norm, value, local, steps = norm - fallen, fallen, moved, there, steps + 1
-        if going is not None and not going(math.sqrt(norm) / float(whole.target.norm()), steps):
-            break
-        low = norm <= (floor * float(whole.target.norm())) ** 2
-        if gained < (3 if low else 1e-3) * norm:
-            done = True
-            break
-    variance = norm / max(len(whole.target) - n, 1)
-    return Polished(value, steps, variance * response, math.sqrt(norm) / float(whole.target.norm()), done)
