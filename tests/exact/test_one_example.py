@@ -257,15 +257,15 @@ def test_it_ends_when_it_is_told_to() -> None:
 
 
 def test_a_network_of_zeros_shows_nothing_and_ends_in_a_reason() -> None:
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).double()
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
-    x = example((4,))
+    x = example((1, 4, 4))
     params, seen = dict(model.named_parameters()), gradient(model, x, 1)
     for result in (
-        invert_layers(model, params, seen, (4,)),
-        fit_layers(model, params, seen, torch.zeros(4), going=lambda *_: True),
+        invert_layers(model, params, seen, (1, 4, 4)),
+        fit_layers(model, params, seen, torch.zeros(1, 4, 4), going=lambda *_: True),
     ):
         assert result.input is None
         assert result.stopped_at is not None
