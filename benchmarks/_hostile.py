@@ -60,10 +60,8 @@ def tensor_files() -> dict[str, bytes]:
     """Return the content of a valid tensor file of each format, by name."""
     plain = {k: v.numpy() for k, v in tensors().items()}
     files = {"a.safetensors": safetensors.torch.save(tensors())}
-    for name, save in (("a.npz", np.savez), ("deflated.npz", np.savez_compressed)):
-        stream = io.BytesIO()
-        save(stream, **plain)
-        files[name] = stream.getvalue()
+    files["a.npz"] = npz(plain)
+    files["deflated.npz"] = npz(plain, zipfile.ZIP_DEFLATED)
     for name, new in (("a.pt", True), ("old.pt", False)):
         stream = io.BytesIO()
         torch.save(tensors(), stream, _use_new_zipfile_serialization=new)
@@ -71,12 +69,21 @@ def tensor_files() -> dict[str, bytes]:
     return files
 
 
+def npz(arrays: dict[str, Any], compression: int = zipfile.ZIP_STORED) -> bytes:
+    """Return what ``numpy.savez`` writes, without the time at which it does."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, array in arrays.items():
+            member = io.BytesIO()
+            np.save(member, array)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), member.getvalue(), compression)
+    return stream.getvalue()
+
+
 def image_files() -> dict[str, bytes]:
     """Return the content of a valid file of images of each format, by name."""
     pixels = np.random.default_rng(0).integers(0, 256, (3, 9, 7, 3), dtype=np.uint8)
-    stream = io.BytesIO()
-    np.savez(stream, x_test=pixels, y_test=np.arange(3))
-    files = {"i.npz": stream.getvalue()}
+    files = {"i.npz": npz({"x_test": pixels, "y_test": np.arange(3)})}
     for suffix in ("png", "jpg", "gif", "tif", "webp", "bmp", "ppm"):
         stream = io.BytesIO()
         Image.fromarray(pixels[0]).save(stream, {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix.upper()))
@@ -87,9 +94,8 @@ def image_files() -> dict[str, bytes]:
 def batch_files() -> dict[str, bytes]:
     """Return the content of a valid private batch in each format, by name."""
     inputs, labels = torch.rand(2, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2])
-    stream = io.BytesIO()
-    np.savez(stream, inputs=inputs.numpy(), labels=labels.numpy())
-    return {"t.safetensors": safetensors.torch.save({"inputs": inputs, "labels": labels}), "t.npz": stream.getvalue()}
+    arrays = {"inputs": inputs, "labels": labels}
+    return {"t.safetensors": safetensors.torch.save(arrays), "t.npz": npz({k: v.numpy() for k, v in arrays.items()})}
 
 
 def result() -> Folder:

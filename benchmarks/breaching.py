@@ -192,7 +192,6 @@ def compare(python: Path, threads: int, pairs: int, steps: int) -> None:
             "target": f"≤ {TARGET} ×",
             "measured": f"{row['ratio (median of pairs)']:.2f} × ({row['ratio range']})",
             "met": row["ratio (median of pairs)"] <= TARGET,
-            "short": True,
         }
         for row in rows
     ]

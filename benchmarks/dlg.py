@@ -30,7 +30,7 @@ def main() -> None:
     """Measure and store the table."""
     options = arguments(__doc__ or "", images=64, default=32, published=16, polished=64)
     images, labels = cifar100(options.data)
-    fast = gl.attacks.dlg(tolerance=FAST, trace=False)
+    fast = gl.attacks.dlg(tolerance=FAST, trace=False, backend="compile")
     rows = [measure("gradleak dlg(), stopped at MSE 1e-4", fast, images, labels, options.images, torch.float32)]
     if options.default:
         attack = gl.attacks.dlg(trace=False)

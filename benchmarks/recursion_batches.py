@@ -106,7 +106,6 @@ def main() -> None:
                 + (f", MSE ≤ {r['worst MSE']:.0e}, {r['processor s']:.2g} s" if r["solved"] else "")
                 for width, r in group
             ),
-            "short": lenets and act == "sigmoid",
             "met": None,
         }
         for lenets, act, group in groups

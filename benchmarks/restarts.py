@@ -77,7 +77,6 @@ def line(found: dict[str, object], how: str, limit: float) -> dict[str, object]:
         "what": f"32 restarts together, {how}, against 32 in a loop, LeNet",
         "target": f"≤ {limit} ×",
         "measured": f"{share:.2f} × ({found['range']}; {found['ms per evaluation']:.2f} ms an evaluation)",
-        "short": True,
         "met": share <= limit,
     }
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from gradleak.audit.records import REFUSED, Record, from_json, to_json
+from gradleak.audit.records import REFUSED, Curves, Record, from_json, to_json
 from gradleak.errors import InvalidFile
 from gradleak.files import check_writable, read_file, write_files
 
@@ -31,6 +31,8 @@ Array = npt.NDArray[Any]
 RESULT, TENSORS, TRACE, REPORT = "result.json", "reconstruction.safetensors", "trace.safetensors", "report.html"
 
 _AGAIN = "run the attack again to write it anew"
+_WHOLE = 1 << 63
+"""Whole numbers of a record are smaller than this."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +104,7 @@ def read_folder(directory: Path) -> Folder:
     """
     if not directory.is_dir():
         raise InvalidFile(f"There is no folder {str(directory)!r}; name one that gradleak attack or demo wrote.")
-    record = from_json(_read(directory / RESULT).decode("utf-8", errors="replace"))
+    record = _record(directory)
     for name in record.files:
         if name not in (TENSORS, TRACE):
             raise InvalidFile(f"result.json is damaged: it names a file {name!r}; {_AGAIN}.")
@@ -115,6 +117,34 @@ def read_folder(directory: Path) -> Folder:
     return folder
 
 
+def _record(directory: Path) -> Record:
+    text = _read(directory / RESULT).decode("utf-8", errors="replace")
+    try:
+        record = from_json(text)
+        found = _strange(dataclasses.asdict(record))
+    except (OverflowError, RecursionError) as error:
+        raise InvalidFile(f"{RESULT} is damaged: it has a number that is out of range; {_AGAIN}.") from error
+    rates = () if record.success is None else (record.success.low, record.success.high, record.success.labels)
+    if not all(rate is None or 0 <= rate <= 1 for rate in rates):
+        found = "a rate that is not within 0 and 1"
+    if found:
+        raise InvalidFile(f"{RESULT} is damaged: it has {found}; {_AGAIN}.")
+    return record
+
+
+def _strange(value: Any) -> str:
+    """Return in words what in plain data no run can have written and no page can show; empty if there is nothing."""
+    if isinstance(value, str):
+        return "text that is not Unicode" if any("\ud800" <= c <= "\udfff" for c in value) else ""
+    if isinstance(value, int) and not -_WHOLE < value < _WHOLE:
+        return "a number that is out of range"
+    if isinstance(value, Mapping):
+        return next((said for pair in value.items() for said in map(_strange, pair) if said), "")
+    if isinstance(value, (list, tuple)):
+        return next((said for said in map(_strange, value) if said), "")
+    return ""
+
+
 def _check_together(directory: Path, folder: Folder) -> None:
     inputs, truth, snapshots = folder.inputs, folder.truth, folder.snapshots
     record, labels = folder.record, folder.labels
@@ -125,17 +155,30 @@ def _check_together(directory: Path, folder: Folder) -> None:
         inputs.ndim >= 1
         and (inputs.size > 0) == (record.outcome.status not in REFUSED)
         and all(a is None or a.dtype.kind in "fiub" for a in (inputs, truth, snapshots))
-        and (record.subject.input_kind != "image" or features or inputs.shape[1:] == shape)
+        and (
+            record.subject.input_kind != "image"
+            or features
+            or record.outcome.status in REFUSED
+            or inputs.shape[1:] == shape
+        )
         and (truth is None or truth.shape[1:] == inputs.shape[1:])
         and (snapshots is None or snapshots.shape == (points, *inputs.shape))
         and (labels is None or labels.ndim > 0)
         and all(e.guess is None or 0 <= e.guess < len(inputs) for e in examples)
         and all(truth is None or 0 <= e.index < len(truth) for e in examples)
+        and (record.curves is None or _complete(record.curves))
     )
     if not fits:
         raise InvalidFile(
             f"The files in {str(directory)!r} do not belong together; run the attack again to write them anew."
         )
+
+
+def _complete(curves: Curves) -> bool:
+    points = len(curves.iterations)
+    lengths = [len(values) for values in (curves.objectives, *curves.layers.values())]
+    ascending = all(0 <= a <= b for a, b in zip(curves.iterations, curves.iterations[1:], strict=False))
+    return ascending and set(lengths) == {points} and len(curves.mse) in (0, points)
 
 
 def _pack(arrays: Mapping[str, Array]) -> bytes:

@@ -66,10 +66,12 @@ def judge(
     """
     if examples:
         verdict = _against_truth(subject, outcome, examples, lifts, certificate)
-        verdict = _with_findings(verdict, _checked(subject, outcome, examples, success), ("not_recovered", "partly"))
+        found = [] if all(e.level >= 2 for e in examples) else _checked(subject, outcome, examples, success)
+        verdict = _with_findings(verdict, found, ("not_recovered", "partly"))
     else:
         verdict = _from_update(subject, outcome, match, certificate)
-        verdict = _with_findings(verdict, _named(outcome), ("unmatched",))
+        found = [] if verdict.grade == "proved" and outcome.shows == "inputs" else _named(outcome)
+        verdict = _with_findings(verdict, found, ("unmatched",))
         # A mean of several and noise that hides the update are no statements about one number of examples.
         if certificate is None or not (certificate.mixture or certificate.floor >= _HIDES):
             verdict = replace(verdict, headline=_with_batch_size(verdict.headline, subject))

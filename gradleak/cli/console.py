@@ -57,8 +57,10 @@ def tell(record: Record, out: Path) -> None:
             say(f"… and {len(record.examples) - _ROWS} better ones in result.json.")
     say("")
     outcome = record.outcome
-    search = f"{outcome.iterations:,} iterations, {outcome.evaluations:,} evaluations"
-    say(f"{'In closed form' if outcome.evaluations == 0 else search}, {duration(outcome.seconds)}")
+    if outcome.evaluations:
+        say(f"{outcome.iterations:,} iterations, {outcome.evaluations:,} evaluations, {duration(outcome.seconds)}")
+    elif outcome.status in ("exact", "converged"):
+        say(f"In closed form, {duration(outcome.seconds)}")
     say(f"Report: {out / 'report.html'}")
 
 

@@ -25,6 +25,7 @@ def reproduce(
     jobs: Annotated[int, typer.Option(min=1, help="Processes that measure side by side.")] = 1,
 ) -> None:
     """Run the experiments of a paper and set its numbers beside ours."""
+    from gradleak.cli.threads import choose_threads, typical_work
     from gradleak.errors import InvalidInput
     from gradleak.papers.reproduce import default_out
     from gradleak.papers.reproduce import reproduce as run
@@ -34,6 +35,8 @@ def reproduce(
         raise InvalidInput("--smoke and --full exclude each other; give one of them, or none for the default scale.")
     scale = "smoke" if smoke else "full" if full else "default"
     out = default_out(paper) if out is None else out
+    if jobs == 1:  # side by side, each process has one
+        choose_threads(typical_work())
     try:
         done = run(
             paper, only=only, scale=scale, data=data, out=out, jobs=jobs, callback=lambda s: typer.echo(s, err=True)

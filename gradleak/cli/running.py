@@ -22,7 +22,7 @@ from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import MissingKnowledge, NotApplicable, clean
 from gradleak.report import picture, render
 from gradleak.threat import Observation
-from gradleak.training import BinaryCrossEntropy, MeanSquaredError
+from gradleak.training import MeanSquaredError
 from gradleak.types import Batch, Note, NoteKind, Reconstruction, Shows, Status, Verdict
 
 __all__ = ["REFUSED", "Job", "run"]
@@ -152,12 +152,17 @@ def _strength(found: Reconstruction) -> tuple[int, float]:
 
 
 def _assumed(observation: Observation, found: Reconstruction) -> Note:
-    loss = None if observation.training is None else observation.training.loss
-    name = {BinaryCrossEntropy: "binary cross-entropy", MeanSquaredError: "squared error"}.get(type(loss), "this loss")
     said = "The loss was not stated; of binary cross-entropy and squared error"
     if _verdict(found) is Verdict.UNPROVED:
-        return Note(f"{said}, neither explains the update; this is the result under {name}.", NoteKind.ASSUMPTION)
-    return Note(f"{said}, {name} explains the update.", NoteKind.ASSUMPTION)
+        what = f"neither explains the update, and this is the result under {_loss(observation)}"
+    else:
+        what = f"{_loss(observation)} explains the update"
+    return Note(f"{said}, {what}.", NoteKind.ASSUMPTION)
+
+
+def _loss(observation: Observation) -> str:
+    loss = None if observation.training is None else observation.training.loss
+    return "squared error" if isinstance(loss, MeanSquaredError) else "binary cross-entropy"
 
 
 def _reported(job: Job, observation: Observation, found: Reconstruction) -> Folder:
@@ -166,13 +171,19 @@ def _reported(job: Job, observation: Observation, found: Reconstruction) -> Fold
         truth = None
         unused = "The attack recovers features, which cannot be scored against private inputs; --truth is unused."
         notes = (*notes, Note(unused, NoteKind.LIMIT))
-    return build_record(
+    folder = build_record(
         observation,
         found,
         scores=None if truth is None else score(found, truth, observation.space, public=job.public),
         truth=truth,
         **_about(job, notes),
     )
+    if len(job.observations) == 1 or truth is not None:
+        return folder
+    # Nobody stated the loss, and only what the update itself says stands here: a reader must see what it rests on.
+    verdict = folder.record.verdict
+    headline = f"Assuming {_loss(observation)}: {verdict.headline}"
+    return replace(folder, record=replace(folder.record, verdict=replace(verdict, headline=headline)))
 
 
 def _about(job: Job, notes: Sequence[str]) -> dict[str, Any]:

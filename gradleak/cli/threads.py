@@ -8,7 +8,11 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["choose_threads"]
+import gradleak.models
+from gradleak.exchange import Client
+from gradleak.types import Batch
+
+__all__ = ["choose_threads", "typical_work"]
 
 _CLEARLY = 0.8
 """Share of one thread's time below which more threads are taken. Threads of small operations wait for each other all
@@ -18,6 +22,12 @@ _ROUNDS, _SECONDS = 4, 0.6
 _SLICE = 0.04
 """Seconds that one timing takes at least: several time slices, so that a core that is busy elsewhere shows."""
 _SET_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def typical_work() -> Callable[[], object]:
+    """Return one gradient of the paper's LeNet, for a command whose work is of many kinds."""
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return Client(gradleak.models.lenet(seed=0), Batch(images, torch.tensor([0]))).send
 
 
 def choose_threads(work: Callable[[], object]) -> int:

@@ -65,6 +65,8 @@ def read_truth(
         return Batch(inputs, torch.full((count,), -1))
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
+    if labels.shape == (count, outputs) and TargetKind.CLASSES not in kinds:
+        return Batch(inputs, torch.full((count,), -1))  # several targets each, which are no classes to recover
     if labels.shape != (count,):
         raise InvalidInput(f"The labels in {str(path)!r} must be one number for each example; save them so.")
     whole = bool((labels == labels.round()).all()) if labels.is_floating_point() else True

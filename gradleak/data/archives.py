@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
@@ -86,7 +87,8 @@ def unpack_arrays(
     """Return the arrays in the content ``data`` of ``path``; see :func:`read_arrays`."""
     try:
         check_unpacked(data, path, limit)
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+        with warnings.catch_warnings(), np.load(io.BytesIO(data), allow_pickle=False) as file:
+            warnings.simplefilter("ignore")  # what NumPy thinks of a damaged file is decided here
             arrays = {name: file[name] for name in file.files if names is None or name in names}
         strange = next((name for name, array in arrays.items() if not isinstance(array, np.ndarray)), None)
         if strange is not None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import pickletools
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -25,6 +28,10 @@ _HEADER = 1 << 22
 """Most bytes of a safetensors header; a tensor takes about a hundred of them."""
 _CHECKPOINT = 8
 """How many times as large as the expected tensors a file may be: a checkpoint holds the optimizer's state as well."""
+_PICKLES = 5
+"""Pickles at the beginning of a file in the earlier format of PyTorch."""
+_DEPTH = 12
+"""Deepest tuples in tuples; tensors by name need three."""
 _SHARED = 2
 """How many times the bytes of a file its tensors may have together: tied weights share theirs."""
 _OVERHEAD = 1 << 24
@@ -73,8 +80,17 @@ def read_tensors(path: str | Path, *, limit: int | None = None) -> dict[str, Ten
         size = sum(t.numel() * t.element_size() for t in tensors.values())
     elif data[:4] == b"PK\x03\x04" or data[:1] == b"\x80":
         try:
-            size = max(size, check_unpacked(data, path, limit)) if zipfile.is_zipfile(io.BytesIO(data)) else size
-            tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what its readers think of a damaged file is decided here
+                if zipfile.is_zipfile(io.BytesIO(data)):
+                    size = max(size, check_unpacked(data, path, limit))
+                    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                        pickles = [archive.read(name) for name in archive.namelist() if name.endswith(".pkl")]
+                else:
+                    pickles = [data]
+                if any(map(_nests_deeply, pickles)):
+                    raise InvalidFile(f"{str(path)!r} nests tuples too deeply for tensors by name; {_REMEDY}.")
+                tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except InvalidFile:
             raise
         except Exception as error:  # a hostile file can make the restricted reader fail in any way
@@ -84,6 +100,36 @@ def read_tensors(path: str | Path, *, limit: int | None = None) -> dict[str, Ten
     else:
         raise InvalidFile(f"{str(path)!r} is neither a safetensors, PyTorch nor .npz file, or is truncated; {_REMEDY}.")
     return _checked(tensors, path, size)
+
+
+def _nests_deeply(pickled: bytes) -> bool:
+    """Return whether pickled tuples lie in tuples to a depth at which hashing them, as names, would take for ever.
+
+    Each may hold the one before twice, so the time doubles with every level. Nothing is unpickled for this.
+    """
+    stream, mark = io.BytesIO(pickled), pickletools.markobject
+    stack, marks, memo = list[int](), list[int](), dict[Any, int]()
+    try:
+        for _ in range(_PICKLES):
+            for code, argument, _at in pickletools.genops(stream):
+                if code.name.endswith("GET"):
+                    stack.append(memo.get(argument, 0))
+                elif code.name == "MEMOIZE" or code.name.endswith("PUT"):
+                    memo[len(memo) if argument is None else argument] = stack[-1]
+                elif code.name == "MARK":
+                    marks.append(len(stack))
+                else:
+                    taken = len(code.stack_before)
+                    if mark in code.stack_before:
+                        taken = len(stack) - marks.pop() + code.stack_before.index(mark)
+                    depth = 1 + max(stack[len(stack) - taken :], default=0) if "TUPLE" in code.name else 0
+                    if depth > _DEPTH:
+                        return True
+                    del stack[len(stack) - taken :]
+                    stack += [depth] * len(code.stack_after)
+    except (ValueError, IndexError, TypeError):  # no pickle, or its end: whatever is wrong, the reader will find it
+        return False
+    return False
 
 
 def _check_header(data: bytes, path: Path) -> None:

@@ -259,14 +259,6 @@ def _writable(*folders: Path) -> bool:
 
 # ------------------------------------------------------------------------------------------------------- results
 
-_KEYS = {
-    "title": str, "scale": str, "scaled": str, "gpu": bool, "hardware": str, "date": str, "seconds": (int, float),
-    "rows": list, "texts": dict, "figures": list,
-}  # fmt: skip
-_ROW = {"name": str, "ours": object, "published": object, "unit": str, "cost": str, "note": str}
-_ESTIMATE = dict.fromkeys(("value", "low", "high", "n"), (int, float))
-_FIGURE = dict.fromkeys(("name", "caption", "file"), str)
-
 
 def _read(path: Path) -> dict[str, Any]:
     """Return a stored result.
@@ -276,35 +268,14 @@ def _read(path: Path) -> dict[str, Any]:
 
     """
     try:
-        stored = json.loads(read_file(path).decode("utf-8"))
-        whole = _plain(stored) and _has(stored, _KEYS) and all(_has(f, _FIGURE) for f in stored["figures"])
-        whole = whole and all(isinstance(text, str) for text in stored["texts"].values())
-        for row in stored["rows"] if whole else ():
-            values = [row[k] for k in ("ours", "published")] if _has(row, _ROW) else [0]
-            whole = whole and all(v is None or isinstance(v, str) or _has(v, _ESTIMATE) for v in values)
+        stored: dict[str, Any] = json.loads(read_file(path).decode("utf-8"))
+        # Whole is what both pages can show.
+        (to_markdown("", {"": stored}, {}) + to_html("", {"": stored}, {}, path.parent)).encode()
     except InvalidFile:
         raise
-    except (ValueError, RecursionError):
-        whole = False
-    if not whole:
-        raise InvalidFile(f"{path} is not a stored result; run its experiment again.")
-    found: dict[str, Any] = stored
-    return found
-
-
-def _plain(value: Any) -> bool:
-    """Return whether no text of a JSON value is broken and no whole number of it absurd."""
-    if isinstance(value, str):
-        return value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value)
-    if isinstance(value, dict):
-        return all(_plain(v) for pair in value.items() for v in pair)
-    if isinstance(value, list):
-        return all(map(_plain, value))
-    return not isinstance(value, int) or -(2**63) < value < 2**63
-
-
-def _has(value: Any, fields: Mapping[str, Any]) -> bool:
-    return isinstance(value, dict) and all(k in value and isinstance(value[k], kind) for k, kind in fields.items())
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise InvalidFile(f"{path} is not a stored result; run its experiment again.") from error
+    return stored
 
 
 def _results(folder: Path, callback: Callable[[str], None] | None) -> dict[str, dict[str, Any]]:

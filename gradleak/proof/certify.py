@@ -193,7 +193,7 @@ def _constructed(case: _Case, proof: Construction) -> Certificate:
         tail = f"{proof.statement}, but {doubt}"
     elif small:
         only = "input nearby" if proof.local else case.whole
-        tail = f"{proof.statement}, so no other {only} explains it; {_error(bound)}"
+        tail = f"{proof.statement}, so no other {only} explains it" + (f"; {_error(bound)}" if bound > 0 else "")
     else:
         tail = f"{proof.statement}, but the noise leaves an error of up to {bound:.1e}, too much for a proof"
     verdict = Verdict.PROVED if small and doubt is None else Verdict.MATCHED

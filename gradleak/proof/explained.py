@@ -153,8 +153,11 @@ class Explanation:
 
     @property
     def free_labels(self) -> bool:
-        """Whether the labels are real numbers that were fitted to the update."""
-        return self.labels.is_floating_point() and not self.granted
+        """Whether the labels are real numbers that were fitted to the update; zeros and ones are no such numbers."""
+        if self.granted or not self.labels.is_floating_point():
+            return False
+        whole = bool(((self.labels == 0) | (self.labels == 1)).all())
+        return not (whole and getattr(self.simulator.undefended.loss, "targets", None) is TargetKind.BINARY)
 
     @property
     def probabilities(self) -> bool:

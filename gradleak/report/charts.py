@@ -15,7 +15,7 @@ __all__ = ["Series", "log_chart"]
 _W, _H = 440, 268
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 14, 44
 _POINTS = 500
-_BOTTOM_DECADE, _TOP_DECADE = -323, 308  # of floating-point numbers
+_ENDS = 1e-301, 1e301
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Series:
 def log_chart(label: str, x_label: str, xs: Sequence[float], series: Sequence[Series]) -> Markup | None:
     """Return an SVG of ``series`` over ``xs``, or None where nothing can be drawn.
 
-    The value axis is logarithmic; the other one is log(1 + x), which shows 0, where it goes beyond a
-    hundred. Values that are zero, negative or not finite leave a gap. The marker line that follows the slider is
-    moved by the page's script from the ``data-`` attributes.
+    The value axis is logarithmic; the other one is log(1 + x), which shows 0, where it goes beyond a hundred. Values
+    that are zero, negative, not finite or at the ends of float64 leave a gap. The marker line that follows the slider
+    is moved by the page's script from the ``data-`` attributes.
     """
-    positive = [v for s in series for v in s.values if math.isfinite(v) and v > 0]
+    positive = [v for s in series for v in s.values if _drawn(v)]
     if len(xs) < 2 or xs[0] < 0 or xs[-1] <= xs[0] or min(xs) < xs[0] or not positive:
         return None
     ticks, low, high = _log_ticks(min(positive), max(positive))
@@ -65,14 +65,16 @@ def log_chart(label: str, x_label: str, xs: Sequence[float], series: Sequence[Se
     parts.append(f'<line class="axis" x1="{x0}" x2="{x1}" y1="{y0}" y2="{y0}"/>')
     parts.append(f'<line class="marker" x1="{x1}" x2="{x1}" y1="{y0}" y2="{y1}"/>')
     for s in series:
-        path = _path(
-            [(px(x), py(v) if math.isfinite(v) and v > 0 else None) for x, v in zip(xs, s.values, strict=True)]
-        )
+        path = _path([(px(x), py(v) if _drawn(v) else None) for x, v in zip(xs, s.values, strict=True)])
         parts.append(f'<path class="line {escape(s.style)}" d="{path}"><title>{escape(s.name)}</title></path>')
     parts.append(
         f'<text class="axis-label" x="{(x0 + x1) / 2}" y="{_H - 6}" text-anchor="middle">{escape(x_label)}</text>'
     )
     return Markup("".join(parts) + "</svg>")
+
+
+def _drawn(value: float) -> bool:
+    return _ENDS[0] < value < _ENDS[1]
 
 
 def _summary(label: str, x_label: str, xs: Sequence[float], series: Sequence[Series]) -> str:
@@ -97,20 +99,16 @@ def _path(points: Sequence[tuple[float, float | None]]) -> str:
 
 def _log_ticks(smallest: float, largest: float) -> tuple[list[tuple[float, str]], float, float]:
     """Return (value, text) ticks and the axis limits in decades."""
-    low, high = (
-        min(max(e, _BOTTOM_DECADE), _TOP_DECADE)
-        for e in (math.floor(math.log10(smallest)), math.ceil(math.log10(largest)))
-    )
+    low, high = math.floor(math.log10(smallest)), math.ceil(math.log10(largest))
     if high - low <= 1:
-        low, high = (low, low + 1) if low < _TOP_DECADE else (low - 1, low)
+        low, high = min(low, high - 1), max(high, low + 1)
         values = [(m * 10.0**low, f"{m * 10.0**low:g}" if low >= -3 else f"{m}·{power(low)}") for m in (1, 2, 5)]
         return [*values, (10.0**high, f"{10.0**high:g}" if high >= -3 else power(high))], low, high
     step = max(1, math.ceil((high - low) / 6))
     # Whole steps, so that both ends of the axis carry a label.
     low = math.floor(low / step) * step
     high = math.ceil(high / step) * step
-    ticks = [(10.0**e, power(e)) for e in range(low, high + 1, step) if _BOTTOM_DECADE <= e <= _TOP_DECADE]
-    return ticks, low, high
+    return [(10.0**e, power(e)) for e in range(low, high + 1, step)], low, high
 
 
 def _decades(low: float, high: float) -> list[float]:

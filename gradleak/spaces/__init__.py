@@ -6,3 +6,5 @@ from gradleak.spaces.tokens import TokenSpace
 from gradleak.spaces.vectors import TensorSpace
 
 __all__ = ["ImageSpace", "InputSpace", "TensorSpace", "TokenSpace"]
+
+from gradleak.spaces.base import NullGuess as NullGuess

@@ -50,7 +50,8 @@ class InputSpace(ABC):
         reads: which metrics fit, by what they read (``Metric.reads``).
         quoted: the metrics that a headline quotes, the most telling one first.
         error_name: what :meth:`errors` returns, in words.
-        margin: largest share of a null guess's error that counts as clearly better.
+        margin: largest share of a null guess's error that counts as clearly better. A random guess beats the null guess
+            slightly half the time, so half its error is required.
 
     """
 

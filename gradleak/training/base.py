@@ -13,6 +13,7 @@ from torch.func import functional_call, grad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import UninitializedParameter
 
 from gradleak.errors import GradleakError, InvalidInput, InvalidModel
 from gradleak.training.losses import CrossEntropy, Loss
@@ -34,7 +35,17 @@ Tensors = Mapping[str, Tensor]
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trainable parameters of ``model`` by name, detached; tied parameters appear once."""
+    """Return the trainable parameters of ``model`` by name, detached; tied parameters appear once.
+
+    Raises:
+        InvalidModel: a lazy layer has no parameters yet.
+
+    """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise InvalidModel(
+                f"Parameter {name!r} belongs to a lazy layer and has no values yet; run the model once on an input."
+            )
     return {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
 
 
@@ -154,6 +165,11 @@ def gradient(
     with torch.enable_grad():
         leaves = {k: p.view_as(p) if p.requires_grad else p.detach().requires_grad_() for k, p in params.items()}
         value, after = objective(leaves)
+        if not value.requires_grad:
+            raise InvalidModel(
+                "The loss does not depend on any trainable parameter (as after argmax, rounding or detach()), so there "
+                "is no gradient to share; pass the loss and the outputs that the client trains with."
+            )
         found = torch.autograd.grad(
             value, list(leaves.values()), create_graph=differentiable, allow_unused=True, materialize_grads=True
         )

@@ -109,10 +109,24 @@ class Simulator:
         check_repeatable(self.model, cast_one(inputs, self.dtype).to(self.device))
 
     def outputs(self, inputs: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the model's outputs at model inputs (N, *shape), computed in ``dtype``."""
+        """Return the model's outputs at model inputs (N, *shape), computed in ``dtype``.
+
+        Raises:
+            NotApplicable: the model computes in its own number type only.
+
+        """
         values = {**self.params(dtype), **self.buffers(dtype)}
-        with sdpa_kernel(SDPBackend.MATH):
-            return functional_call(self.model, values, (cast_one(inputs, dtype or self.dtype).to(self.device),))
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                return functional_call(self.model, values, (cast_one(inputs, dtype or self.dtype).to(self.device),))
+        except RuntimeError as error:
+            if dtype in (None, self.dtype) or isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise NotApplicable(
+                f"The model does not compute in {str(dtype).removeprefix('torch.')} ({reason}); use x.to(weight.dtype) "
+                "instead of casts to one number type in its forward, or an attack that searches (dlg, idlg)."
+            ) from error
 
     def update(self, inputs: Tensor, labels: Tensor, dtype: torch.dtype | None = torch.float64) -> dict[str, Tensor]:
         """Return the undefended update by name, computed in ``dtype``; differentiable, traceable by torch.func.

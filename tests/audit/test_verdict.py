@@ -244,9 +244,12 @@ class TestFindings:
         assert verdict(0.0).grade == "not_recovered"
 
     def test_do_not_hide_what_came_back(self) -> None:
-        verdict = judge(self.MANY, self.FOUND, [example(40)] * 64)
-        assert (verdict.grade, verdict.headline) == ("leaked", "All 64 private images came back.")
+        verdict = judge(self.MANY, self.FOUND, [*[example(9)] * 60, *[example(40)] * 4])
+        assert (verdict.grade, verdict.headline) == ("leaked", "4 of 64 private images came back.")
         assert LABELS.text in verdict.reason
+        whole = judge(self.MANY, self.FOUND, [example(40)] * 64)
+        assert whole.headline == "All 64 private images came back."
+        assert LABELS.text not in whole.reason  # whoever has the images has the classes
         coarse = judge(self.MANY, self.FOUND, [example(17)] * 64)
         assert "coarse impression" in coarse.headline
         assert LABELS.text in coarse.reason

@@ -256,11 +256,11 @@ def test_batchnorm_that_was_trained_on_batch_statistics_and_the_remedy_for_it(ca
     case.write("update.safetensors", dict(Client(model.train(), batch).send().tensors))
     done = case.attack(*QUICK, model_arg="norm=true", batch_size="2")
     assert "--mode batch" in done.err
-    plain = ("--attack-option", "iterations=300", "--attack-option", "restarts=2")
+    plain = ("--attack-option", "iterations=150", "--attack-option", "restarts=2")
     done = case.attack(*plain, model_arg="norm=true", batch_size="2", labels="1,4", mode="batch")
     assert done.code == 0, done.err
     assert case.record().match.residual < 0.05
-    options = ("--model-arg", "track=false", "--attack-option", "iterations=300", "--attack-option", "restarts=2")
+    options = ("--model-arg", "track=false", "--attack-option", "iterations=150", "--attack-option", "restarts=2")
     done = case.attack(*options, model_arg="norm=true", batch_size="2", labels="1,4")
     assert done.code == 0, done.err
     found = case.record()

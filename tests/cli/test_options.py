@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import shlex
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from gradleak.threat import Knowledge
 from gradleak.training import SGD, Adam, BinaryCrossEntropy, CrossEntropy, FedAvg, FedSGD, MeanSquaredError
 from gradleak.types import NoteKind
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "command-line.md"
 DELTA = ("--kind", "weight_delta", "--lr", "0.1")
 
 
@@ -185,3 +190,28 @@ def test_slips_of_the_capture_are_named(case) -> None:
     done = case.attack(*DELTA, update="after.safetensors")
     assert done.code == 2
     assert "subtract those that were sent out" in done.err
+
+
+EXAMPLES = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_the_examples_of_the_page_make_jobs(case, job, run, monkeypatch, example: str) -> None:
+    words = shlex.split(example.replace("\\\n", " "))
+    stated = dict(itertools.pairwise(words))
+    shape = tuple(int(v) for v in stated["--input-shape"].split(","))
+    outputs = 1 if stated.get("--loss") == "mse" else 5
+    inputs = torch.Size(shape).numel()
+    (case.folder / "net.py").write_text(
+        f"from torch import nn\ndef make(): return nn.Sequential(nn.Flatten(), nn.Linear({inputs}, {outputs}))\n"
+    )
+    generator = torch.Generator().manual_seed(0)
+    step = -0.01 if "weight_delta" in words else 0.01
+    case.write("W.safetensors", {"1.weight": torch.zeros(outputs, inputs), "1.bias": torch.zeros(outputs)})
+    bias = step * torch.tensor([-4.0, 1, 1, 1, 1])[:outputs]
+    case.write("U.safetensors", {"1.weight": torch.randn(outputs, inputs, generator=generator), "1.bias": bias})
+    made: list[Job] = []
+    monkeypatch.setattr("gradleak.cli.attack.run", lambda job, watch: made.append(job) or 0)
+    done = run(*words[1:])
+    assert done.code == 0, done.err
+    assert made[0].observations[0].batch_size == int(stated["--batch-size"])

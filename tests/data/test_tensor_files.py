@@ -173,6 +173,24 @@ def test_pickles_do_not_run(tmp_path):
     assert not ran.exists()
 
 
+def nested(levels):
+    """Return a pickled dictionary whose name is a tuple that holds a tuple twice, which holds one twice, ..."""
+    return b"\x80\x02)q\x01" + b"h\x01h\x01\x86q\x01" * levels + b"}h\x01K\x01s."
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_names_that_take_for_ever_to_hash(tmp_path, zipped):
+    path = tmp_path / "w.pt"
+    for levels, message in ((3, "under a tuple|pickled Python objects"), (100, "nests tuples too deeply")):
+        path.write_bytes(nested(levels))
+        if zipped:
+            with zipfile.ZipFile(path, "w") as file:
+                file.writestr("archive/data.pkl", nested(levels))
+                file.writestr("archive/version", "3")
+                file.writestr("archive/byteorder", "little")
+        refused(path, message)
+
+
 def test_absent_empty_folder(tmp_path):
     refused(tmp_path / "absent.safetensors", "There is no file")
     refused(tmp_path, "is a folder")

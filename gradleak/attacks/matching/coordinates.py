@@ -50,6 +50,12 @@ class NaturalImages(Coordinates):
 
     color: float = 0.3
 
+    def start(self, count: int, space: InputSpace, generator: torch.Generator, std: float) -> Tensor:
+        """Draw the start, about mid-gray for images; for other inputs, where their space starts."""
+        if isinstance(space, ImageSpace):
+            return super().start(count, space, generator, std)
+        return space.start(count, generator, std)
+
     def inputs(self, z: Tensor, space: InputSpace) -> Tensor:
         """Return model inputs; unit-variance coordinates are images of unit variance about mid-gray."""
         if not isinstance(space, ImageSpace):

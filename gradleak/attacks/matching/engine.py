@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,7 +21,7 @@ from gradleak.attacks.matching.priors import GroupPrior, Prior
 from gradleak.attacks.matching.problem import Fixed, Problem
 from gradleak.attacks.matching.race import Race
 from gradleak.attacks.matching.trace import Recorder, write_trace
-from gradleak.clock import Deadline
+from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import InvalidInput, UnknownName
 from gradleak.solve import LBFGS, Outcome, Project, Referee, Solver
 from gradleak.threat import Knowledge, Observation
@@ -134,8 +135,8 @@ class GradientMatching(Attack):
             observation: what was seen.
             solved_inputs: (N, *shape) decoded inputs; rows outside the mask are ignored.
             solved_mask: (N,) which rows are known.
-            labels: (N, ...) labels of all rows, known or not, in this order; None takes granted labels as they come,
-                and optimizes the others.
+            labels: (N, ...) labels of all rows, known or not, in this order. None tries how granted labels and known
+                rows belong together, where there are few ways, and otherwise optimizes the labels.
             seed: of the start of the other rows.
             callback: receives progress.
             deadline: when to end with the best so far.
@@ -343,7 +344,9 @@ def _result(
     )
     if not group.attack.trace:
         return result
-    return replace(result, trace=write_trace(group, row, recorder, outcome, deadline))
+    with suppress(TimeSpent):  # A result without its curves is better than none.
+        result = replace(result, trace=write_trace(group, row, recorder, outcome, deadline))
+    return result
 
 
 def _labels(problem: Problem, targets: Tensor) -> tuple[Tensor | None, Tensor | None]:

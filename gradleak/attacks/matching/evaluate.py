@@ -132,7 +132,7 @@ class Group:
                 if attack.coordinates is not None:
                     x = attack.coordinates.start(count, self.space, generator, attack.init_std)
                 else:
-                    x = attack.init_std * torch.randn(count, *self.shape, generator=generator, dtype=torch.float64)
+                    x = self.space.start(count, generator, attack.init_std)
                 y = torch.randn(self.targets.size, generator=generator, dtype=torch.float64)
                 rows.append(torch.cat([x.flatten().double(), y]))
         return torch.stack(rows).to(self.like)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ __all__ = ["Fixed", "Problem", "Targets"]
 _TRIED = 20
 """Classes up to which each is tried in turn for a lone example whose label nothing shows: every class is one more
 start, so ten classes take ten times as long. Beyond, the label is optimized beside the input."""
+_ARRANGED = 24
+"""Ways to pair granted labels with known examples up to which each is tried: all orders of four examples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +46,7 @@ class Fixed:
         inputs: (N, *shape) decoded inputs; only the rows in ``mask`` count.
         mask: (N,) which rows are known.
         labels: (N, ...) labels of all rows in the order of ``inputs``, as the loss takes them; None where they are not
-            known, or are granted in that order.
+            known, or their order is not.
 
     """
 
@@ -211,8 +214,14 @@ def _targets(
     granted = observation.labels if fixed is None or fixed.labels is None else fixed.labels
     if granted is not None:
         # As the client's loss took them: some losses differ for indices and for the probabilities that equal them.
-        kind = target_kind(loss, outputs) if isinstance(outputs, Tensor) else None
-        return Targets(kind, axis=class_axis(loss), given=cast_one(granted.to(device), dtype)[None])
+        given: Tensor | None = granted.to(device)[None]
+        if fixed is not None and fixed.labels is None:  # Examples are solved in an order of their own.
+            given = _arrangements(granted.to(device), fixed.mask.nonzero().flatten().tolist())
+        if given is not None:
+            kind = target_kind(loss, outputs) if isinstance(outputs, Tensor) else None
+            return Targets(kind, axis=class_axis(loss), given=cast_one(given, dtype))
+        text = "Which granted label belongs to which known example is not known, so the labels were optimized."
+        notes.append(Note(text, NoteKind.LABELS))
     if not isinstance(outputs, Tensor):
         raise NotApplicable(
             f"The model returns a {type(outputs).__name__}, and how the labels of its parts look is not known, so they "
@@ -239,6 +248,11 @@ def _targets(
             )
         )
         return Targets(kind, given=torch.arange(classes, device=device)[:, None])
+    if not optimizable and kind is not TargetKind.CLASSES:
+        raise NotApplicable(
+            f"The loss does not take targets of the outputs' shape {tuple(outputs.shape)}, so unknown labels cannot be "
+            "searched; grant LABELS in the threat model (command line: --labels)."
+        )
     if not optimizable:
         raise NotApplicable(
             "The loss gives other values for class indices than for the same classes as probabilities, or takes no "
@@ -249,6 +263,31 @@ def _targets(
         text = "Labels could not be read off the update, so they were optimized beside the inputs."
         notes.append(Note(text, NoteKind.LABELS))
     return Targets(kind, tuple(outputs.shape), axis)
+
+
+def _arrangements(labels: Tensor, known: Sequence[int]) -> Tensor | None:
+    """Return the distinct ways (K, N, ...) to give each known row one of ``labels`` (N, ...); None where too many."""
+    names = [tuple(row.flatten().tolist()) for row in labels]
+    found: list[tuple[int, ...]] = []
+
+    def extend(chosen: tuple[int, ...]) -> None:
+        if len(found) > _ARRANGED:
+            return
+        if len(chosen) == len(known):
+            found.append(chosen)
+            return
+        left = {names[i]: i for i in reversed(range(len(names))) if i not in chosen}
+        for i in sorted(left.values()):
+            extend((*chosen, i))
+
+    extend(())
+    if len(found) > _ARRANGED:
+        return None
+    orders = []
+    for chosen in found:
+        places, rest = dict(zip(known, chosen, strict=True)), (i for i in range(len(names)) if i not in chosen)
+        orders.append([places[row] if row in places else next(rest) for row in range(len(names))])
+    return labels[torch.tensor(orders, device=labels.device)]
 
 
 def _recovered(observation: Observation, simulator: Simulator, seed: int, notes: list[str]) -> Tensor:

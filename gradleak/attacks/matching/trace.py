@@ -20,7 +20,7 @@ _SPACING = 1.15
 """Iterates are kept at evaluations that grow by this factor: some sixty of ten thousand."""
 _REPORTED = 0.1
 """Seconds between two reports of progress."""
-_AFTER = 1.0
+_AFTER = 0.3
 """Seconds that writing curves may take once somebody waits for the result."""
 
 
@@ -81,13 +81,14 @@ def write_trace(group: Group, row: int, recorder: Recorder, outcome: Outcome, de
         return value, {k: (simulated[k] - v).square().sum() for k, v in given.observed.items()}, inputs
 
     with torch.no_grad():
-        if deadline.over or outcome.late or outcome.interrupted:
+        late = deadline.over or outcome.late or outcome.interrupted
+        if late:
             began = time.monotonic()
             measure(frames[-1][1])
             count = max(2, int(_AFTER / max(time.monotonic() - began, 1e-6)))
             if count < len(frames):
                 frames = [frames[round(i * (len(frames) - 1) / (count - 1))] for i in range(count)]
-        size = SLOTS if len(frames) > 1 and group.vectorize else 1
+        size = SLOTS if len(frames) > 1 and not late and group.vectorize else 1
         steps: list[int] = []
         objectives: list[float] = []
         pictures: list[Tensor] = []

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 import gradleak as gl
 from gradleak.attacks.matching import LBFGS, GradientMatching
+from gradleak.attacks.matching.problem import _arrangements
 from gradleak.errors import InvalidInput
 
 TOLD = gl.ThreatModel(gl.ThreatModel().knows | gl.Knowledge.LABELS)
-SHAPE = (1, 6, 6)
+SHAPE = (1, 5, 5)
 SPACE = gl.ImageSpace(SHAPE, mean=(0.4,), std=(0.3,))  # so that encoding and decoding rounds
 LABELS = torch.tensor([2, 0, 1])
 
@@ -37,7 +38,7 @@ def observe(threat: gl.ThreatModel = TOLD, labels: Tensor = LABELS) -> tuple[gl.
     return seen, images
 
 
-SEARCH = GradientMatching(solver=LBFGS(iterations=2500), tolerance=1e-16, trace=False)
+SEARCH = GradientMatching(solver=LBFGS(iterations=2500), tolerance=1e-13, trace=False)
 
 
 @pytest.mark.parametrize("mask", [[True, False, True], [False, True, False]])
@@ -70,6 +71,22 @@ def test_labels_may_be_unknown_or_stated_in_the_order_of_the_rows() -> None:
     assert turned.labels.tolist() == LABELS[order].tolist()
 
 
+def test_granted_labels_are_paired_with_rows_that_come_in_another_order() -> None:
+    seen, images = observe()
+    order, mask = torch.tensor([2, 0, 1]), torch.tensor([True, True, False])
+    found = SEARCH.around(seen, images[order], mask)
+    assert found.labels is not None
+    assert found.labels.tolist() == LABELS[order].tolist()
+    assert float((found.inputs - images[order]).square().mean()) < 1e-6
+
+
+def test_ways_to_pair_labels_with_rows_are_counted_once() -> None:
+    ways = _arrangements(torch.tensor([7, 7, 3]), [0, 2])
+    assert ways is not None
+    assert sorted(ways.tolist()) == [[3, 7, 7], [7, 3, 7], [7, 7, 3]]
+    assert _arrangements(torch.arange(5), [0, 1, 2, 3]) is None  # 120 ways
+
+
 def test_nothing_known_is_the_plain_reconstruction() -> None:
     seen, images = observe()
     attack = GradientMatching(solver=LBFGS(iterations=30))
@@ -82,7 +99,7 @@ def test_nothing_known_is_the_plain_reconstruction() -> None:
 
 def test_everything_known_is_only_measured() -> None:
     seen, images = observe()
-    found = GradientMatching().around(seen, images, torch.ones(3, dtype=torch.bool))
+    found = GradientMatching().around(seen, images, torch.ones(3, dtype=torch.bool), LABELS)
     assert torch.equal(found.inputs.float(), images)
     assert found.objective < 1e-10
     assert found.evaluations == 1

@@ -93,8 +93,10 @@ ATTACKS = {
 }
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize(
+    ("kind", "attack"),
+    [*((nn.LSTM, attack) for attack in ATTACKS), (nn.GRU, "dlg, restarts"), (nn.RNN, "inverting_gradients")],
+)
 def test_recurrent_layers_are_searched_to_the_end_and_traced(kind: type[nn.Module], attack: str) -> None:
     _, seen = observe(Recurrent(kind))
     found = ATTACKS[attack]().reconstruct(seen)
@@ -120,6 +122,12 @@ def test_a_model_of_one_number_type_is_searched_in_it() -> None:
     assert any("float64" in n and "float32" in n for n in found.notes)
     assert found.certificate is not None
     assert found.certificate.verdict is Verdict.UNPROVED
+
+
+def test_the_automatic_choice_ends_with_a_search_of_a_model_of_one_number_type() -> None:
+    x, seen = observe(Single())
+    found = gl.attacks.auto(iterations=400).reconstruct(seen)
+    assert float((found.inputs - x).square().mean()) < 1e-6
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -152,3 +160,16 @@ def test_batch_statistics_are_searched_at_the_stated_batch_size(attack: str) -> 
     alone = gl.ThreatModel().observe(seen.model, seen.update, space=seen.space, training=seen.training, batch_size=1)
     with pytest.raises(NotApplicable, match="more than 1 value per channel"):
         ATTACKS[attack]().reconstruct(alone)
+
+
+class Hard(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.one_hot(super().forward(x).argmax(1), 4).float()
+
+
+def test_what_has_no_gradient_is_refused_where_the_client_trains() -> None:
+    batch = gl.Batch(torch.rand(1, STEPS, CHANNELS), torch.tensor([1]))
+    with pytest.raises(InvalidModel, match="does not depend on any trainable parameter"):
+        gl.Client(Hard(), batch).send()
+    with pytest.raises(InvalidModel, match="lazy layer"):
+        gl.Client(nn.Sequential(nn.Flatten(), nn.LazyLinear(4)), batch).send()

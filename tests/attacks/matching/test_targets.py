@@ -142,6 +142,17 @@ def test_a_loss_that_differs_for_probabilities_is_not_optimized_over_them() -> N
         SEARCH.reconstruct(observe(perceptron(4), draw(3, 6), torch.tensor([2, 0, 3]), weighted))
 
 
+def flat(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(outputs[:, 0], targets)
+
+
+def test_a_loss_with_targets_of_another_shape_needs_granted_labels() -> None:
+    x, y = draw(1, 6), torch.ones(1, dtype=torch.float64)
+    with pytest.raises(NotApplicable, match=r"outputs' shape \(1, 1\).*grant LABELS"):
+        SEARCH.reconstruct(observe(perceptron(1), x, y, flat))
+    assert far(SEARCH.reconstruct(observe(perceptron(1), x, y, flat, TOLD)).inputs, x) < 1e-4
+
+
 def indices_only(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.nll_loss(outputs.log_softmax(1), targets)
 

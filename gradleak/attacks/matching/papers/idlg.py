@@ -34,19 +34,7 @@ def idlg(
     Where the last layer says nothing about labels, a lone example is searched under every class, if there are few, and
     otherwise the labels are optimized as in :func:`dlg`.
 
-    Args:
-        solver: "lbfgs", "adam" or "sgd".
-        iterations: evaluations of the objective's gradient per candidate.
-        lr: step size of "adam" and "sgd".
-        restarts: independent starts, chosen by the objective.
-        init_std: standard deviation of the start.
-        natural_images: search in coordinates in which natural images are white; None does so with "lbfgs", since
-            the step sizes of the others are in pixels. Other inputs are searched as they are.
-        tolerance: relative squared distance at which a candidate is done.
-        dtype: number type of the search; None keeps the model's.
-        backend: "eager", "trace" or "compile"; see :class:`GradientMatching`.
-        budget: seconds, None for no limit; the best so far is returned, with status "budget".
-        trace: record iterates for the report.
+    Options are those of :func:`dlg`.
 
     Raises:
         UnknownName: no such solver.
