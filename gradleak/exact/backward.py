@@ -384,7 +384,7 @@ class _Walk:
             doubt, accuracy = 0.0, _ROUGH
             if index > self.first:  # What the later layers say takes the output gradients' own errors out.
                 known = replace(known, slips=torch.zeros_like(known.slips))
-        if index == self.first:
+        if index == self.first and bool((known.weights > 0).any()):
             median = known.weights[known.weights > 0].median()
             known = replace(known, weights=known.weights**_TEMPER * median ** (1 - _TEMPER))
         solved = solve_layer(equations, known, self.noise, self.draw, doubt=doubt, accuracy=accuracy, going=self.going)

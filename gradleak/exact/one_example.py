@@ -140,7 +140,7 @@ def invert_layers(
     if polish and not (quick and good) and whole.steps:
         with suppress(ResourceLimit):  # What the walk found stands, with its larger error.
             state, spread = _polished(whole, start, _CLOSE * case.outer.noise, seed, going)
-    residual = math.sqrt(state.cost) / float(whole.target.norm())
+    residual = math.sqrt(state.cost) / whole.size
     found = state.z.view(chain.shape)
     return case.result(found, None, walked.layers, None, residual, spread, state.steps)
 
@@ -151,7 +151,7 @@ def _polished(whole: ChainMap, start: Tensor, close: float, seed: int, going: Go
     whole.factorize = lambda *_: factor
     enough = 1e-2 * n / max(len(whole.target) - n, 1)  # A hundredth of what noise alone explains.
     state = minimize(
-        whole, start, iterations=_STEPS, damping=0.0, enough=enough, least=(close * float(whole.target.norm())) ** 2,
+        whole, start, iterations=_STEPS, damping=0.0, enough=enough, least=(close * whole.size) ** 2,
         going=None if going is None else lambda *_: going(),
     )  # fmt: skip
     probe = _signs((_PROBES, n), seed).to(start)
@@ -202,7 +202,7 @@ def fit_layers(
     case = _Example(model, params, grads, tuple(start.shape), chain)
     check_together(case.chain)
     whole = case.whole(factorize)
-    size, noise = float(whole.target.norm()), case.outer.noise
+    size, noise = whole.size, case.outer.noise
     value, features = start.detach().double().flatten(), case.outer.features.numel()
     state = minimize(
         whole, value, iterations=iterations, damping=0.0,
@@ -238,9 +238,11 @@ def _condition(local: Linearized, seed: int) -> tuple[float, float]:
     ready = factor.solve(probe)
     response, _, done = conjugate_gradients(local.product, probe[:1], factor.solve, tolerance=1e-3, limit=_CHECK)
     exact = response[0]
-    condition = float(exact @ local.product(response)[0]) / float((exact / factor.scale).square().sum())
+    condition = float(exact @ local.product(response)[0]) / float(
+        (exact / factor.scale).square().sum().clamp(min=1e-300)
+    )
     # Where the factor's own precision hides a weak direction, the exact product shows it.
-    hidden = float(probe[0] @ exact) / float(probe[0] @ ready[0])
+    hidden = float(probe[0] @ exact) / max(float(probe[0] @ ready[0]), 1e-300)
     return condition if done else 0.0, float((probe * ready).mean()) * max(1.0, hidden)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradleak.errors import NotApplicable
-from gradleak.exact.one_example import RecursionResult, invert_layers
+from gradleak.exact.one_example import RecursionResult, fit_layers, invert_layers
 from gradleak.exact.outer_product import read_outer_product
 from gradleak.models import lenet, resnet18
 
@@ -254,3 +254,18 @@ def test_it_ends_when_it_is_told_to() -> None:
     x = example((3, 16, 16), torch.float32)
     with pytest.raises(NotApplicable, match="time ended"):
         invert_layers(model, dict(model.named_parameters()), gradient(model, x), (3, 16, 16), going=lambda: False)
+
+
+def test_a_network_of_zeros_shows_nothing_and_ends_in_a_reason() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    x = example((1, 4, 4))
+    params, seen = dict(model.named_parameters()), gradient(model, x, 1)
+    for result in (
+        invert_layers(model, params, seen, (1, 4, 4)),
+        fit_layers(model, params, seen, torch.zeros(1, 4, 4), going=lambda *_: True),
+    ):
+        assert result.input is None
+        assert result.stopped_at is not None
