@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,18 @@ def data_dir() -> Path:
             pytest.fail(f"GRADLEAK_DATA names {folder}, which is not a folder")
         pytest.skip(f"no real data: set GRADLEAK_DATA, or put the samples into {folder}")
     return folder
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail on skips that the environment did not announce: GRADLEAK_SKIPS is a pattern of the expected reasons."""
+    expected = os.environ.get("GRADLEAK_SKIPS")
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if expected is None or reporter is None:
+        return
+    reasons = {str(r.longrepr[2]) for r in reporter.stats.get("skipped", ()) if isinstance(r.longrepr, tuple)}
+    surprises = sorted(r for r in reasons if not re.search(expected, r))
+    if surprises:
+        reporter.ensure_newline()
+        reporter.write_line(f"Skips that were not expected: {'; '.join(surprises)}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -91,7 +91,7 @@ class Attack:
                     "grant it in ThreatModel(knows=...), or choose an attack that does without."
                 )
             _check_inputs(observation)
-        begin, limit = time.perf_counter(), deadline or Deadline(None)
+        begin, limit = time.perf_counter(), Deadline(getattr(self, "budget", None), within=deadline)
         found = self._reconstruct(list(observations), seed, _timed(callback, limit))
         share = (time.perf_counter() - begin) / len(found)
         return [self._finished(o, r, share, seed, limit) for o, r in zip(observations, found, strict=True)]

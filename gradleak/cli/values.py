@@ -26,6 +26,8 @@ __all__ = [
     "word",
 ]
 
+_LONGEST = 1e8
+"""Longest time limit, three years: what is longer is a slip, and overflows in timers."""
 _LARGEST = 2**31 - 1
 """Largest count that an option takes: larger ones are slips of the keyboard, and overflow in libraries below."""
 
@@ -75,7 +77,7 @@ def seconds(text: str | float) -> float:
         found = float(text[:-1] if unit else text) * (unit or 1.0)
     except ValueError:
         found = math.nan
-    if not 0 < found < math.inf:
+    if not 0 < found <= _LONGEST:
         raise _refused(text, "is not a time; write for example 90s, 2m or 1h.")
     return found
 

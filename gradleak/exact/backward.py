@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gradleak.exact.layer_direct import LARGEST, solve_directly
 from gradleak.exact.layer_equations import Composite, LayerEquations, counts
-from gradleak.exact.layer_iterative import Going, Known, solve_layer
+from gradleak.exact.layer_iterative import MISSING, Going, Known, solve_layer
 from gradleak.solve.conjugate_gradients import Rows, conjugate_gradients
 from gradleak.structure.chain import Affine, Chain, Elementwise, Fixed, Step
 
@@ -285,13 +285,20 @@ class _Walk:
         reason = _kept(list(self.pending), kept, where)
         if kept < unknowns:
             self._halt(reason)
+        echo = torch.randn((count, unknowns), generator=self.draw, dtype=torch.float64).to(self.known.values)
         seen = torch.cat([self.known.values[None] - maps.constant(self.known.values), self.known.errors])
         values, _, done = conjugate_gradients(
-            lambda v: maps.adjoint(maps.apply(v)), maps.adjoint(seen.flatten(0, 1)), lambda r: r,
-            tolerance=1e-14, limit=500,
-        )  # fmt: skip
-        if not done:
-            self._halt(reason)
+            lambda v: maps.adjoint(maps.apply(v)),
+            maps.adjoint(torch.cat([maps.apply(echo), seen.flatten(0, 1)])),
+            lambda r: r,
+            tolerance=1e-14,
+            limit=500,
+        )
+        # What a random vector's image does not give back shows nowhere.
+        if not done or float((values[:count] - echo).square().mean()) > MISSING**2:
+            names = ", ".join(repr(s.name) for s in self.pending)
+            self._halt(f"{names} hides some direction of the values before it, so {where} is not determined")
+        values = values[count:]
         parts = values.view(-1, count, unknowns)
         pulls = maps.adjoint(torch.cat([self.known.pull[None], self.known.slips]).flatten(0, 1)).view(
             -1, count, unknowns
@@ -377,7 +384,7 @@ class _Walk:
             doubt, accuracy = 0.0, _ROUGH
             if index > self.first:  # What the later layers say takes the output gradients' own errors out.
                 known = replace(known, slips=torch.zeros_like(known.slips))
-        if index == self.first:
+        if index == self.first and bool((known.weights > 0).any()):
             median = known.weights[known.weights > 0].median()
             known = replace(known, weights=known.weights**_TEMPER * median ** (1 - _TEMPER))
         solved = solve_layer(equations, known, self.noise, self.draw, doubt=doubt, accuracy=accuracy, going=self.going)

@@ -38,6 +38,7 @@ class ChainMap:
         shape: of its input.
         names: the parameters whose gradients are used.
         target: the weighted equations' right sides.
+        size: norm of the target, never zero.
 
     """
 
@@ -74,13 +75,15 @@ class ChainMap:
             [self.features * self.feature_scale] + [(seen[n] * self.scales[n]).flatten() for n in self.names]
         )
 
+        self.size = max(float(self.target.norm()), 1e-300)
+
     def outputs(self, x: Tensor) -> Tensor:
         """Return the weighted equations' left sides at ``x`` (*shape)."""
         return self.at(x).outputs
 
     def relative(self, x: Tensor) -> float:
         """Return the relative distance of the weighted equations at ``x``."""
-        return float((self.outputs(x) - self.target).norm() / self.target.norm())
+        return float((self.outputs(x) - self.target).norm()) / self.size
 
     def cost(self, z: Tensor) -> float:
         """Return the sum of squares at ``z`` (n,)."""

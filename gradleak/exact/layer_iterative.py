@@ -27,7 +27,7 @@ from gradleak.exact.layer_equations import LayerEquations
 from gradleak.solve.cholesky import cholesky, cholesky_solve
 from gradleak.solve.conjugate_gradients import Rows, conjugate_gradients
 
-__all__ = ["SAMPLES", "Going", "Known", "Solved", "solve_layer"]
+__all__ = ["MISSING", "SAMPLES", "Going", "Known", "Solved", "solve_layer"]
 
 Going = Callable[[], bool]
 """Asked often where work is long: whether to go on."""
@@ -36,7 +36,7 @@ SAMPLES = 4
 _LEFT = 1e-3
 """Energy that solving may leave per value, in units of the noise. Measured on LeNets, the mean squared error is a third
 larger at three times as much."""
-_MISSING = 1e-3
+MISSING = 1e-3
 """Root mean square of what may be missing of the random vector."""
 _LIMIT = 1500
 """Conjugate gradient steps."""
@@ -165,7 +165,7 @@ def solve_layer(
         pooled = pooled.mean(1, keepdim=True).expand(-1, step.channels, -1)
     pulls = equations.adjoint(torch.cat([known.pull[None], known.slips]))
     found = Known(value, 1 / pooled.flatten(1).clamp_min(1e-300), errors, pulls[0], pulls[1:])
-    return Solved(found, float(missing) <= _MISSING**2, taken + more, system.inverse)
+    return Solved(found, float(missing) <= MISSING**2, taken + more, system.inverse)
 
 
 @final

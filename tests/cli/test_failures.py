@@ -193,6 +193,7 @@ FAILURES = {
     "delta without lr": (None, {"kind": "weight_delta"}, "--lr"),
     "lr without delta": (None, {"lr": "0.1"}, "weight_delta"),
     "budget": (None, {"budget": "soon"}, "write for example 90s"),
+    "endless budget": (None, {"budget": "1e308"}, "is not a time"),
     "two budgets": (None, {"attack": "auto", "budget": "9s", "attack_option": "budget=9"}, "both limit the time"),
     "image out of range": (bright, {"truth": "truth.safetensors"}, "outside [0, 1]"),
     "truth without inputs": (unnamed, {"truth": "truth.safetensors"}, "no tensor named 'inputs'"),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradleak.errors import NotApplicable
-from gradleak.exact.one_example import RecursionResult, invert_layers
+from gradleak.exact.one_example import RecursionResult, fit_layers, invert_layers
 from gradleak.exact.outer_product import read_outer_product
 from gradleak.models import lenet, resnet18
 
@@ -235,8 +235,37 @@ def test_equations_that_depend_on_each_other_are_not_counted_as_determined() -> 
     assert "some direction does not show" in str(result.stopped_at)
 
 
+def test_averages_that_lose_a_direction_are_not_undone() -> None:
+    """Averages of 3 x 3 lose a direction on a plane of 5 x 5, and none on 4 x 4."""
+    for size, lost in ((5, True), (4, False)):
+        model = seeded(
+            lambda size=size: nn.Sequential(
+                nn.Conv2d(2, 8, 3, padding=1), nn.Tanh(), nn.AvgPool2d(3, 1, 1), nn.Tanh(), nn.Flatten(),
+                nn.Linear(8 * size**2, 10),
+            )
+        )  # fmt: skip
+        result = invert(model.double(), example((2, size, size)))
+        assert (result.input is None) == lost
+        assert ("hides some direction" in str(result.stopped_at)) == lost
+
+
 def test_it_ends_when_it_is_told_to() -> None:
     model = lenet(image_size=16, seed=1)
     x = example((3, 16, 16), torch.float32)
     with pytest.raises(NotApplicable, match="time ended"):
         invert_layers(model, dict(model.named_parameters()), gradient(model, x), (3, 16, 16), going=lambda: False)
+
+
+def test_a_network_of_zeros_shows_nothing_and_ends_in_a_reason() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    x = example((1, 4, 4))
+    params, seen = dict(model.named_parameters()), gradient(model, x, 1)
+    for result in (
+        invert_layers(model, params, seen, (1, 4, 4)),
+        fit_layers(model, params, seen, torch.zeros(1, 4, 4), going=lambda *_: True),
+    ):
+        assert result.input is None
+        assert result.stopped_at is not None
