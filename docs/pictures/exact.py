@@ -166,7 +166,6 @@ class Whole:
     truth: Tensor
     verdict: str
     reports: tuple[str, ...]
-    seconds: float
 
     @property
     def error(self) -> float:
@@ -195,8 +194,9 @@ def solve(model: nn.Module, images: Tensor, name: str, count: int, shape: tuple[
     first = seen.update.tensors[name].double().flatten(1)
     rows = first[first.norm(dim=1).argsort(descending=True)[:count]].view(count, *shape)
     order = gl.metrics.assign(found.inputs, images)
-    reports = tuple(n for n in found.notes if "values of a channel" in n)
-    return Whole(rows, found.inputs[order], images, found.certificate.verdict, reports, found.seconds)
+    layers = dict(model.named_modules())
+    reports = tuple(n for n in found.notes if n.partition(": ")[0] in layers)
+    return Whole(rows, found.inputs[order], images, found.certificate.verdict, reports)
 
 
 def bounds() -> dict[tuple[int, int], tuple[int, int]]:
@@ -304,7 +304,7 @@ def draw_whole(one: Whole, below: str, name: str, width: float) -> None:
     low, high = one.rows.amin((1, 2, 3), keepdim=True), one.rows.amax((1, 2, 3), keepdim=True)
     panels = (
         ((one.rows - low) / (high - low), "What is shared", below),
-        (one.found.clamp(0, 1), "Solved backward", f"worst mean squared error {one.error:.0e}, {one.seconds:.1f} s"),
+        (one.found.clamp(0, 1), "Solved backward", f"worst mean squared error {one.error:.0e}"),
         (one.truth, "The batch", "never left the client"),
     )
     for axis, (value, title, text) in zip(axes, panels, strict=True):
