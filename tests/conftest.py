@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +25,33 @@ def data_dir() -> Path:
             pytest.fail(f"GRADLEAK_DATA names {folder}, which is not a folder")
         pytest.skip(f"no real data: set GRADLEAK_DATA, or put the samples into {folder}")
     return folder
+
+
+@pytest.fixture
+def run_extended(tmp_path: Path) -> Callable[[str, str, str, str], str]:
+    """Return (module, text, name, code) → output of ``code`` in a copy of the package with one file and one line more.
+
+    The file is ``module`` with ``text``; the line imports ``name`` from it in the folder below ``gradleak``.
+    """
+
+    def run(module: str, text: str, name: str, code: str) -> str:
+        shutil.copytree(ROOT / "gradleak", tmp_path / "gradleak", ignore=shutil.ignore_patterns("__pycache__"))
+        (tmp_path / (module.replace(".", "/") + ".py")).write_text(text, encoding="utf-8")
+        init = tmp_path.joinpath(*module.split(".")[:2], "__init__.py")
+        line = f'from {module} import {name}\n\n__all__ = [\n    "{name}",'
+        init.write_text(init.read_text(encoding="utf-8").replace("__all__ = [", line, 1), encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 @pytest.hookimpl(trylast=True)

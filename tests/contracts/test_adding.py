@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +16,6 @@ from gradleak.attacks.base import Attack, Callback
 from gradleak.threat import Observation
 from gradleak.training import TargetKind
 from gradleak.types import Reconstruction, Status
-
-ROOT = Path(__file__).resolve().parents[2]
 
 DEFENSE = '''
 """Sending twice the update."""
@@ -63,13 +58,7 @@ def images() -> Tensor:
     return torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def test_a_new_defense_is_listed_and_known_to_attackers(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "gradleak", tmp_path / "gradleak", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "gradleak/defenses/doubling.py").write_text(DEFENSE, encoding="utf-8")
-    init = tmp_path / "gradleak/defenses/__init__.py"
-    line = "from gradleak.defenses.doubling import double\n"
-    text = init.read_text(encoding="utf-8").replace("__all__ = [", line + '\n__all__ = [\n    "double",', 1)
-    init.write_text(text, encoding="utf-8")
+def test_a_new_defense_is_listed_and_known_to_attackers(run_extended: Callable[[str, str, str, str], str]) -> None:
     code = (
         "import sys, torch, gradleak as gl\n"
         "training = gl.defenses.double().wrap(gl.FedSGD())\n"
@@ -84,17 +73,9 @@ def test_a_new_defense_is_listed_and_known_to_attackers(tmp_path: Path) -> None:
         "sys.argv = ['gradleak', 'list', 'defenses']\n"
         "main()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("proved True\nDoubling()\n")
-    assert "double" in done.stdout.split()
+    told = run_extended("gradleak.defenses.doubling", DEFENSE, "double", code)
+    assert told.startswith("proved True\nDoubling()\n")
+    assert "double" in told.split()
 
 
 @dataclass(frozen=True)

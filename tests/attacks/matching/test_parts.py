@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -213,16 +210,10 @@ def test_a_penalty_across_restarts_takes_a_solver_without_line_search() -> None:
 # ------------------------------------------------------------------------------------------------------ a new paper
 
 
-def test_a_new_paper_is_one_file_and_one_line(tmp_path: Path) -> None:
+def test_a_new_paper_is_one_file_and_one_line(run_extended: Callable[[str, str, str, str], str]) -> None:
     """The block of ``docs/extend.md``, put where the page says, is listed and runs."""
     page = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
     block = next(b for b in re.findall(r"```python[^\n]*\n(.*?)```", page, re.DOTALL) if "def smooth_dlg" in b)
-    shutil.copytree(ROOT / "gradleak", tmp_path / "gradleak", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "gradleak/attacks/matching/papers/smooth_dlg.py").write_text(block, encoding="utf-8")
-    init = tmp_path / "gradleak/attacks/__init__.py"
-    line = "from gradleak.attacks.matching.papers.smooth_dlg import smooth_dlg\n"
-    text = init.read_text(encoding="utf-8").replace("__all__ = [", line + '\n__all__ = [\n    "smooth_dlg",', 1)
-    init.write_text(text, encoding="utf-8")
     code = (
         "import sys, torch, gradleak as gl\n"
         "client = gl.Client(gl.models.lenet(width=4, classes=5, in_channels=1, image_size=8, seed=0), "
@@ -232,14 +223,6 @@ def test_a_new_paper_is_one_file_and_one_line(tmp_path: Path) -> None:
         "sys.argv = ['gradleak', 'list', 'attacks']\n"
         "main()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("5\n")
-    assert "smooth_dlg" in done.stdout.split()
+    told = run_extended("gradleak.attacks.matching.papers.smooth_dlg", block, "smooth_dlg", code)
+    assert told.startswith("5\n")
+    assert "smooth_dlg" in told.split()
