@@ -42,11 +42,9 @@ class Way:
     """One way to reconstruct a batch.
 
     Attributes:
-        name: of the attack.
         make: the attack, with the options of :func:`auto`.
         against: (case) → why the way does not fit, None where it may.
         continues: whether it starts from the best result so far instead of competing with it.
-
     """
 
     name: str
@@ -58,15 +56,7 @@ class Way:
 @final
 @dataclass
 class Case:
-    """One observation on its way through the attacks.
-
-    Attributes:
-        observation: what was seen.
-        options: of :func:`auto`.
-        best: the best result so far.
-        attempts: the ways that were tried.
-
-    """
+    """One observation on its way through the attacks: the best result so far, and the ways that were tried."""
 
     observation: Observation
     options: Auto
@@ -242,16 +232,7 @@ WAYS = (
 @final
 @dataclass(frozen=True)
 class Auto(Attack):
-    """Tries exact attacks first, then matching, and keeps what each solves; made by :func:`auto`.
-
-    Attributes:
-        budget: seconds for all observations together, None for no limit; the best so far is returned.
-        iterations: of matching, None for each attack's own default.
-        restarts: of matching.
-        polish: whether to finish smooth models with Gauss–Newton steps where they fit.
-        uniqueness: whether certificates compute the Jacobian; None does so where it is cheap.
-
-    """
+    """Tries exact attacks first, then matching, and keeps what each solves; made by :func:`auto`."""
 
     budget: float | None = None
     iterations: int | None = None
@@ -361,13 +342,13 @@ def auto(
 ) -> Auto:
     """Take the exact way where there is one, matching where there is none, and prove what came out.
 
-    The ways and their order are :data:`WAYS`: sentences are read; other inputs are read off a first linear layer
-    (``linear_inversion``), solved backward layer by layer (``recursion``) or for all layers together
-    (``gauss_newton``); what is left is searched, ``feature_matching`` for a batch whose features separate, ``idlg`` or
-    ``dlg`` on smooth models otherwise, ``inverting_gradients`` where there are kinks; then Gauss–Newton steps follow
-    where they fit. Rows of a batch that one way solves stay, and the next ones search the rest around them. The first
-    result that the update proves or matches ends the search; among others the certificate decides, then the rows that
-    are solved, then the residual of the re-simulated update. ``attempts`` and notes say why each way was taken or not.
+    The ways and their order are :data:`WAYS`: sentences are read; other inputs are read off a first linear layer,
+    solved backward layer by layer or for all layers together; what is left is searched, ``feature_matching`` for a
+    batch whose features separate, ``idlg`` or ``dlg`` on smooth models otherwise, ``inverting_gradients`` where there
+    are kinks; then Gauss–Newton steps follow where they fit. Rows that one way solves stay, and the next ones search
+    the rest around them. The first result that the update proves or matches ends the search; among others the
+    certificate decides, then the rows that are solved, then the residual. ``attempts`` and notes say why each way was
+    taken or not.
 
     Args:
         budget: seconds for all observations together; the best so far is returned.
@@ -375,6 +356,5 @@ def auto(
         restarts: of matching, chosen by its objective.
         polish: finish smooth models with Gauss–Newton steps.
         uniqueness: whether certificates compute the Jacobian of the update; None does so where it is cheap.
-
     """
     return Auto(budget=budget, iterations=iterations, restarts=restarts, polish=polish, uniqueness=uniqueness)

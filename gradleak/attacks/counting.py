@@ -30,8 +30,6 @@ class CountedExamples:
     Attributes:
         count: the smallest number that explains the ranks, None where they are as large as they can be.
         proved: whether it is the only one; a certificate may prove it later.
-        reason: one sentence for a reader.
-
     """
 
     count: int | None
@@ -42,15 +40,7 @@ class CountedExamples:
 def count_examples(
     model: nn.Module, update: Update, training: LocalTraining | None, space: InputSpace
 ) -> CountedExamples:
-    """Return the number of examples behind ``update``, as the ranks of its linear layers show it.
-
-    Args:
-        model: as it was sent out, in the client's mode.
-        update: what the client shared.
-        training: the client's forward map, None where it is not known.
-        space: what one input looks like.
-
-    """
+    """Return the number of examples behind ``update``, as the ranks of its linear layers show it."""
     simulator = Simulator(model, training)
     names = {id(p): k for k, p in model.named_parameters()}
     like = space.neutral().to(simulator.device, simulator.dtype)

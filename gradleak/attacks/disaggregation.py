@@ -24,14 +24,7 @@ __all__ = ["FeatureDisaggregation", "disaggregate"]
 @final
 @dataclass(frozen=True)
 class FeatureDisaggregation(Attack):
-    """Separates the features of a batch; made by :func:`disaggregate`.
-
-    Attributes:
-        restarts: starts where classes occur more than once.
-        iterations: at most so many per start.
-        tolerance: predicted error, relative to the spread between examples, up to which features count as exact.
-
-    """
+    """Separates the features of a batch; made by :func:`disaggregate`, which says its options."""
 
     restarts: int = 4
     iterations: int = 150
@@ -172,6 +165,5 @@ def disaggregate(*, restarts: int = 4, iterations: int = 150, tolerance: float =
         restarts: starts that differ in how examples of one class are split; one is enough where no class repeats.
         iterations: at most so many per start (fewer in all for more than 40 examples).
         tolerance: predicted error, relative to the spread between examples, up to which features count as exact.
-
     """
     return FeatureDisaggregation(restarts, iterations, tolerance)

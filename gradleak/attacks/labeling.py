@@ -30,13 +30,12 @@ Labels = tuple[Tensor | None, Tensor | None]
 def read_labels(observation: Observation, inputs: Tensor) -> Labels:
     """Return the labels of model inputs (N, *shape), as the client's loss takes them.
 
-    The head's gradient is linear in p − y and p is known, so y follows by least squares, with label smoothing and soft
-    labels too; the targets of other losses follow in the same way from the whole gradient. Where the update is not one
-    gradient, the label of one example is the one whose update points most nearly as the seen one does.
+    The head's gradient is linear in p − y and p is known, so y follows by least squares; targets of other losses follow
+    in the same way from the whole gradient. Where the update is not one gradient, the label of one example is the one
+    whose update points most nearly as the seen one does.
 
     Raises:
         InvalidModel: the client cannot be simulated.
-
     """
     check_reproducible(observation.model)
     simulator = observation.simulator

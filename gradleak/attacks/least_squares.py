@@ -103,16 +103,8 @@ def search(
 ) -> State:
     """Return where Levenberg–Marquardt from ``z`` (n,) ends, after at most ``iterations`` steps.
 
-    See :func:`gradleak.solve.least_squares.minimize`.
-
-    Args:
-        problem: the residual.
-        z: where to start.
-        iterations: steps.
-        budget: seconds since ``begin``, None for no limit.
-        callback: receives progress; a ``KeyboardInterrupt`` from it returns the best so far.
-        begin: when the work began (``time.perf_counter``).
-
+    See :func:`gradleak.solve.least_squares.minimize`. ``budget`` is in seconds since ``begin`` (``time.perf_counter``);
+    a ``KeyboardInterrupt`` from ``callback`` returns the best so far.
     """
     before = -1
 

@@ -53,16 +53,9 @@ class LinearInversion(Attack):
 
 @dataclass(frozen=True, eq=False)
 class _Reader:
-    """The first layer of one observation: its weight gradient (m, n) and bias gradient (m,).
+    """The first layer of one observation: its weight gradient ``dw`` (m, n) and bias gradient ``db`` (m,).
 
-    Attributes:
-        observation: what was seen.
-        layer: the first layer.
-        bias: name of its bias.
-        dw: weight gradient.
-        db: bias gradient.
-        close: relative distance at which numbers of the update count as equal.
-
+    ``close`` is the relative distance at which numbers of the update count as equal.
     """
 
     observation: Observation

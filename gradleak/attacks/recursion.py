@@ -32,13 +32,7 @@ __all__ = ["Recursion", "check", "from_layers", "hides", "invert_batch", "recurs
 @final
 @dataclass(frozen=True)
 class Recursion(Attack):
-    """Inverts an update layer by layer; made by :func:`recursion`.
-
-    Attributes:
-        polish: whether to finish with Gauss–Newton steps on the whole map.
-        quick: whether to leave them out where the walk's own estimated error is small enough.
-
-    """
+    """Inverts an update layer by layer; made by :func:`recursion`, which says its options."""
 
     polish: bool = True
     quick: bool = True
@@ -167,12 +161,9 @@ _FLAT = 1e-4
 def invert_batch(observation: Observation, *, seed: int = 0, going: Callable[[], bool] | None = None) -> Reconstruction:
     """Return every example of a batch where the equations of all layers determine them.
 
-    ``going`` says whether to go on, and is asked where a layer takes long.
-
     Raises:
         NotApplicable: they do not, as counted beforehand or as solved; the update is not one gradient of
-            cross-entropy, how the client trained is not known, or ``going`` said no.
-
+            cross-entropy, how the client trained is not known, or ``going``, asked where a layer takes long, said no.
     """
     if Knowledge.TRAINING not in observation.knows or observation.training is None:
         raise NotApplicable(
@@ -274,16 +265,13 @@ def recursion(*, polish: bool = True, quick: bool = True) -> Recursion:
     :mod:`gradleak.exact.one_example`. Neither label nor loss nor step size is needed: the system does not change when
     the update is scaled, so a weight delta of one plain step will do.
 
-    A batch takes more: the loss must be known cross-entropy, ``disaggregate`` must prove every example's features, and
-    then each layer must determine its inputs for all examples (:mod:`gradleak.exact.backward`): by its gradient alone,
-    as a linear layer does up to as many examples as it has outputs, or together with its recovered outputs
-    (:mod:`gradleak.exact.layer_iterative`), where both kinds of equation are more than the values. Gauss–Newton steps
-    on the whole update finish.
+    A batch takes known cross-entropy, every example's features proved by ``disaggregate``, and layers that each
+    determine their inputs for all examples (:mod:`gradleak.exact.backward`). Gauss–Newton steps on the whole update
+    finish.
 
     Args:
         polish: finish with Gauss–Newton steps on the whole map, which brings float32 updates to their noise floor.
-        quick: leave these steps out where the walk's estimated error is small enough: an order of magnitude above that
-            floor, in a fraction of the time and memory.
-
+        quick: leave them out where the walk's estimated error is small enough: an order of magnitude above that floor,
+            in a fraction of the time and memory.
     """
     return Recursion(polish=polish, quick=quick)

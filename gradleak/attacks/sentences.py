@@ -32,24 +32,17 @@ class ReadSentences(Attack):
     inputs x. In the first layer x depends on the token and its position only: a token stands at a position where its
     x lies in the span (Petrov et al. 2024, DAGER, Section 4.1). Several sentences are told apart in the second layer,
     whose inputs depend on the whole sentence (Section 4.2): one token is fixed, and Gauss–Newton finds the mixture of
-    the others' candidates whose second-layer inputs lie in the second span; its rounding is the sentence. The
-    masked positions are those where the mask token stands. Their labels are counted in the decoder bias's gradient
-    and put into place by least squares on the gradient of the last linear layer before the decoder, which is linear
-    in the labels once the inputs are known.
+    the others' candidates whose second-layer inputs lie in the second span; its rounding is the sentence. Masked
+    positions are those of the mask token; their labels are counted in the decoder bias's gradient and put into place by
+    least squares on the gradient of the last linear layer before the decoder, which is linear in the labels once the
+    inputs are known.
 
     Deviations: DAGER enumerates or beam-searches sentences; labels are not among its unknowns. Thresholds follow the
     gap in the spectrum instead of fixed constants. Sentences must have equal length and no padding.
 
     Attributes:
-        mask: id of the mask token; None for the one that makes the labels' counts whole numbers.
-        starts: fixed tokens tried, at most.
         steps: Gauss–Newton steps from one fixed token, at most.
         sweeps: rounds of changing up to three tokens afterwards, at most.
-
-    Raises:
-        NotApplicable: not a token space, not a plain gradient, attention whose inputs cannot be found, or a gradient
-            whose rank is full (too many tokens for the width, or noise).
-
     """
 
     mask: int | None = None
@@ -305,6 +298,10 @@ def read_sentences(*, mask: int | None = None, starts: int = 16) -> ReadSentence
     Args:
         mask: id of the mask token; None finds the token that makes the labels' counts whole numbers.
         starts: fixed tokens from which the sentences of a batch are told apart, at most.
+
+    Raises:
+        NotApplicable: not a token space, not a plain gradient, attention whose inputs cannot be found, or a gradient
+            whose rank is full (too many tokens for the width, or noise).
 
     """
     return ReadSentences(mask=mask, starts=starts)

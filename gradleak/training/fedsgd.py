@@ -24,19 +24,10 @@ class FedSGD(LocalTraining):
 
     loss: Loss = field(default_factory=CrossEntropy)
 
+    kind = UpdateKind.GRADIENT
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", as_loss(self.loss))
-
-    @property
-    def kind(self) -> UpdateKind:
-        """A gradient."""
-        return UpdateKind.GRADIENT
-
-    def tensors(
-        self, model: nn.Module, params: Tensors, inputs: Tensor, labels: Tensor, *, buffers: Tensors | None = None
-    ) -> dict[str, Tensor]:
-        """Return ∂loss/∂params by name."""
-        return self.run(model, params, inputs, labels, buffers)[0]
 
     def run(
         self, model: nn.Module, params: Tensors, inputs: Tensor, labels: Tensor, buffers: Tensors | None = None

@@ -129,13 +129,10 @@ class Simulator:
             ) from error
 
     def update(self, inputs: Tensor, labels: Tensor, dtype: torch.dtype | None = torch.float64) -> dict[str, Tensor]:
-        """Return the undefended update by name, computed in ``dtype``; differentiable, traceable by torch.func.
+        """Return the undefended update by name, computed in ``dtype`` (the model's own if None).
 
-        Args:
-            inputs: (N, *shape) model inputs.
-            labels: as the client's loss takes them.
-            dtype: number type of the computation; the model's own if None.
-
+        It is traceable by torch.func and differentiable in model inputs (N, *shape) and in labels, which are as the
+        client's loss takes them.
         """
         return self.undefended.tensors(
             self.model,
@@ -159,13 +156,9 @@ class Simulator:
         return math.sqrt(sum(float(t.square().sum()) for t in left.values()) / total) if total > 0 else math.inf
 
     def as_gradient(self, update: Update, batch_size: int | None, names: Collection[str] | None = None) -> Gradient:
-        """Return ``update`` as a gradient, in its own number format.
+        """Return ``update``, or its tensors of these ``names``, as a gradient, in its own number format.
 
-        Args:
-            update: what was seen.
-            batch_size: number of examples, which decides the number of local steps.
-            names: which tensors are wanted; None for all.
-
+        ``batch_size`` decides the number of local steps.
         """
         tensors = {k: t for k, t in update.tensors.items() if names is None or k in names}
         if update.kind is UpdateKind.GRADIENT:

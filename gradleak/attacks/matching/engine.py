@@ -143,7 +143,6 @@ class GradientMatching(Attack):
 
         Raises:
             InvalidInput: inputs, mask, labels and batch size do not fit each other.
-
         """
         fixed = Fixed(solved_inputs.detach(), solved_mask, labels)
         return replace(self, fixed=fixed).reconstruct(observation, seed=seed, callback=callback, deadline=deadline)

@@ -107,18 +107,14 @@ class Targets:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One observation, cast to the number type of the search.
+    """One observation, cast to the number type of the search; tensors by name.
 
     Attributes:
-        observation: what was seen.
-        params: trainable parameters by name.
-        buffers: buffers and frozen parameters by name.
-        observed: the update by name, in the order of ``params``.
-        targets: what the loss compares with.
+        buffers: buffers and frozen parameters.
+        observed: the update, in the order of ``params``.
         known: (K, *shape) model inputs of the known examples, None for none.
         free: indices of the examples that are searched.
         notes: what a reader must know.
-
     """
 
     observation: Observation

@@ -26,7 +26,7 @@ def idlg(
     budget: float | None = None,
     trace: bool = True,
 ) -> GradientMatching:
-    """Read the labels off the last layer's gradient first, then match as DLG does.
+    """Read the labels off the last layer's gradient first, then match as DLG does; options are those of :func:`dlg`.
 
     Source: Zhao, Mopuri, Bilen, *iDLG*, 2020, Section 3.
 
@@ -34,11 +34,8 @@ def idlg(
     Where the last layer says nothing about labels, a lone example is searched under every class, if there are few, and
     otherwise the labels are optimized as in :func:`dlg`.
 
-    Options are those of :func:`dlg`.
-
     Raises:
         UnknownName: no such solver.
-
     """
     joint = dlg(
         solver=solver,
