@@ -9,13 +9,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import final
 
-import torch
-
 from gradleak.attacks.base import Attack, Callback, nothing_found
 from gradleak.attacks.certifying import better, certificate, certified
 from gradleak.attacks.feature_matching import feature_matching
 from gradleak.attacks.findings import find_besides
 from gradleak.attacks.gauss_newton import GaussNewton, gauss_newton
+from gradleak.attacks.labeling import estimate_labels
 from gradleak.attacks.least_squares import is_smooth
 from gradleak.attacks.linear_inversion import linear_inversion
 from gradleak.attacks.matching import GradientMatching, dlg, idlg, inverting_gradients
@@ -23,7 +22,6 @@ from gradleak.attacks.recursion import recursion
 from gradleak.attacks.sentences import read_sentences
 from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import InvalidInput, InvalidModel, MissingKnowledge, NotApplicable, ResourceLimit
-from gradleak.exact.labels import recover_labels
 from gradleak.spaces import TokenSpace
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import FedSGD
@@ -93,20 +91,8 @@ class Case:
     @cached_property
     def labels_show(self) -> bool:
         """Whether the labels are granted, or proved by the head's gradient."""
-        observation = self.observation
-        if observation.labels is not None:
-            return True
-        assert observation.training is not None
         try:
-            return recover_labels(
-                observation.model,
-                observation.params,
-                observation.gradient.tensors,
-                tuple(observation.space.shape),
-                observation.batch_size or 1,
-                observation.training.loss,
-                torch.Generator().manual_seed(0),
-            ).exact
+            return self.observation.labels is not None or estimate_labels(self.observation).exact
         except NotApplicable:
             return False
 
@@ -126,10 +112,6 @@ class Case:
         if proof.verdict is Verdict.UNPROVED and _rows(found) != _rows(best):
             return _rows(found) > _rows(best)
         return better(proof, best.certificate)
-
-    def refuse(self, name: str, reason: str) -> None:
-        """Note why a way was not taken, or led to nothing."""
-        self.attempts.append(Attempt(name, False, None, reason))
 
 
 def _rows(found: Reconstruction) -> int:
@@ -277,11 +259,11 @@ class Auto(Attack):
                 if why is not None:
                     # What never applies to such inputs is no news.
                     if not case.sentences and way.name != "read_sentences":
-                        case.refuse(way.name, why)
+                        case.attempts.append(Attempt(way.name, False, None, why))
                     continue
                 found = self._go(way, case, seed, callback, deadline)
             except _Refusal as reason:
-                case.refuse(way.name, str(reason))
+                case.attempts.append(Attempt(way.name, False, None, str(reason)))
                 continue
             name = f"{case.best.attack} and {way.name}" if way.continues and case.best is not None else way.name
             case.offer(name, found)

@@ -85,15 +85,15 @@ class GaussNewton(Attack):
 
     def _one(self, observation: Observation, seed: int, callback: Callback) -> Reconstruction:
         begin = time.perf_counter()
-        if self.layers_only:
-            bound = rank_bound(observation.model, observation.params, tuple(observation.space.shape), 1)
-            if not bound.determined:
-                raise NotApplicable(bound.reason)
-            return self._layers(observation, None, seed, callback, begin)
         try:
+            if self.layers_only:
+                bound = rank_bound(observation.model, observation.params, tuple(observation.space.shape), 1)
+                if not bound.determined:
+                    raise NotApplicable(bound.reason)
             return self._layers(observation, None, seed, callback, begin)
         except (NotApplicable, ResourceLimit):
-            pass  # no chain of layers; one of any other kind is taken as a whole
+            if self.layers_only:
+                raise  # otherwise what is no chain of layers is taken as a whole
         problem = _problem(observation, None, seed)
         draw = torch.Generator().manual_seed(seed)
         best: State | None = None

@@ -14,8 +14,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradleak.attacks.base import Callback, Progress
+from gradleak.attacks.labeling import estimate_labels
 from gradleak.errors import NotApplicable
-from gradleak.exact.labels import recover_labels
 from gradleak.formats import number_format, storage_deviation
 from gradleak.solve.conjugate_gradients import conjugate_gradients
 from gradleak.solve.jacobian import jacobian
@@ -162,15 +162,7 @@ class Problem:
         if observation.labels is not None:
             labels = observation.labels
         elif labels is None:
-            estimate = recover_labels(
-                model,
-                observation.params,
-                observation.gradient.tensors,
-                tuple(space.shape),
-                observation.batch_size,
-                observation.training.loss,
-                torch.Generator().manual_seed(seed),
-            )
+            estimate = estimate_labels(observation, torch.Generator().manual_seed(seed))
             labels = estimate.labels
             if not estimate.exact:
                 notes.append(f"Labels were estimated, not proved: {estimate.reason}")

@@ -331,7 +331,9 @@ class _Reader:
                         return True
             if self.size is not None and outputs.shape[1] <= _CLASSES:
                 return False
-        return len(rows) > 1 and tells_examples_apart(simulator, self.bias, self._only(rows), inputs)
+        only = torch.zeros_like(self.db)
+        only[rows] = self.db[rows]
+        return len(rows) > 1 and tells_examples_apart(simulator, self.bias, only, inputs)
 
     def _consistent(self, found: Tensor, size: int) -> list[int]:
         """Return ``size`` of the inputs ``found`` (K, n) that explain all rows by the units they activate, if any do.
@@ -373,12 +375,6 @@ class _Reader:
         if outputs.ndim != 2 or outputs.shape[1] > _CLASSES:
             return []
         return [torch.tensor([c], device=outputs.device) for c in range(outputs.shape[1])]
-
-    def _only(self, rows: Tensor) -> Tensor:
-        """Return the bias gradient with all but ``rows`` left out."""
-        kept = torch.zeros_like(self.db)
-        kept[rows] = self.db[rows]
-        return kept
 
     def _bias_gradient(self, inputs: Tensor, label: Tensor) -> Tensor | None:
         """Return the gradient of the layer's bias for one example, None where it cannot be simulated."""

@@ -93,7 +93,11 @@ def from_layers(
     if plain and (labels is None or smoothed):  # Then the signs do not tell it.
         with suppress(InvalidModel):
             labels, soft = read_labels(observation, inputs)
-    alone = not solved or chain is None or _is_single(observation, chain, inputs)
+    alone = not solved or chain is None
+    if chain is not None and solved and chain.anchor.bias_name is not None:
+        # Whether the layer where the recursion starts is evidence of a single example.
+        bias = chain.anchor.bias_name
+        alone = tells_examples_apart(observation.simulator, bias, observation.update.tensors[bias], inputs)
     exact = plain and (alone or _agrees(observation, inputs, labels if soft is None else soft))
     construction = None
     if solved and not math.isnan(result.spread):
@@ -123,14 +127,6 @@ def from_layers(
 
 def _rounding(observation: Observation) -> float:
     return float(torch.finfo(next(iter(observation.update.tensors.values())).dtype).eps)
-
-
-def _is_single(observation: Observation, chain: Chain, inputs: Tensor) -> bool:
-    """Tell whether the layer where the recursion starts is evidence of a single example."""
-    bias = chain.anchor.bias_name
-    if bias is None:
-        return False
-    return tells_examples_apart(observation.simulator, bias, observation.update.tensors[bias], inputs)
 
 
 def _agrees(observation: Observation, inputs: Tensor, labels: Tensor | None) -> bool:
@@ -189,7 +185,9 @@ def solved(observation: Observation, separated: Separated, going: Callable[[], b
     rounding, residual = _rounding(observation), simulator.relative(x, found.labels, seen)
     if residual > _ROUGH * rounding:
         # Layer by layer, errors add up; all equations together take most of them back.
-        x, steps = _sharpened(observation, x, found.labels, going)
+        problem = replace(Problem.of(replace(observation, labels=None), found.labels, 0, kinks=True), going=going)
+        state = search(problem, x.to(problem.like).flatten(), iterations=_STEPS)
+        x, steps = state.z.reshape(x.shape), state.steps
         residual = simulator.relative(x, found.labels, seen)
     order = order_as_granted(observation.labels, found.labels, None)
     order = torch.arange(len(x)) if order is None else order
@@ -213,15 +211,6 @@ def solved(observation: Observation, separated: Separated, going: Callable[[], b
         construction=None if hidden else Construction(peeled.known.values.numel(), error, _BATCHED, local=True),
         solved=torch.full((len(x),), exact),
     )
-
-
-def _sharpened(
-    observation: Observation, inputs: Tensor, labels: Tensor, going: Callable[[], bool] | None
-) -> tuple[Tensor, int]:
-    """Return model inputs (N, *shape) after Gauss–Newton steps on the whole update, and how many."""
-    problem = replace(Problem.of(replace(observation, labels=None), labels, 0, kinks=True), going=going)
-    state = search(problem, inputs.to(problem.like).flatten(), iterations=_STEPS)
-    return state.z.reshape(inputs.shape), state.steps
 
 
 _BACKWARD = "solved backward, every layer's linear system has full rank"

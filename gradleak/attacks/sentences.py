@@ -173,7 +173,8 @@ class ReadSentences(Attack):
         spent = torch.tensor(
             [any(s[p] == t for s in inside) for p, t in zip(where.tolist(), tokens.tolist(), strict=True)]
         )
-        weights = _shared_out(torch.where(spent, 0.1, 1.0).double(), where)
+        weights = torch.where(spent, 0.1, 1.0).double()
+        weights = weights / _sums(weights, where)[where]
         pinned = where == position
         weights[pinned] = (tokens[pinned] == token).double()
         before = float("inf")
@@ -249,10 +250,6 @@ def _heaviest(tokens: Tensor, where: Tensor, weights: Tensor, length: int) -> Te
 def _sums(values: Tensor, where: Tensor) -> Tensor:
     """Return the sums of ``values`` (R,) over each position, (T,)."""
     return torch.zeros(int(where.max()) + 1, dtype=values.dtype).index_add_(0, where, values)
-
-
-def _shared_out(values: Tensor, where: Tensor) -> Tensor:
-    return values / _sums(values, where)[where]
 
 
 def _exchanges(where: Tensor, pinned: Tensor) -> Tensor:

@@ -235,8 +235,11 @@ def _search(
     start, solver = group.start(seed), attack.solver
     notes: list[str] = []
     count = len(start)
-    if start.shape[1] == 0:
-        return _nothing(group, start), notes
+    if start.shape[1] == 0:  # Every example and every label is known.
+        with torch.no_grad():
+            values = torch.stack([group.measure(start[r], group.arguments(r))[0] for r in range(count)])
+        none = torch.zeros(count, dtype=torch.long, device=start.device)
+        return Outcome(start, values, none, none + 1, none == 0, none == 1), notes
 
     def run(stage: Group, x: Tensor, tolerance: float, spent: list[int] | None) -> tuple[Outcome, Race]:
         turn = count if spent is None else sum(n < solver.iterations for n in spent)
@@ -290,14 +293,6 @@ def _search(
         iterations=fine.iterations + rough.iterations,
         evaluations=fine.evaluations + rough.evaluations,
     ), notes
-
-
-def _nothing(group: Group, start: Tensor) -> Outcome:
-    """Return the outcome of a search without unknowns: every example and every label is known."""
-    with torch.no_grad():
-        values = torch.stack([group.measure(start[r], group.arguments(r))[0] for r in range(len(start))])
-    none = torch.zeros(len(start), dtype=torch.long, device=start.device)
-    return Outcome(start, values, none, none + 1, none == 0, none == 1)
 
 
 def _result(

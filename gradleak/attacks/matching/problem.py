@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gradleak.attacks.labeling import estimate_labels
 from gradleak.errors import InvalidInput, NotApplicable
-from gradleak.exact.labels import recover_labels
 from gradleak.threat import Observation
 from gradleak.training import (
     CrossEntropy,
@@ -287,15 +287,7 @@ def _arrangements(labels: Tensor, known: Sequence[int]) -> Tensor | None:
 
 
 def _recovered(observation: Observation, simulator: Simulator, seed: int, notes: list[str]) -> Tensor:
-    estimate = recover_labels(
-        observation.model,
-        simulator.params(),
-        observation.gradient.tensors,
-        tuple(observation.space.shape),
-        observation.batch_size or 1,
-        simulator.undefended.loss,
-        torch.Generator().manual_seed(seed),
-    )
+    estimate = estimate_labels(observation, torch.Generator().manual_seed(seed))
     if not estimate.exact and getattr(simulator.undefended.loss, "weight", None) is not None:
         raise NotApplicable("Class counts are estimated for equal class weights only; grant the labels.")
     if not estimate.exact:

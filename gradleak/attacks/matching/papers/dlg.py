@@ -15,22 +15,6 @@ from gradleak.solve import LBFGS, Adam, GradientDescent, Solver
 __all__ = ["dlg"]
 
 
-def _solver(name: str, iterations: int, lr: float) -> Solver:
-    known: dict[str, Callable[[], Solver]] = {
-        "lbfgs": lambda: LBFGS(iterations=iterations),
-        "adam": lambda: Adam(iterations=iterations, lr=lr),
-        "sgd": lambda: GradientDescent(iterations=iterations, lr=lr),
-    }
-    if name not in known:
-        raise UnknownName("solver", name, known)
-    return known[name]()
-
-
-def _warm(solver: str, dtype: torch.dtype | None) -> torch.dtype | None:
-    # L-BFGS begins in float32, which halves the cost, and ends in float64.
-    return torch.float32 if solver == "lbfgs" and dtype == torch.float64 else None
-
-
 def dlg(
     *,
     solver: str = "lbfgs",
@@ -72,15 +56,23 @@ def dlg(
         UnknownName: no such solver.
 
     """
+    known: dict[str, Callable[[], Solver]] = {
+        "lbfgs": lambda: LBFGS(iterations=iterations),
+        "adam": lambda: Adam(iterations=iterations, lr=lr),
+        "sgd": lambda: GradientDescent(iterations=iterations, lr=lr),
+    }
+    if solver not in known:
+        raise UnknownName("solver", solver, known)
     return GradientMatching(
         SquaredError(),
-        _solver(solver, iterations, lr),
+        known[solver](),
         labels="joint",
         init_std=init_std,
         restarts=restarts,
         tolerance=tolerance,
         dtype=dtype,
-        warm_dtype=_warm(solver, dtype),
+        # L-BFGS begins in float32, which halves the cost, and ends in float64.
+        warm_dtype=torch.float32 if solver == "lbfgs" and dtype == torch.float64 else None,
         coordinates=NaturalImages() if (natural_images is None and solver == "lbfgs") or natural_images else None,
         backend=backend,
         budget=budget,
