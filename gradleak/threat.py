@@ -94,12 +94,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """What the attacker knows; the default is the honest-but-curious server of Zhu et al. 2019, Section 3.
-
-    Attributes:
-        knows: the granted knowledge.
-
-    """
+    """What the attacker knows; the default is the honest-but-curious server of Zhu et al. 2019, Section 3."""
 
     knows: Knowledge = Knowledge.BATCH_SIZE | Knowledge.TRAINING
 
@@ -119,8 +114,7 @@ class ThreatModel:
 
         Args:
             model: the model that was sent out, in the mode the client used; it is copied.
-            update: what the client shared: an ``Update``, or gradients by parameter name or in the parameters' order;
-                it is checked against the model.
+            update: an ``Update``, or gradients by parameter name or in the parameters' order; it is checked.
             space: shape and value range of one input.
             training: the client's forward map, with its defenses and seeds; they are withheld here.
             batch_size: number of examples in the batch.
@@ -131,7 +125,6 @@ class ThreatModel:
         Raises:
             InvalidUpdate: the update does not fit the model.
             InvalidInput: ``knows`` grants something that was not handed over.
-
         """
         update = as_update(update, model)
         update.check(model)

@@ -66,7 +66,6 @@ class Attack:
             MissingKnowledge: the threat model does not grant ``requires``.
             NotApplicable: the attack's structural conditions do not hold.
             InvalidModel: the forward map cannot be reproduced.
-
         """
         return self.reconstruct_all([observation], seed=seed, callback=callback, deadline=deadline)[0]
 

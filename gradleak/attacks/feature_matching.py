@@ -35,15 +35,11 @@ FEATURES = "features of the head"
 class FeatureGradient(LocalTraining):
     """What remains of FedSGD once every example's features h_i and logit gradients d_i are known.
 
-    The head drops out: the body's gradient is Σ_i (∂φ(x_i)/∂θ)ᵀ Wᵀ d_i with known cotangents Wᵀ d_i, and φ(x_i) = h_i.
-    Neither couples examples through a softmax, and example i can only be explained by x_i. Layers before the head that
-    were peeled drop out in the same way; then φ ends before them.
-
-    Attributes:
-        cotangents: (N, d) gradients of the client's loss with respect to the features.
-        weight: multiplies the features, which puts both kinds of equation on one scale.
-        steps: the layers of φ, None where it is the whole model that is given.
-
+    The head drops out: the body's gradient is Σ_i (∂φ(x_i)/∂θ)ᵀ Wᵀ d_i with known ``cotangents`` Wᵀ d_i (N, d), and
+    φ(x_i) = h_i. Neither couples examples through a softmax, and example i can only be explained by x_i. Layers before
+    the head that were peeled drop out in the same way; then φ ends before them. ``weight`` multiplies the features,
+    which puts both kinds of equation on one scale; ``steps`` are the layers of φ, None where it is the whole model that
+    is given.
     """
 
     cotangents: Tensor

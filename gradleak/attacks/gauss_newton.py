@@ -121,7 +121,6 @@ class GaussNewton(Attack):
         Raises:
             NotApplicable: the model has kinks, or the training is not known.
             ResourceLimit: too many unknowns.
-
         """
         begin = time.perf_counter()
         if observation.training is None:

@@ -18,12 +18,8 @@ __all__ = ["Quantization", "int8"]
 class Quantization(UpdateDefense):
     """Symmetric uniform quantization of each tensor: round(x / s) · s with s = max|x| / (2^(bits−1) − 1).
 
-    Rounding is to nearest, ties to even; zero is a level; the scale of every tensor travels with it. Zhu et al. 2019
-    ("8 bit") do not state their scheme.
-
-    Attributes:
-        bits: 2 … 16, the sign included.
-
+    Bits are 2 … 16, the sign included. Rounding is to nearest, ties to even; zero is a level; the scale of every tensor
+    travels with it. Zhu et al. 2019 ("8 bit") do not state their scheme.
     """
 
     bits: int = 8

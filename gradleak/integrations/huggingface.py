@@ -26,10 +26,6 @@ class TokenCrossEntropy:
 
     Targets are ids (N, K), of which ``ignore`` counts for nothing, or probabilities (N, K, V), of which zero rows
     count for nothing.
-
-    Attributes:
-        ignore: the id without a prediction.
-
     """
 
     ignore: int = -100

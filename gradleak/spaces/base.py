@@ -21,13 +21,9 @@ _HIT = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class NullGuess:
-    """A guess that needs no update.
+    """A guess that needs no update: decoded inputs (N, *shape), and what is guessed, for a reader.
 
-    Attributes:
-        description: what is guessed, for a reader.
-        inputs: decoded inputs (N, *shape).
-        oracle: whether the private inputs had a say in it, which no attacker can arrange.
-
+    ``oracle`` says whether the private inputs had a say in it, which no attacker can arrange.
     """
 
     description: str
@@ -142,12 +138,9 @@ class InputSpace(ABC):
         """
 
     def null_guesses(self, truth: Tensor, public: Tensor | None = None) -> tuple[NullGuess, ...]:
-        """Return what could be guessed of ``truth`` (N, *shape) without the update.
+        """Return what could be guessed of decoded private inputs ``truth`` (N, *shape) without the update.
 
-        Args:
-            truth: decoded private inputs; their mean stands for what everybody knows about such data.
-            public: decoded public examples (M, *shape).
-
+        Their mean stands for what everybody knows about such data; ``public`` are decoded public examples (M, *shape).
         """
         return () if public is None else (_public_mean(truth, public, self.nouns),)
 

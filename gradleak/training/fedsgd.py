@@ -17,9 +17,7 @@ __all__ = ["FedSGD"]
 class FedSGD(LocalTraining):
     """One gradient of the loss over the whole batch (McMahan et al. 2017, Section 2: FedSGD).
 
-    Attributes:
-        loss: any differentiable (outputs, targets) → scalar.
-
+    ``loss`` is any differentiable (outputs, targets) → scalar.
     """
 
     loss: Loss = field(default_factory=CrossEntropy)

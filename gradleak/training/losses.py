@@ -110,10 +110,8 @@ class CrossEntropy:
 class BinaryCrossEntropy:
     """Sigmoid cross-entropy of each output by itself: one output, or several labels at once; nats.
 
-    Attributes:
-        reduction: "mean" or "sum" over all outputs.
-        pos_weight: weight of the positive targets, one for all outputs.
-
+    ``reduction`` is "mean" or "sum" over all outputs, ``pos_weight`` the weight of the positive targets, one for all
+    outputs.
     """
 
     reduction: str = "mean"
@@ -136,12 +134,7 @@ class BinaryCrossEntropy:
 
 @dataclass(frozen=True)
 class MeanSquaredError:
-    """Squared error.
-
-    Attributes:
-        reduction: "mean" or "sum" over all outputs.
-
-    """
+    """Squared error; ``reduction`` is "mean" or "sum" over all outputs."""
 
     reduction: str = "mean"
 

@@ -25,12 +25,8 @@ __all__ = ["Gradient", "Simulator"]
 class Gradient:
     """An update as a gradient: step size, momentum and weight decay undone as far as they are known.
 
-    Attributes:
-        tensors: parameter name → tensor.
-        single: whether it is a multiple of one gradient at the weights that were sent out.
-        scaled: whether it has the scale of the client's (mean) gradient.
-        reason: why it is no single or no scaled gradient; empty where it is both.
-
+    ``single`` says whether it is a multiple of one gradient at the weights that were sent out, ``scaled`` whether it
+    has the scale of the client's (mean) gradient, ``reason`` why not; empty where it is both.
     """
 
     tensors: Tensors
@@ -43,7 +39,6 @@ class Gradient:
 
         Raises:
             NotApplicable: the update is no multiple of one gradient.
-
         """
         if not self.single:
             raise NotApplicable(self.reason)
@@ -53,11 +48,7 @@ class Gradient:
 class Simulator:
     """Computes what a client would send, in any number type, for candidate inputs and labels.
 
-    Attributes:
-        model: the model that was sent out; it is not changed.
-        training: the forward map as the attacker knows it; one gradient of the cross-entropy where it is not known.
-        known: whether the training is known.
-
+    The model is not changed. A training that is not ``known`` is taken to be one gradient of the cross-entropy.
     """
 
     def __init__(self, model: nn.Module, training: LocalTraining | None = None) -> None:

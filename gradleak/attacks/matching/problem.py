@@ -42,12 +42,8 @@ _ARRANGED = 24
 class Fixed:
     """Examples of a batch that are known already, around which the others are searched.
 
-    Attributes:
-        inputs: (N, *shape) decoded inputs; only the rows in ``mask`` count.
-        mask: (N,) which rows are known.
-        labels: (N, ...) labels of all rows in the order of ``inputs``, as the loss takes them; None where they are not
-            known, or their order is not.
-
+    Of the decoded ``inputs`` (N, *shape) only the rows in ``mask`` (N,) count. ``labels`` (N, ...) are those of all
+    rows, in this order, as the loss takes them; None where they are not known, or their order is not.
     """
 
     inputs: Tensor
@@ -81,7 +77,6 @@ class Targets:
         shape: of the numbers that are optimized; () where targets are given.
         axis: of the classes.
         given: (K, N, ...) known targets, or K alternatives of which the objective chooses; None where optimized.
-
     """
 
     kind: TargetKind | None = None
