@@ -39,7 +39,6 @@ class Batch:
 
     Raises:
         InvalidInput: the numbers of inputs and labels differ, the batch is empty, or one of them has no batch axis.
-
     """
 
     inputs: Tensor
@@ -100,7 +99,6 @@ class Update:
 
         Raises:
             InvalidUpdate: with the first offending parameter and the remedy.
-
         """
         expected = {k: tuple(p.shape) for k, p in model.named_parameters() if p.requires_grad}
         missing = [k for k in expected if k not in self.tensors]
@@ -234,7 +232,6 @@ class Trace:
         objectives: the attacker's objective at each.
         layers: parameter name → K squared gradient distances (Figure 5 of Zhu et al. 2019).
         snapshots: decoded candidates, shape (K, N, *shape), in the units of ``Reconstruction.inputs``.
-
     """
 
     iterations: tuple[int, ...] = ()
@@ -376,7 +373,6 @@ class Certificate:
         local: whether the proof excludes inputs nearby only: another one that the model cannot tell from it may exist.
         mixture: whether a mean of several examples explains the update as well.
         factors: tensor name → factor, where each tensor needed its own.
-
     """
 
     verdict: Verdict

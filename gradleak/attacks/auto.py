@@ -84,7 +84,6 @@ class Case:
 
         Raises:
             InvalidModel: it cannot be evaluated reproducibly.
-
         """
         return is_smooth(self.observation.model, tuple(self.observation.space.shape))
 

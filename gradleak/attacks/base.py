@@ -131,7 +131,6 @@ def _check_inputs(observation: Observation) -> None:
 
     Raises:
         NotApplicable: it does not, with what the update shows all the same.
-
     """
     space, simulator = observation.space, observation.simulator
     probe = space.neutral().to(simulator.device, simulator.dtype)

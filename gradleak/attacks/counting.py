@@ -62,23 +62,18 @@ def count_examples(
             limit = min(gradient.shape[0] - 1, gradient.shape[1])  # p − y sums to zero
         if rank > best or (rank == best and limit > room):
             best, room, where = rank, limit, name
+    count: int | None = None
     if not where:
-        return CountedExamples(
-            None, False, "No linear layer sees one vector per example, so the update does not show their number."
-        )
-    if best >= room and best > 1:
-        return CountedExamples(
-            None,
-            False,
+        why = "No linear layer sees one vector per example, so the update does not show their number."
+    elif best >= room and best > 1:
+        why = (
             f"The gradient of {where!r} has the largest rank it can have, {best}, so there may be as many examples or "
-            "more.",
+            "more."
         )
-    several = "example is" if best == 1 else "examples are"
-    return CountedExamples(
-        max(best, 1),
-        False,
-        f"The gradient of {where!r} has rank {best}, so at least {best} {several} behind the update.",
-    )
+    else:
+        count, several = max(best, 1), "example is" if best == 1 else "examples are"
+        why = f"The gradient of {where!r} has rank {best}, so at least {best} {several} behind the update."
+    return CountedExamples(count, False, why)
 
 
 def _rank(gradient: Tensor) -> int:

@@ -122,7 +122,6 @@ class Encoder:
 
         Raises:
             NotApplicable: the model has no such layer.
-
         """
         if layer >= len(self.layers):
             raise NotApplicable(

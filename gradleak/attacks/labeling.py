@@ -34,7 +34,6 @@ def estimate_labels(
 
     Raises:
         NotApplicable: the head says nothing about them.
-
     """
     return recover_labels(
         observation.model,

@@ -46,7 +46,6 @@ def is_smooth(model: nn.Module, shape: tuple[int, ...]) -> bool:
 
     Raises:
         InvalidModel: the model cannot be evaluated reproducibly.
-
     """
     check_reproducible(model)
     tensors = {k: p.detach().double() for k, p in model.named_parameters()}
@@ -142,7 +141,6 @@ class Problem:
 
         Raises:
             NotApplicable: the model has kinks, where the update jumps.
-
         """
         model, space = observation.model, observation.space
         assert observation.training is not None and observation.batch_size is not None

@@ -71,7 +71,6 @@ class _Reader:
 
         Raises:
             NotApplicable: there is no such layer, or its update has no ratios to read.
-
         """
         layer = find_input_layer(observation.model, observation.params, tuple(observation.space.shape))
         if layer is None:
@@ -457,6 +456,5 @@ def linear_inversion() -> LinearInversion:
     carry factors of their own, later layers fix the scale; in a batch, inputs that at least two rows agree on are
     returned as well (units that a single example activates), if they explain these rows' gradients as one example does.
     Neither batch size nor loss nor step size is needed; several plain local steps on one example change nothing.
-
     """
     return LinearInversion()

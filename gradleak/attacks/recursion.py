@@ -232,7 +232,6 @@ def check(observation: Observation) -> None:
 
     Raises:
         NotApplicable: several examples, several local steps, an adaptive optimizer, or signs only.
-
     """
     if observation.batch_size != 1:
         raise NotApplicable(

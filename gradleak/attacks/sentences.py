@@ -76,20 +76,12 @@ class ReadSentences(Attack):
         size = observation.batch_size or 1
         sentences, exact = self._assemble(reader, candidates, size, generator)
         if not exact:
-            notes.append(
-                Note(
-                    "The sentences were not told apart with certainty: the second layer's span was not reached.",
-                    NoteKind.LIMIT,
-                )
-            )
+            why = "The sentences were not told apart with certainty: the second layer's span was not reached."
+            notes.append(Note(why, NoteKind.LIMIT))
         labels = reader.labels(sentences, self.mask)
         if labels is None:
-            notes.append(
-                Note(
-                    "The labels were not read: no decoder bias is shared, or no token stands where labels belong.",
-                    NoteKind.LABELS,
-                )
-            )
+            why = "The labels were not read: no decoder bias is shared, or no token stands where labels belong."
+            notes.append(Note(why, NoteKind.LABELS))
         found = Finding(
             FindingKind.TOKENS,
             f"{size} sentences of {space.length} tokens were read off the attention gradients.",
@@ -299,6 +291,5 @@ def read_sentences(*, mask: int | None = None, starts: int = 16) -> ReadSentence
     Raises:
         NotApplicable: not a token space, not a plain gradient, attention whose inputs cannot be found, or a gradient
             whose rank is full (too many tokens for the width, or noise).
-
     """
     return ReadSentences(mask=mask, starts=starts)

@@ -149,7 +149,6 @@ class WordPiece:
     Raises:
         InvalidFile: the file is not such a vocabulary.
         InvalidInput: the extra ``text`` is not installed.
-
     """
 
     vocabulary: Path
@@ -200,7 +199,6 @@ class WordPiece:
 
         Raises:
             InvalidInput: it is not in the vocabulary.
-
         """
         if token not in self._ids:
             raise InvalidInput(f"The vocabulary has no token {token!r}; encode() splits unknown words into pieces.")
@@ -213,7 +211,6 @@ class WordPiece:
 
         Returns:
             masked ids (T,), chosen positions (K,) ascending, and the tokens that stood there (K,).
-
         """
         original = torch.tensor(ids)
         count = max(1, math.ceil(share * (len(ids) - 2)))

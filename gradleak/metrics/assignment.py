@@ -17,7 +17,6 @@ def pair_costs(guess: Tensor, truth: Tensor) -> Tensor:
 
     Raises:
         InvalidInput: the examples have different shapes.
-
     """
     if guess.shape[1:] != truth.shape[1:]:
         raise InvalidInput(

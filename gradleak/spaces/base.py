@@ -48,7 +48,6 @@ class InputSpace(ABC):
         error_name: what :meth:`errors` returns, in words.
         margin: largest share of a null guess's error that counts as clearly better. A random guess beats the null guess
             slightly half the time, so half its error is required.
-
     """
 
     kind: ClassVar[str]
@@ -106,7 +105,6 @@ class InputSpace(ABC):
 
         Raises:
             InvalidInput: they have another shape, or values that no candidate has.
-
         """
         if tuple(inputs.shape[1:]) != tuple(self.shape):
             raise InvalidInput(

@@ -36,7 +36,6 @@ class TokenSpace(InputSpace):
 
     Raises:
         InvalidInput: the table is not a matrix, the length is not positive, or no token is left to decode to.
-
     """
 
     table: Tensor

@@ -39,7 +39,6 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         InvalidModel: a lazy layer has no parameters yet.
-
     """
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
@@ -54,7 +53,6 @@ def check_reproducible(model: nn.Module) -> None:
 
     Raises:
         InvalidModel: a dropout layer is active, or BatchNorm uses (and changes) batch statistics.
-
     """
     for name, module in model.named_modules():
         if isinstance(module, _DropoutNd) and module.training and module.p > 0:
@@ -76,7 +74,6 @@ def check_repeatable(model: nn.Module, inputs: Tensor) -> None:
 
     Raises:
         InvalidModel: it draws random numbers, cannot be run on such inputs, or returns no tensors.
-
     """
     before = {k: b.clone() for k, b in model.named_buffers()}
     devices = [inputs.device] if inputs.device.type == "cuda" and torch.cuda.is_available() else []
@@ -273,7 +270,6 @@ class LocalTraining(ABC):
             inputs: (N, *shape).
             labels: (N,) class indices or (N, C) probabilities.
             buffers: buffer values to use instead of the model's own.
-
         """
 
     def tensors(
@@ -289,7 +285,6 @@ class LocalTraining(ABC):
             InvalidInput: the model does not take such inputs, or the loss is ``CrossEntropy`` and the labels are
                 neither class indices nor probabilities.
             InvalidModel: the loss is ``CrossEntropy`` and the model does not return logits.
-
         """
         params = parameters(model) if params is None else params
         with _explained(model, batch, self.loss):

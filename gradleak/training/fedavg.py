@@ -47,7 +47,6 @@ class FedAvg(LocalTraining):
 
     Raises:
         InvalidInput: neither or both of ``lr`` and ``optimizer``, or a count below 1.
-
     """
 
     lr: float | None = None

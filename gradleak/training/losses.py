@@ -64,7 +64,6 @@ class CrossEntropy:
         reduction: "mean" or "sum" over examples (and places).
         label_smoothing: share of every target spread over all classes, in [0, 1).
         weight: one positive weight per class, which the mean is divided by, too; None for equal ones.
-
     """
 
     reduction: str = "mean"
@@ -168,7 +167,6 @@ def as_loss(loss: Any) -> Loss:
 
     Raises:
         InvalidInput: ``loss`` cannot be called, or is a loss of torch with an option that has no such form.
-
     """
     if isinstance(loss, nn.CrossEntropyLoss):
         if loss.ignore_index >= 0:

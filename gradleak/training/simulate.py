@@ -94,7 +94,6 @@ class Simulator:
 
         Raises:
             InvalidModel: active dropout, running statistics, or a model that cannot be run on such inputs.
-
         """
         check_reproducible(self.model)
         check_repeatable(self.model, cast_one(inputs, self.dtype).to(self.device))
@@ -104,7 +103,6 @@ class Simulator:
 
         Raises:
             NotApplicable: the model computes in its own number type only.
-
         """
         values = {**self.params(dtype), **self.buffers(dtype)}
         try:

@@ -75,7 +75,6 @@ class GradientMatching(Attack):
         InvalidInput: the options contradict each other.
         NotApplicable: the model cannot be differentiated twice, or its labels are not known and cannot be searched.
         ResourceLimit: not even one candidate fits in the free memory.
-
     """
 
     objective: Objective = field(default_factory=SquaredError)

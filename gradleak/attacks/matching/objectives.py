@@ -31,7 +31,6 @@ class Objective(ABC):
     Attributes:
         reuses: whether calling takes a fourth argument, a list that is empty at first: numbers as large as the update
             that the next call may overwrite. Asking the system for fresh memory costs more than writing to it.
-
     """
 
     reuses: ClassVar[bool] = False

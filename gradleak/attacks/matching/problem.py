@@ -55,7 +55,6 @@ class Fixed:
 
         Raises:
             InvalidInput: they do not.
-
         """
         n = observation.batch_size
         sizes = {len(self.inputs), len(self.mask), n} | ({len(self.labels)} if self.labels is not None else set())
@@ -231,13 +230,9 @@ def _targets(
     optimizable = outputs.ndim > 0 and n == observation.batch_size and _optimizable(loss, kind, outputs, axis)
     lone = kind is TargetKind.CLASSES and outputs.ndim == 2 and n == 1 and classes <= _TRIED
     if lone and fixed is None and (why or not optimizable):
-        notes.append(
-            Note(
-                f"No label could be read off the update, so each of the {classes} classes was tried and the objective "
-                "chose.",
-                NoteKind.LABELS,
-            )
-        )
+        text = f"No label could be read off the update, so each of the {classes} classes was tried and the objective "
+        text += "chose."
+        notes.append(Note(text, NoteKind.LABELS))
         return Targets(kind, given=torch.arange(classes, device=device)[:, None])
     if not optimizable and kind is not TargetKind.CLASSES:
         raise NotApplicable(

@@ -54,7 +54,6 @@ def dlg(
 
     Raises:
         UnknownName: no such solver.
-
     """
     known: dict[str, Callable[[], Solver]] = {
         "lbfgs": lambda: LBFGS(iterations=iterations),
