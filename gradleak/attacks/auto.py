@@ -76,7 +76,7 @@ class Case:
     @property
     def rows(self) -> int:
         """How many examples linear algebra has solved so far."""
-        return 0 if self.best is None else _rows(self.best)
+        return _rows(self.best)
 
     @cached_property
     def smooth(self) -> bool:
@@ -100,21 +100,16 @@ class Case:
         proof = found.certificate
         assert proof is not None  # The template method has certified it.
         self.attempts.append(Attempt(name, True, proof.verdict, proof.reason))
-        if self.best is None or self._is_better(found):
+        former = None if self.best is None else self.best.certificate
+        wins = better(proof, former)
+        if former is not None and proof.verdict is former.verdict is Verdict.UNPROVED and _rows(found) != self.rows:
+            wins = _rows(found) > self.rows
+        if wins:
             self.best = replace(found, attack=name)
 
-    def _is_better(self, found: Reconstruction) -> bool:
-        best, proof = self.best, found.certificate
-        assert best is not None and best.certificate is not None and proof is not None
-        if proof.verdict is not best.certificate.verdict:
-            return proof.verdict.strength > best.certificate.verdict.strength
-        if proof.verdict is Verdict.UNPROVED and _rows(found) != _rows(best):
-            return _rows(found) > _rows(best)
-        return better(proof, best.certificate)
 
-
-def _rows(found: Reconstruction) -> int:
-    return 0 if found.solved is None else int(found.solved.sum())
+def _rows(found: Reconstruction | None) -> int:
+    return 0 if found is None or found.solved is None else int(found.solved.sum())
 
 
 # ----------------------------------------------------------------------------------------------- what fits whom

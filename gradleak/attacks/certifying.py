@@ -87,8 +87,7 @@ def certified(
         return replace(found, certificate=unproved(len(found), why))
     if best is None:
         return replace(
-            found,
-            certificate=unproved(len(found), "The labels are not known, so the update cannot be re-simulated."),
+            found, certificate=unproved(len(found), "The labels are not known, so the update cannot be re-simulated.")
         )
     if found.labels is None and found.label_probabilities is None and granted is None:
         found = replace(found, labels=hard, label_probabilities=soft if simulated is soft else None)

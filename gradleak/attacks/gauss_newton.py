@@ -109,12 +109,7 @@ class GaussNewton(Attack):
         return problem.result(best, evaluations, time.perf_counter() - begin)
 
     def polish(
-        self,
-        observation: Observation,
-        found: Reconstruction,
-        *,
-        seed: int = 0,
-        callback: Callback | None = None,
+        self, observation: Observation, found: Reconstruction, *, seed: int = 0, callback: Callback | None = None
     ) -> Reconstruction:
         """Return ``found`` after steps from it; labels are taken from it.
 

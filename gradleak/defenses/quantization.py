@@ -30,7 +30,12 @@ class Quantization(UpdateDefense):
 
     def transform(self, tensors: Tensors, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return the quantized tensors; gradients pass straight through."""
-        return {k: straight_through(self._round(t.detach()), t) for k, t in tensors.items()}
+        result = {}
+        for name, t in tensors.items():
+            scale = self._scale(t.detach())
+            levels = (t.detach() / torch.where(scale > 0, scale, 1.0)).round()
+            result[name] = straight_through(levels * scale, t)
+        return result
 
     def explain(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
         """Return the nearest update within half a level of ``observed`` and no larger than its largest coordinate."""
@@ -49,11 +54,6 @@ class Quantization(UpdateDefense):
 
     def _scale(self, x: Tensor) -> Tensor:
         return x.abs().amax() / (2 ** (self.bits - 1) - 1)
-
-    def _round(self, x: Tensor) -> Tensor:
-        scale = self._scale(x)
-        safe = torch.where(scale > 0, scale, 1.0)
-        return (x / safe).round() * scale
 
 
 def int8() -> Quantization:

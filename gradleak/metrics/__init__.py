@@ -5,8 +5,9 @@ A new metric is one file and one import line here; scores and reports take every
 
 from gradleak.metrics.labels import label_accuracy
 from gradleak.metrics.null_guess_ratio import null_guess_ratio
+from gradleak.metrics.peak_signal import psnr
 from gradleak.metrics.relative_error import relative_error
-from gradleak.metrics.squared_error import mse, psnr
+from gradleak.metrics.squared_error import mse
 from gradleak.metrics.structural import ssim
 from gradleak.metrics.tokens import rouge_1, rouge_2, rouge_l, token_accuracy, token_recall
 

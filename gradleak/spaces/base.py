@@ -140,7 +140,15 @@ class InputSpace(ABC):
 
         Their mean stands for what everybody knows about such data; ``public`` are decoded public examples (M, *shape).
         """
-        return () if public is None else (_public_mean(truth, public, self.nouns),)
+        if public is None:
+            return ()
+        if public.shape[1:] != truth.shape[1:] or len(public) == 0:
+            raise InvalidInput(
+                f"The public {self.nouns} have shape {tuple(public.shape)}, the private ones {tuple(truth.shape)}; "
+                f"pass public {self.nouns} of the same shape."
+            )
+        mean = public.detach().to("cpu", torch.float64).mean(0, keepdim=True)
+        return (NullGuess(f"the mean of {len(public)} public {self.nouns}", mean.expand_as(truth)),)
 
     def better(self, guess: Tensor, truth: Tensor, public: Tensor | None = None) -> Tensor:
         """Return for each example, (N,), whether ``guess`` is clearly better than every null guess."""
@@ -170,13 +178,3 @@ class InputSpace(ABC):
     def texts(self, inputs: Tensor) -> tuple[tuple[str, ...], ...] | None:
         """Return decoded inputs (N, *shape) as pieces of text; None where pictures or plain numbers are shown."""
         return None
-
-
-def _public_mean(truth: Tensor, public: Tensor, nouns: str) -> NullGuess:
-    if public.shape[1:] != truth.shape[1:] or len(public) == 0:
-        raise InvalidInput(
-            f"The public {nouns} have shape {tuple(public.shape)}, the private ones {tuple(truth.shape)}; "
-            f"pass public {nouns} of the same shape."
-        )
-    mean = public.detach().to("cpu", torch.float64).mean(0, keepdim=True)
-    return NullGuess(f"the mean of {len(public)} public {nouns}", mean.expand_as(truth))

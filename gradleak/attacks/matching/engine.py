@@ -42,9 +42,6 @@ class GradientMatching(Attack):
     The best restart is chosen by the attacker's own objective.
 
     Attributes:
-        objective: distance between updates.
-        solver: minimizes it.
-        priors: penalties on candidate inputs.
         labels: "joint" optimizes unknown labels beside the inputs, in the form that the client's loss has them (class
             probabilities, probabilities of each output, real numbers); "recovered" reads class counts off the update
             first, and where that says nothing, tries every class for a lone example or optimizes them after all.
@@ -295,13 +292,7 @@ def _search(
 
 
 def _result(
-    group: Group,
-    i: int,
-    outcome: Outcome,
-    recorder: Recorder,
-    seconds: float,
-    notes: Sequence[str],
-    deadline: Deadline,
+    group: Group, i: int, outcome: Outcome, recorder: Recorder, seconds: float, notes: Sequence[str], deadline: Deadline
 ) -> Reconstruction:
     problem, r = group.problems[i], group.restarts
     rows = slice(i * r, (i + 1) * r)

@@ -38,19 +38,9 @@ def dlg(
     diverges on a third of random images); the objective is relative; images are searched from near mid-gray in
     coordinates in which natural images are white (:class:`NaturalImages`), where the paper starts from N(0, 1) pixels.
 
-    Args:
-        solver: "lbfgs", "adam" or "sgd".
-        iterations: evaluations of the objective's gradient per candidate.
-        lr: step size of "adam" and "sgd".
-        restarts: independent starts, chosen by the objective.
-        init_std: standard deviation of the start.
-        natural_images: search in coordinates in which natural images are white; None does so with "lbfgs", since
-            the step sizes of the others are in pixels. Other inputs are searched as they are.
-        tolerance: relative squared distance at which a candidate is done.
-        dtype: number type of the search; None keeps the model's.
-        backend: "eager", "trace" or "compile"; see :class:`GradientMatching`.
-        budget: seconds, None for no limit; the best so far is returned, with status "budget".
-        trace: record iterates for the report.
+    The solver is "lbfgs", "adam" or "sgd", with at most ``iterations`` evaluations of the objective's gradient per
+    candidate; ``lr`` is for the latter two. ``natural_images`` None searches in whitening coordinates with "lbfgs"
+    only, since the step sizes of the others are in pixels. The other options are those of :class:`GradientMatching`.
 
     Raises:
         UnknownName: no such solver.

@@ -26,13 +26,13 @@ def idlg(
     budget: float | None = None,
     trace: bool = True,
 ) -> GradientMatching:
-    """Read the labels off the last layer's gradient first, then match as DLG does; options are those of :func:`dlg`.
+    """Read the labels off the last layer's gradient first, then match as DLG does.
 
     Source: Zhao, Mopuri, Bilen, *iDLG*, 2020, Section 3.
 
     Deviations: those of :func:`dlg`; batches are served by exact class counts, where the paper has one example only.
     Where the last layer says nothing about labels, a lone example is searched under every class, if there are few, and
-    otherwise the labels are optimized as in :func:`dlg`.
+    otherwise the labels are optimized as in :func:`dlg`, whose options it has.
 
     Raises:
         UnknownName: no such solver.
