@@ -30,10 +30,10 @@ def fit(
     """Return a trained copy of ``model``: every minibatch is a client whose (defended) update the server applies.
 
     Every client draws its private randomness anew. The server feeds gradients, or negated weight deltas, to its
-    optimizer; with deltas ``SGD(lr=1.0)`` is plain federated averaging of one client a round.
+    optimizer; with deltas ``SGD(lr=1.0)`` is plain federated averaging of one client a round. The model keeps its mode.
 
     Args:
-        model: the starting point, left untouched; its mode (training or evaluation) is kept.
+        model: the starting point, left untouched.
         inputs: (M, *shape) model inputs.
         labels: (M,) class indices or (M, C) probabilities.
         training: what each client does; one gradient by default.
@@ -46,7 +46,6 @@ def fit(
     Raises:
         InvalidUpdate: the parameters are no longer finite.
         InvalidInput: a count below 1, or unequal numbers of inputs and labels.
-
     """
     if epochs < 1 or batch_size < 1:
         raise InvalidInput(f"fit cannot train {epochs} epochs of batches of {batch_size}; give numbers of at least 1.")
@@ -91,12 +90,7 @@ def _with(model: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tensor
 def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor, *, batch_size: int = 512) -> float:
     """Return the share of examples, in [0, 1], whose largest output is their label; in evaluation mode.
 
-    Args:
-        model: left untouched.
-        inputs: (M, *shape) model inputs.
-        labels: (M,) class indices.
-        batch_size: examples per forward pass.
-
+    ``inputs`` are (M, *shape), ``labels`` (M,) class indices; ``batch_size`` examples share a forward pass.
     """
     data, work = Batch(inputs, labels), copy.deepcopy(model).eval()
     with torch.no_grad():

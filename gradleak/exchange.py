@@ -71,7 +71,6 @@ def simulate(
     Raises:
         InvalidInput: the batch lies outside the space, or does not fit the model.
         GradleakError: whatever the attack raises.
-
     """
     inputs = client.batch.inputs
     if space is None:

@@ -58,7 +58,6 @@ class Observation:
         labels: (N,) or (N, C) labels (LABELS).
         public: (M, *shape) public model inputs (PUBLIC_DATA).
         batch_size_stated: whether the number of examples was stated or read off the update, not assumed.
-
     """
 
     model: nn.Module
@@ -94,12 +93,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """What the attacker knows; the default is the honest-but-curious server of Zhu et al. 2019, Section 3.
-
-    Attributes:
-        knows: the granted knowledge.
-
-    """
+    """What the attacker knows; the default is the honest-but-curious server of Zhu et al. 2019, Section 3."""
 
     knows: Knowledge = Knowledge.BATCH_SIZE | Knowledge.TRAINING
 
@@ -119,8 +113,7 @@ class ThreatModel:
 
         Args:
             model: the model that was sent out, in the mode the client used; it is copied.
-            update: what the client shared: an ``Update``, or gradients by parameter name or in the parameters' order;
-                it is checked against the model.
+            update: an ``Update``, or gradients by parameter name or in the parameters' order; it is checked.
             space: shape and value range of one input.
             training: the client's forward map, with its defenses and seeds; they are withheld here.
             batch_size: number of examples in the batch.
@@ -131,28 +124,22 @@ class ThreatModel:
         Raises:
             InvalidUpdate: the update does not fit the model.
             InvalidInput: ``knows`` grants something that was not handed over.
-
         """
         update = as_update(update, model)
         update.check(model)
-        offered = {
-            Knowledge.TRAINING: training,
-            Knowledge.BATCH_SIZE: batch_size,
-            Knowledge.LABELS: labels,
-            Knowledge.PUBLIC_DATA: public,
-        }
-        for flag, value in offered.items():
-            if flag in self.knows and value is None:
+        if training is not None:
+            training = training if Knowledge.DEFENSE in self.knows else training.undefended
+            training = training.known(order=Knowledge.ORDER in self.knows)
+        shown: dict[str, Any] = {"training": training, "batch_size": batch_size, "labels": labels, "public": public}
+        for name, value in shown.items():
+            flag = Knowledge.PUBLIC_DATA if name == "public" else Knowledge[name.upper()]
+            if flag not in self.knows:
+                shown[name] = None
+            elif value is None:
                 raise InvalidInput(
-                    f"The threat model grants {flag.name}, but observe() was not given it; "
-                    f"pass {'public' if flag is Knowledge.PUBLIC_DATA else (flag.name or '').lower()}= or remove it "
+                    f"The threat model grants {flag.name}, but observe() was not given it; pass {name}= or remove it "
                     "from knows."
                 )
-        if training is not None:
-            if Knowledge.DEFENSE not in self.knows:
-                training = training.undefended
-            offered[Knowledge.TRAINING] = training.known(order=Knowledge.ORDER in self.knows)
-        shown = {flag: value if flag in self.knows else None for flag, value in offered.items()}
         if Knowledge.BUFFERS not in self.knows:
             update = Update(update.tensors, update.kind)
         return Observation(
@@ -160,10 +147,7 @@ class ThreatModel:
             update.detach(),
             space,
             self.knows,
-            training=shown[Knowledge.TRAINING],  # type: ignore[arg-type]
-            batch_size=shown[Knowledge.BATCH_SIZE],  # type: ignore[arg-type]
-            labels=shown[Knowledge.LABELS],  # type: ignore[arg-type]
-            public=shown[Knowledge.PUBLIC_DATA],  # type: ignore[arg-type]
+            **shown,
             batch_size_stated=batch_size_stated,
             key=_KEY,
         )

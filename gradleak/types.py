@@ -39,7 +39,6 @@ class Batch:
 
     Raises:
         InvalidInput: the numbers of inputs and labels differ, the batch is empty, or one of them has no batch axis.
-
     """
 
     inputs: Tensor
@@ -80,11 +79,7 @@ class UpdateKind(enum.Enum):
 class Update:
     """What a client shares: one tensor per trainable parameter, by name, and what the numbers mean.
 
-    Attributes:
-        tensors: parameter name → tensor of the parameter's shape.
-        kind: gradient, or weight delta (after minus before).
-        buffers: buffer name → value after local training, where the client shares them (running statistics).
-
+    ``buffers`` are values after local training, by name, where the client shares them (running statistics).
     """
 
     tensors: Mapping[str, Tensor]
@@ -104,7 +99,6 @@ class Update:
 
         Raises:
             InvalidUpdate: with the first offending parameter and the remedy.
-
         """
         expected = {k: tuple(p.shape) for k, p in model.named_parameters() if p.requires_grad}
         missing = [k for k in expected if k not in self.tensors]
@@ -157,14 +151,11 @@ class Update:
 def as_update(update: Update | Mapping[str, Any] | Sequence[Any], model: nn.Module) -> Update:
     """Return what people hold in their hands as an :class:`Update` of dense floating-point tensors.
 
-    Args:
-        update: an update, gradients by parameter name, or gradients in the order of the trainable parameters; tensors,
-            numpy arrays or nested lists, dense or sparse.
-        model: names the parameters of a plain sequence.
+    That is an update, gradients by parameter name, or gradients in the order of the trainable parameters of ``model``;
+    tensors, numpy arrays or nested lists, dense or sparse.
 
     Raises:
         InvalidUpdate: a value is no array of real floating-point numbers, or a sequence does not fit the parameters.
-
     """
     tensors = update.tensors if isinstance(update, Update) else update
     whole = update if isinstance(update, Update) else Update({})
@@ -241,7 +232,6 @@ class Trace:
         objectives: the attacker's objective at each.
         layers: parameter name → K squared gradient distances (Figure 5 of Zhu et al. 2019).
         snapshots: decoded candidates, shape (K, N, *shape), in the units of ``Reconstruction.inputs``.
-
     """
 
     iterations: tuple[int, ...] = ()
@@ -304,12 +294,7 @@ class NoteKind(enum.StrEnum):
 
 
 class Note(str):
-    """A sentence that a reader of the result must know, and what it is about.
-
-    Attributes:
-        kind: what it is about; programs ask this, never the text.
-
-    """
+    """A sentence that a reader of the result must know; programs ask its ``kind``, never the text."""
 
     kind: NoteKind
     __slots__ = ("kind",)
@@ -337,15 +322,9 @@ class FindingKind(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that an update gives away although the inputs did not all come back.
+    """Something that an update gives away although the inputs did not all come back: ``count`` of ``of`` there are.
 
-    Attributes:
-        kind: what was found.
-        text: one sentence for a reader.
-        proved: whether the update proves it; otherwise it is an estimate.
-        count: how many were found.
-        of: how many there are.
-
+    ``text`` is one sentence for a reader; ``proved`` says whether the update proves it, otherwise it is an estimate.
     """
 
     kind: FindingKind
@@ -366,7 +345,6 @@ class Construction:
         local: whether a step on the way was unique nearby only, as the solution of nonlinear equations is.
         alone: whether the steps tell one example from a mixture of several; else only the update's scale does.
         scaled: whether the steps fix the inputs' scale, whatever factors the layers' gradients carry.
-
     """
 
     unknowns: int
@@ -395,7 +373,6 @@ class Certificate:
         local: whether the proof excludes inputs nearby only: another one that the model cannot tell from it may exist.
         mixture: whether a mean of several examples explains the update as well.
         factors: tensor name → factor, where each tensor needed its own.
-
     """
 
     verdict: Verdict
@@ -414,14 +391,9 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One way that an attack tried.
+    """One way that an attack tried, by name.
 
-    Attributes:
-        attack: its name.
-        taken: whether it gave a result; otherwise it did not apply.
-        verdict: of its result, None where there was none.
-        reason: the certificate's reason, or why it did not apply.
-
+    ``taken`` says whether it gave a result, ``verdict`` what that proves, ``reason`` why, or why the way did not apply.
     """
 
     attack: str
@@ -435,11 +407,9 @@ class Reconstruction:
     """What an attack returns: decoded inputs (N, *shape; images in [0, 1]) and labels, with how it got there.
 
     Attributes:
-        inputs: decoded inputs, (N, *shape).
         labels: (N,) class indices, or None where the attack says nothing about labels.
-        label_probabilities: (N, C) where labels were optimized or recovered as distributions, or real targets.
         objective: the attacker's own final objective (lower is better; comparable within one attack only).
-        status: how the attack ended.
+        label_probabilities: (N, C) where labels were optimized or recovered as distributions, or real targets.
         iterations: iterations of the returned candidate.
         evaluations: evaluations of the gradient of the objective, over all restarts.
         seconds: wall-clock time spent for this observation (a batched run's time divided by its observations).
@@ -453,7 +423,6 @@ class Reconstruction:
         findings: what was found besides.
         shows: what ``inputs`` are.
         attempts: the ways that were tried, in order.
-
     """
 
     inputs: Tensor

@@ -20,12 +20,12 @@ from torch.func import functional_call
 
 import gradleak as gl
 from gradleak import cohort
-from gradleak.attacks.baselines import model_inversion
 from gradleak.metrics import mse, psnr, ssim
 from gradleak.papers.experiment import Figure, Lab, Measured, Result, Row, median, share
 from gradleak.training import Adam, gradient, parameters
 
 from . import _ours, _shared  # noqa: TID252
+from ._model_inversion import model_inversion  # noqa: TID252
 from ._published import published  # noqa: TID252
 
 NAME = "synthetic"

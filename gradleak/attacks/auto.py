@@ -9,13 +9,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import final
 
-import torch
-
 from gradleak.attacks.base import Attack, Callback, nothing_found
 from gradleak.attacks.certifying import better, certificate, certified
 from gradleak.attacks.feature_matching import feature_matching
 from gradleak.attacks.findings import find_besides
 from gradleak.attacks.gauss_newton import GaussNewton, gauss_newton
+from gradleak.attacks.labeling import estimate_labels
 from gradleak.attacks.least_squares import is_smooth
 from gradleak.attacks.linear_inversion import linear_inversion
 from gradleak.attacks.matching import GradientMatching, dlg, idlg, inverting_gradients
@@ -23,7 +22,6 @@ from gradleak.attacks.recursion import recursion
 from gradleak.attacks.sentences import read_sentences
 from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import InvalidInput, InvalidModel, MissingKnowledge, NotApplicable, ResourceLimit
-from gradleak.exact.labels import recover_labels
 from gradleak.spaces import TokenSpace
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import FedSGD
@@ -42,11 +40,9 @@ class Way:
     """One way to reconstruct a batch.
 
     Attributes:
-        name: of the attack.
         make: the attack, with the options of :func:`auto`.
         against: (case) → why the way does not fit, None where it may.
         continues: whether it starts from the best result so far instead of competing with it.
-
     """
 
     name: str
@@ -58,15 +54,7 @@ class Way:
 @final
 @dataclass
 class Case:
-    """One observation on its way through the attacks.
-
-    Attributes:
-        observation: what was seen.
-        options: of :func:`auto`.
-        best: the best result so far.
-        attempts: the ways that were tried.
-
-    """
+    """One observation on its way through the attacks: the best result so far, and the ways that were tried."""
 
     observation: Observation
     options: Auto
@@ -88,7 +76,7 @@ class Case:
     @property
     def rows(self) -> int:
         """How many examples linear algebra has solved so far."""
-        return 0 if self.best is None else _rows(self.best)
+        return _rows(self.best)
 
     @cached_property
     def smooth(self) -> bool:
@@ -96,27 +84,14 @@ class Case:
 
         Raises:
             InvalidModel: it cannot be evaluated reproducibly.
-
         """
         return is_smooth(self.observation.model, tuple(self.observation.space.shape))
 
     @cached_property
     def labels_show(self) -> bool:
         """Whether the labels are granted, or proved by the head's gradient."""
-        observation = self.observation
-        if observation.labels is not None:
-            return True
-        assert observation.training is not None
         try:
-            return recover_labels(
-                observation.model,
-                observation.params,
-                observation.gradient.tensors,
-                tuple(observation.space.shape),
-                observation.batch_size or 1,
-                observation.training.loss,
-                torch.Generator().manual_seed(0),
-            ).exact
+            return self.observation.labels is not None or estimate_labels(self.observation).exact
         except NotApplicable:
             return False
 
@@ -125,25 +100,16 @@ class Case:
         proof = found.certificate
         assert proof is not None  # The template method has certified it.
         self.attempts.append(Attempt(name, True, proof.verdict, proof.reason))
-        if self.best is None or self._is_better(found):
+        former = None if self.best is None else self.best.certificate
+        wins = better(proof, former)
+        if former is not None and proof.verdict is former.verdict is Verdict.UNPROVED and _rows(found) != self.rows:
+            wins = _rows(found) > self.rows
+        if wins:
             self.best = replace(found, attack=name)
 
-    def _is_better(self, found: Reconstruction) -> bool:
-        best, proof = self.best, found.certificate
-        assert best is not None and best.certificate is not None and proof is not None
-        if proof.verdict is not best.certificate.verdict:
-            return proof.verdict.strength > best.certificate.verdict.strength
-        if proof.verdict is Verdict.UNPROVED and _rows(found) != _rows(best):
-            return _rows(found) > _rows(best)
-        return better(proof, best.certificate)
 
-    def refuse(self, name: str, reason: str) -> None:
-        """Note why a way was not taken, or led to nothing."""
-        self.attempts.append(Attempt(name, False, None, reason))
-
-
-def _rows(found: Reconstruction) -> int:
-    return 0 if found.solved is None else int(found.solved.sum())
+def _rows(found: Reconstruction | None) -> int:
+    return 0 if found is None or found.solved is None else int(found.solved.sum())
 
 
 # ----------------------------------------------------------------------------------------------- what fits whom
@@ -242,16 +208,7 @@ WAYS = (
 @final
 @dataclass(frozen=True)
 class Auto(Attack):
-    """Tries exact attacks first, then matching, and keeps what each solves; made by :func:`auto`.
-
-    Attributes:
-        budget: seconds for all observations together, None for no limit; the best so far is returned.
-        iterations: of matching, None for each attack's own default.
-        restarts: of matching.
-        polish: whether to finish smooth models with Gauss–Newton steps where they fit.
-        uniqueness: whether certificates compute the Jacobian; None does so where it is cheap.
-
-    """
+    """Tries exact attacks first, then matching, and keeps what each solves; made by :func:`auto`."""
 
     budget: float | None = None
     iterations: int | None = None
@@ -296,11 +253,11 @@ class Auto(Attack):
                 if why is not None:
                     # What never applies to such inputs is no news.
                     if not case.sentences and way.name != "read_sentences":
-                        case.refuse(way.name, why)
+                        case.attempts.append(Attempt(way.name, False, None, why))
                     continue
                 found = self._go(way, case, seed, callback, deadline)
             except _Refusal as reason:
-                case.refuse(way.name, str(reason))
+                case.attempts.append(Attempt(way.name, False, None, str(reason)))
                 continue
             name = f"{case.best.attack} and {way.name}" if way.continues and case.best is not None else way.name
             case.offer(name, found)
@@ -361,13 +318,13 @@ def auto(
 ) -> Auto:
     """Take the exact way where there is one, matching where there is none, and prove what came out.
 
-    The ways and their order are :data:`WAYS`: sentences are read; other inputs are read off a first linear layer
-    (``linear_inversion``), solved backward layer by layer (``recursion``) or for all layers together
-    (``gauss_newton``); what is left is searched, ``feature_matching`` for a batch whose features separate, ``idlg`` or
-    ``dlg`` on smooth models otherwise, ``inverting_gradients`` where there are kinks; then Gauss–Newton steps follow
-    where they fit. Rows of a batch that one way solves stay, and the next ones search the rest around them. The first
-    result that the update proves or matches ends the search; among others the certificate decides, then the rows that
-    are solved, then the residual of the re-simulated update. ``attempts`` and notes say why each way was taken or not.
+    The ways and their order are :data:`WAYS`: sentences are read; other inputs are read off a first linear layer,
+    solved backward layer by layer or for all layers together; what is left is searched, ``feature_matching`` for a
+    batch whose features separate, ``idlg`` or ``dlg`` on smooth models otherwise, ``inverting_gradients`` where there
+    are kinks; then Gauss–Newton steps follow where they fit. Rows that one way solves stay, and the next ones search
+    the rest around them. The first result that the update proves or matches ends the search; among others the
+    certificate decides, then the rows that are solved, then the residual. ``attempts`` and notes say why each way was
+    taken or not.
 
     Args:
         budget: seconds for all observations together; the best so far is returned.
@@ -375,6 +332,5 @@ def auto(
         restarts: of matching, chosen by its objective.
         polish: finish smooth models with Gauss–Newton steps.
         uniqueness: whether certificates compute the Jacobian of the update; None does so where it is cheap.
-
     """
     return Auto(budget=budget, iterations=iterations, restarts=restarts, polish=polish, uniqueness=uniqueness)

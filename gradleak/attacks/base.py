@@ -66,7 +66,6 @@ class Attack:
             MissingKnowledge: the threat model does not grant ``requires``.
             NotApplicable: the attack's structural conditions do not hold.
             InvalidModel: the forward map cannot be reproduced.
-
         """
         return self.reconstruct_all([observation], seed=seed, callback=callback, deadline=deadline)[0]
 
@@ -132,7 +131,6 @@ def _check_inputs(observation: Observation) -> None:
 
     Raises:
         NotApplicable: it does not, with what the update shows all the same.
-
     """
     space, simulator = observation.space, observation.simulator
     probe = space.neutral().to(simulator.device, simulator.dtype)

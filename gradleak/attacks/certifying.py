@@ -27,15 +27,10 @@ def certificate(
     deadline: Deadline | None = None,
     seed: int = 0,
 ) -> Certificate:
-    """Return what the observed update proves about ``found``; no truth is involved.
+    """Return what the observed update proves about any attack's result ``found``; no truth is involved.
 
-    Args:
-        observation: what was seen.
-        found: any attack's result on it.
-        uniqueness: whether to compute the Jacobian; None does so where it is cheap.
-        deadline: where it is over, uniqueness is not asked.
-        seed: of the random moves by which noise and curvature are measured.
-
+    ``uniqueness`` says whether to compute the Jacobian (None: where it is cheap, and before the deadline); ``seed`` is
+    of the random moves by which noise and curvature are measured.
     """
     proof = certified(observation, found, uniqueness=uniqueness, deadline=deadline, seed=seed).certificate
     assert proof is not None
@@ -92,8 +87,7 @@ def certified(
         return replace(found, certificate=unproved(len(found), why))
     if best is None:
         return replace(
-            found,
-            certificate=unproved(len(found), "The labels are not known, so the update cannot be re-simulated."),
+            found, certificate=unproved(len(found), "The labels are not known, so the update cannot be re-simulated.")
         )
     if found.labels is None and found.label_probabilities is None and granted is None:
         found = replace(found, labels=hard, label_probabilities=soft if simulated is soft else None)

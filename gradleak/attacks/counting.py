@@ -30,8 +30,6 @@ class CountedExamples:
     Attributes:
         count: the smallest number that explains the ranks, None where they are as large as they can be.
         proved: whether it is the only one; a certificate may prove it later.
-        reason: one sentence for a reader.
-
     """
 
     count: int | None
@@ -42,15 +40,7 @@ class CountedExamples:
 def count_examples(
     model: nn.Module, update: Update, training: LocalTraining | None, space: InputSpace
 ) -> CountedExamples:
-    """Return the number of examples behind ``update``, as the ranks of its linear layers show it.
-
-    Args:
-        model: as it was sent out, in the client's mode.
-        update: what the client shared.
-        training: the client's forward map, None where it is not known.
-        space: what one input looks like.
-
-    """
+    """Return the number of examples behind ``update``, as the ranks of its linear layers show it."""
     simulator = Simulator(model, training)
     names = {id(p): k for k, p in model.named_parameters()}
     like = space.neutral().to(simulator.device, simulator.dtype)
@@ -72,23 +62,18 @@ def count_examples(
             limit = min(gradient.shape[0] - 1, gradient.shape[1])  # p − y sums to zero
         if rank > best or (rank == best and limit > room):
             best, room, where = rank, limit, name
+    count: int | None = None
     if not where:
-        return CountedExamples(
-            None, False, "No linear layer sees one vector per example, so the update does not show their number."
-        )
-    if best >= room and best > 1:
-        return CountedExamples(
-            None,
-            False,
+        why = "No linear layer sees one vector per example, so the update does not show their number."
+    elif best >= room and best > 1:
+        why = (
             f"The gradient of {where!r} has the largest rank it can have, {best}, so there may be as many examples or "
-            "more.",
+            "more."
         )
-    several = "example is" if best == 1 else "examples are"
-    return CountedExamples(
-        max(best, 1),
-        False,
-        f"The gradient of {where!r} has rank {best}, so at least {best} {several} behind the update.",
-    )
+    else:
+        count, several = max(best, 1), "example is" if best == 1 else "examples are"
+        why = f"The gradient of {where!r} has rank {best}, so at least {best} {several} behind the update."
+    return CountedExamples(count, False, why)
 
 
 def _rank(gradient: Tensor) -> int:

@@ -8,10 +8,11 @@ from typing import final
 import torch
 
 from gradleak.attacks.base import Attack, Callback
+from gradleak.attacks.labeling import estimate_labels
 from gradleak.errors import NotApplicable
 from gradleak.exact.features import EXACT, NOT_IDENTIFIABLE, Disaggregation
 from gradleak.exact.features import disaggregate as separate
-from gradleak.exact.labels import neighbors, recover_labels
+from gradleak.exact.labels import neighbors
 from gradleak.structure.first_layer import find_input_layer
 from gradleak.structure.head import find_head
 from gradleak.threat import Knowledge, Observation
@@ -24,14 +25,7 @@ __all__ = ["FeatureDisaggregation", "disaggregate"]
 @final
 @dataclass(frozen=True)
 class FeatureDisaggregation(Attack):
-    """Separates the features of a batch; made by :func:`disaggregate`.
-
-    Attributes:
-        restarts: starts where classes occur more than once.
-        iterations: at most so many per start.
-        tolerance: predicted error, relative to the spread between examples, up to which features count as exact.
-
-    """
+    """Separates the features of a batch; made by :func:`disaggregate`, which says its options."""
 
     restarts: int = 4
     iterations: int = 150
@@ -61,19 +55,9 @@ class FeatureDisaggregation(Attack):
             )
         tensors = observation.gradient.require_single()
         generator = torch.Generator().manual_seed(seed)
-        estimate = recover_labels(
-            observation.model,
-            observation.params,
-            tensors,
-            shape,
-            observation.batch_size,
-            loss,
-            generator,
-            head=head,
-        )
-        gw, gb = tensors[head.weight_name].reshape(head.classes, -1), None
-        if head.bias_name is not None:
-            gb = tensors[head.bias_name]
+        estimate = estimate_labels(observation, generator, head=head)
+        gw = tensors[head.weight_name].reshape(head.classes, -1)
+        gb = None if head.bias_name is None else tensors[head.bias_name]
         best: Disaggregation | None = None
         for candidate in (estimate, *neighbors(estimate, 8)):
             found = separate(
@@ -120,11 +104,12 @@ class FeatureDisaggregation(Attack):
         dtype = next(iter(observation.update.tensors.values())).dtype
         features = found.features.to(torch.promote_types(dtype, torch.float32))
         sure = verdicts.count(Verdict.PROVED)
-        layer = find_input_layer(observation.model, observation.params, tuple(observation.space.shape))
-        head = find_head(observation.model, observation.params, tuple(observation.space.shape))
+        shape = tuple(observation.space.shape)
+        layer = find_input_layer(observation.model, observation.params, shape)
+        head = find_head(observation.model, observation.params, shape)
         # The head may be the whole model; then its inputs are the client's.
         direct = layer is not None and head is not None and layer.weight_name == head.weight_name
-        inputs = observation.space.decode(features.reshape(-1, *observation.space.shape)) if direct else features
+        inputs = observation.space.decode(features.reshape(-1, *shape)) if direct else features
         findings = (
             Finding(
                 FindingKind.FEATURES,
@@ -172,6 +157,5 @@ def disaggregate(*, restarts: int = 4, iterations: int = 150, tolerance: float =
         restarts: starts that differ in how examples of one class are split; one is enough where no class repeats.
         iterations: at most so many per start (fewer in all for more than 40 examples).
         tolerance: predicted error, relative to the spread between examples, up to which features count as exact.
-
     """
     return FeatureDisaggregation(restarts, iterations, tolerance)

@@ -122,7 +122,6 @@ class Encoder:
 
         Raises:
             NotApplicable: the model has no such layer.
-
         """
         if layer >= len(self.layers):
             raise NotApplicable(
@@ -190,15 +189,9 @@ class Encoder:
     def sensitivity(
         self, tokens: Tensor, where: Tensor, weights: Tensor, directions: Tensor, span: Span
     ) -> tuple[Tensor, Tensor]:
-        """Return what leaves the second span, (T·d,), and its derivatives (n, T·d) along ``directions``.
+        """Return what leaves the second ``span``, (T·d,), and its derivatives (n, T·d) along ``directions`` (n, R).
 
-        Args:
-            tokens: (R,) candidate ids.
-            where: (R,) their positions.
-            weights: (R,) their weights in the mixtures.
-            directions: (n, R) changes of the weights.
-            span: the second layer's span.
-
+        A mixture has ``weights`` (R,) of the candidate ids ``tokens`` (R,) at the positions ``where`` (R,).
         """
         rows = self.space.table[tokens.to(self.device)].double()
         place = torch.nn.functional.one_hot(where, self.space.length).double().to(self.device)  # (R, T)

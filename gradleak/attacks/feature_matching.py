@@ -35,15 +35,11 @@ FEATURES = "features of the head"
 class FeatureGradient(LocalTraining):
     """What remains of FedSGD once every example's features h_i and logit gradients d_i are known.
 
-    The head drops out: the body's gradient is Σ_i (∂φ(x_i)/∂θ)ᵀ Wᵀ d_i with known cotangents Wᵀ d_i, and φ(x_i) = h_i.
-    Neither couples examples through a softmax, and example i can only be explained by x_i. Layers before the head that
-    were peeled drop out in the same way; then φ ends before them.
-
-    Attributes:
-        cotangents: (N, d) gradients of the client's loss with respect to the features.
-        weight: multiplies the features, which puts both kinds of equation on one scale.
-        steps: the layers of φ, None where it is the whole model that is given.
-
+    The head drops out: the body's gradient is Σ_i (∂φ(x_i)/∂θ)ᵀ Wᵀ d_i with known ``cotangents`` Wᵀ d_i (N, d), and
+    φ(x_i) = h_i. Neither couples examples through a softmax, and example i can only be explained by x_i. Layers before
+    the head that were peeled drop out in the same way; then φ ends before them. ``weight`` multiplies the features,
+    which puts both kinds of equation on one scale; ``steps`` are the layers of φ, None where it is the whole model that
+    is given.
     """
 
     cotangents: Tensor
@@ -51,10 +47,7 @@ class FeatureGradient(LocalTraining):
     steps: tuple[Step, ...] | None = None
     loss: Loss = field(default_factory=CrossEntropy)
 
-    @property
-    def kind(self) -> UpdateKind:
-        """A gradient."""
-        return UpdateKind.GRADIENT
+    kind = UpdateKind.GRADIENT
 
     def run(
         self, model: nn.Module, params: Tensors, inputs: Tensor, labels: Tensor, buffers: Tensors | None = None
@@ -79,21 +72,11 @@ class FeatureGradient(LocalTraining):
         (gradient,) = pull(self.cotangents.to(found))
         return {**gradient, FEATURES: self.weight * found}, {}
 
-    def tensors(
-        self, model: nn.Module, params: Tensors, inputs: Tensor, labels: Tensor, *, buffers: Tensors | None = None
-    ) -> dict[str, Tensor]:
-        """Return the body's gradient and the weighted features, by name."""
-        return self.run(model, params, inputs, labels, buffers)[0]
-
 
 def decouple(observation: Observation, separated: Separated, weight: float) -> Observation:
     """Return the observation of what is left of the model, with one known target per example.
 
-    Args:
-        observation: of one gradient of softmax cross-entropy.
-        separated: what head and peeled layers show.
-        weight: of the target equations relative to the gradient equations, both taken with unit norm.
-
+    ``weight`` is that of the target equations relative to the gradient equations, both taken with unit norm.
     """
     found, head, peeled = separated.found, separated.head, separated.peeled
     assert found.features is not None and found.labels is not None
@@ -127,11 +110,7 @@ def decouple(observation: Observation, separated: Separated, weight: float) -> O
 class FeatureMatching(Attack):
     """Disaggregates the head, then matches body and features; made by :func:`feature_matching`.
 
-    Attributes:
-        separate: finds features and labels.
-        match: searches the inputs; its budget covers the separation as well.
-        weight: of the feature equations against the gradient equations.
-
+    The budget of ``match`` covers the separation as well.
     """
 
     separate: FeatureDisaggregation
@@ -144,7 +123,12 @@ class FeatureMatching(Attack):
         self, observations: list[Observation], seed: int, callback: Callback | None
     ) -> list[Reconstruction]:
         deadline = Deadline(self.match.budget)
-        separated = [self._separate(o, seed) for o in observations]
+        separated = []
+        for observation in observations:
+            separated.append(separate_batch(observation, self.separate, seed=seed))
+            if observation.update.kind is not UpdateKind.GRADIENT:
+                why = "Feature matching needs one gradient, not a weight delta; use dlg(), which unrolls."
+                raise NotApplicable(why)
         results = [solved(o, s) if s.complete else None for o, s in zip(observations, separated, strict=True)]
         rest = [i for i, found in enumerate(results) if found is None]
         reduced = [decouple(observations[i], separated[i], self.weight) for i in rest]
@@ -159,19 +143,9 @@ class FeatureMatching(Attack):
                 features=s.found.features,
                 labels=s.found.labels,
                 label_probabilities=None,
-                notes=(
-                    *s.found.notes,
-                    *(Note(str(r)) for r in layers),
-                    *result.notes,
-                ),
+                notes=(*s.found.notes, *(Note(str(r)) for r in layers), *result.notes),
             )
         return [found for found in results if found is not None]
-
-    def _separate(self, observation: Observation, seed: int) -> Separated:
-        separated = separate_batch(observation, self.separate, seed=seed)
-        if observation.update.kind is not UpdateKind.GRADIENT:
-            raise NotApplicable("Feature matching needs one gradient, not a weight delta; use dlg(), which unrolls.")
-        return separated
 
 
 def feature_matching(
@@ -187,18 +161,12 @@ def feature_matching(
 
     With exact features and logit gradients the head drops out of the problem: no softmax couples the examples, their
     order is fixed, and every example has its own target. So do the layers before it whose inputs their own equations
-    determine for all examples (:mod:`gradleak.exact.backward`); the targets are then those inputs, and where that leads
-    to the first layer nothing is left to match. The rest is squared-error matching as in :func:`dlg`, in its
-    coordinates and for smooth models; published relative: gradient inversion with embeddings (GIE, ICME 2024).
+    determine for all examples (:mod:`gradleak.exact.backward`); where that leads to the first layer nothing is left to
+    match. The rest is squared-error matching as in :func:`dlg`, in its coordinates and for smooth models; published
+    relative: gradient inversion with embeddings (GIE, ICME 2024).
 
-    Args:
-        iterations: evaluations of the objective's gradient per candidate.
-        restarts: independent starts, chosen by the objective.
-        weight: of the feature equations against the gradient equations, both taken with unit norm.
-        tolerance: relative squared distance at which a candidate is done.
-        budget: seconds, None for no limit; the best so far is returned, with status "budget".
-        trace: record iterates for the report.
-
+    ``weight`` is that of the feature equations against the gradient equations, both taken with unit norm; the other
+    options are those of :func:`dlg`.
     """
     match = GradientMatching(
         solver=LBFGS(iterations=iterations),

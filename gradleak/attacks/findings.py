@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-import torch
 from torch import Tensor, nn
 
+from gradleak.attacks.labeling import estimate_labels
 from gradleak.errors import InvalidModel, NotApplicable
-from gradleak.exact.labels import recover_labels
 from gradleak.threat import Observation
 from gradleak.types import Finding, FindingKind
 
@@ -65,18 +64,10 @@ def _labels(observation: Observation) -> Finding | None:
     """Return the class counts as the head's gradient shows them."""
     if observation.training is None or observation.labels is not None or observation.batch_size is None:
         return None
-    gradient, size = observation.gradient, observation.batch_size
-    if not gradient.single or observation.simulator.defended:
+    size = observation.batch_size
+    if not observation.gradient.single or observation.simulator.defended:
         return None
-    estimate = recover_labels(
-        observation.model,
-        observation.params,
-        gradient.tensors,
-        tuple(observation.space.shape),
-        size,
-        observation.training.loss,
-        torch.Generator().manual_seed(0),
-    )
+    estimate = estimate_labels(observation)
     doubt = estimate.raw - estimate.counts
     sure = size if estimate.exact else int(estimate.counts[doubt.abs() < 0.25].sum())
     if sure == 0:

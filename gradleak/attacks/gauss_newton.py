@@ -33,17 +33,12 @@ def by_layers(
 ) -> RecursionResult:
     """Solve all layers of a smooth chain together for one example; see :func:`fit_layers`.
 
-    Args:
-        observation: what was seen.
-        start: decoded input (*shape); None starts from the space's neutral one (mid-gray, zeros).
-        chain: the traced chain of the model.
-        seed: of the estimates of condition and error.
-        going: (relative residual, steps so far) → whether to go on.
+    ``start`` is a decoded input (*shape), None for the space's neutral one; ``going`` (relative residual, steps so far)
+    says whether to go on.
 
     Raises:
         NotApplicable: the update is no plain gradient of one example in float32 or float64, or the model no such chain.
         ResourceLimit: the matrices of a layer do not fit in memory.
-
     """
     check(observation)
     fmt, training = number_format(observation.update.tensors), observation.training
@@ -70,13 +65,7 @@ _TOGETHER = "solved for all layers together, whose linear system there has full 
 class GaussNewton(Attack):
     """Gauss–Newton by layers where they form a chain, else Levenberg–Marquardt; made by :func:`gauss_newton`.
 
-    Attributes:
-        iterations: steps per start.
-        restarts: starts, chosen by the objective.
-        init_std: standard deviation of the normal start, model-input units.
-        budget: seconds, None for no limit; the best so far is returned.
-        layers_only: whether to refuse where the layers form no chain that can be solved, instead of searching.
-
+    ``layers_only`` refuses where the layers form no chain that can be solved, instead of searching.
     """
 
     iterations: int = 60
@@ -96,15 +85,15 @@ class GaussNewton(Attack):
 
     def _one(self, observation: Observation, seed: int, callback: Callback) -> Reconstruction:
         begin = time.perf_counter()
-        if self.layers_only:
-            bound = rank_bound(observation.model, observation.params, tuple(observation.space.shape), 1)
-            if not bound.determined:
-                raise NotApplicable(bound.reason)
-            return self._layers(observation, None, seed, callback, begin)
         try:
+            if self.layers_only:
+                bound = rank_bound(observation.model, observation.params, tuple(observation.space.shape), 1)
+                if not bound.determined:
+                    raise NotApplicable(bound.reason)
             return self._layers(observation, None, seed, callback, begin)
         except (NotApplicable, ResourceLimit):
-            pass  # no chain of layers; one of any other kind is taken as a whole
+            if self.layers_only:
+                raise  # otherwise what is no chain of layers is taken as a whole
         problem = _problem(observation, None, seed)
         draw = torch.Generator().manual_seed(seed)
         best: State | None = None
@@ -120,19 +109,13 @@ class GaussNewton(Attack):
         return problem.result(best, evaluations, time.perf_counter() - begin)
 
     def polish(
-        self,
-        observation: Observation,
-        found: Reconstruction,
-        *,
-        seed: int = 0,
-        callback: Callback | None = None,
+        self, observation: Observation, found: Reconstruction, *, seed: int = 0, callback: Callback | None = None
     ) -> Reconstruction:
         """Return ``found`` after steps from it; labels are taken from it.
 
         Raises:
             NotApplicable: the model has kinks, or the training is not known.
             ResourceLimit: too many unknowns.
-
         """
         begin = time.perf_counter()
         if observation.training is None:
@@ -202,21 +185,19 @@ def gauss_newton(
     """Solve ∇W′ = ∇W by Gauss–Newton: quadratic convergence on smooth models, down to the noise of the update.
 
     One example through a chain of smooth layers is solved for all layers together, from mid-gray: the normal matrix is
-    put together layer by layer, exactly, so thousands of unknowns take seconds. Restarts and labels are not needed
-    there. What follows holds for everything else.
+    put together layer by layer, exactly, so thousands of unknowns take seconds, without restarts or labels.
 
-    Every equation is divided by its own noise: accumulated rounding, the number format, and what a known defense leaves
-    uncertain, so float16, bfloat16 and noised updates are inverted as well as linear estimation can. Labels are granted
-    or recovered first. The Jacobian is exact where it fits; beyond, products by automatic differentiation are
-    preconditioned by a factor of sampled rows (Avron, Maymounkov, Toledo 2010, *Blendenpik*).
+    For everything else, every equation is divided by its own noise: accumulated rounding, the number format, and what a
+    known defense leaves uncertain, so float16, bfloat16 and noised updates are inverted as well as linear estimation
+    can. Labels are granted or recovered first. The Jacobian is exact where it fits; beyond, products by automatic
+    differentiation are preconditioned by a factor of sampled rows (Avron, Maymounkov, Toledo 2010, *Blendenpik*).
 
     Source: Levenberg 1944, Marquardt 1963; damping of Nielsen 1999.
 
     Args:
         iterations: steps per start.
         restarts: starts, chosen by the objective.
-        init_std: standard deviation of the start.
+        init_std: standard deviation of the normal start, model-input units.
         budget: seconds per observation, the best so far is returned.
-
     """
     return GaussNewton(iterations=iterations, restarts=restarts, init_std=init_std, budget=budget)

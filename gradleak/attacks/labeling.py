@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from gradleak.errors import InvalidModel, NotApplicable
-from gradleak.exact.labels import solve_labels
+from gradleak.exact.labels import LabelEstimate, recover_labels, solve_labels
 from gradleak.exact.targets import fit_targets, try_classes
-from gradleak.structure.head import features_and_logits, find_head
+from gradleak.structure.head import Head, features_and_logits, find_head
 from gradleak.threat import Observation
 from gradleak.training import CrossEntropy, TargetKind, check_reproducible, target_kind
 
-__all__ = ["align", "order_as_granted", "read_labels"]
+__all__ = ["align", "estimate_labels", "order_as_granted", "read_labels"]
 
 _HARD = 0.05
 """Largest distance of a solved label from a class that is still taken for rounding."""
@@ -27,16 +27,35 @@ Labels = tuple[Tensor | None, Tensor | None]
 """Class indices (N,), and targets (N, ...) where those are real numbers; None where nothing is known."""
 
 
+def estimate_labels(
+    observation: Observation, generator: torch.Generator | None = None, *, head: Head | None = None
+) -> LabelEstimate:
+    """Return the labels of a batch as its head's gradient shows them; see :func:`gradleak.exact.labels.recover_labels`.
+
+    Raises:
+        NotApplicable: the head says nothing about them.
+    """
+    return recover_labels(
+        observation.model,
+        observation.params,
+        observation.gradient.tensors,
+        tuple(observation.space.shape),
+        observation.batch_size or 1,
+        observation.simulator.undefended.loss,
+        torch.Generator().manual_seed(0) if generator is None else generator,
+        head=head,
+    )
+
+
 def read_labels(observation: Observation, inputs: Tensor) -> Labels:
     """Return the labels of model inputs (N, *shape), as the client's loss takes them.
 
-    The head's gradient is linear in p − y and p is known, so y follows by least squares, with label smoothing and soft
-    labels too; the targets of other losses follow in the same way from the whole gradient. Where the update is not one
-    gradient, the label of one example is the one whose update points most nearly as the seen one does.
+    The head's gradient is linear in p − y and p is known, so y follows by least squares; targets of other losses follow
+    in the same way from the whole gradient. Where the update is not one gradient, the label of one example is the one
+    whose update points most nearly as the seen one does.
 
     Raises:
         InvalidModel: the client cannot be simulated.
-
     """
     check_reproducible(observation.model)
     simulator = observation.simulator

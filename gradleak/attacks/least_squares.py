@@ -14,8 +14,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradleak.attacks.base import Callback, Progress
+from gradleak.attacks.labeling import estimate_labels
 from gradleak.errors import NotApplicable
-from gradleak.exact.labels import recover_labels
 from gradleak.formats import number_format, storage_deviation
 from gradleak.solve.conjugate_gradients import conjugate_gradients
 from gradleak.solve.jacobian import jacobian
@@ -46,7 +46,6 @@ def is_smooth(model: nn.Module, shape: tuple[int, ...]) -> bool:
 
     Raises:
         InvalidModel: the model cannot be evaluated reproducibly.
-
     """
     check_reproducible(model)
     tensors = {k: p.detach().double() for k, p in model.named_parameters()}
@@ -103,16 +102,8 @@ def search(
 ) -> State:
     """Return where Levenberg–Marquardt from ``z`` (n,) ends, after at most ``iterations`` steps.
 
-    See :func:`gradleak.solve.least_squares.minimize`.
-
-    Args:
-        problem: the residual.
-        z: where to start.
-        iterations: steps.
-        budget: seconds since ``begin``, None for no limit.
-        callback: receives progress; a ``KeyboardInterrupt`` from it returns the best so far.
-        begin: when the work began (``time.perf_counter``).
-
+    See :func:`gradleak.solve.least_squares.minimize`. ``budget`` is in seconds since ``begin`` (``time.perf_counter``);
+    a ``KeyboardInterrupt`` from ``callback`` returns the best so far.
     """
     before = -1
 
@@ -150,7 +141,6 @@ class Problem:
 
         Raises:
             NotApplicable: the model has kinks, where the update jumps.
-
         """
         model, space = observation.model, observation.space
         assert observation.training is not None and observation.batch_size is not None
@@ -170,15 +160,7 @@ class Problem:
         if observation.labels is not None:
             labels = observation.labels
         elif labels is None:
-            estimate = recover_labels(
-                model,
-                observation.params,
-                observation.gradient.tensors,
-                tuple(space.shape),
-                observation.batch_size,
-                observation.training.loss,
-                torch.Generator().manual_seed(seed),
-            )
+            estimate = estimate_labels(observation, torch.Generator().manual_seed(seed))
             labels = estimate.labels
             if not estimate.exact:
                 notes.append(f"Labels were estimated, not proved: {estimate.reason}")

@@ -53,16 +53,9 @@ class LinearInversion(Attack):
 
 @dataclass(frozen=True, eq=False)
 class _Reader:
-    """The first layer of one observation: its weight gradient (m, n) and bias gradient (m,).
+    """The first layer of one observation: its weight gradient ``dw`` (m, n) and bias gradient ``db`` (m,).
 
-    Attributes:
-        observation: what was seen.
-        layer: the first layer.
-        bias: name of its bias.
-        dw: weight gradient.
-        db: bias gradient.
-        close: relative distance at which numbers of the update count as equal.
-
+    ``close`` is the relative distance at which numbers of the update count as equal.
     """
 
     observation: Observation
@@ -78,7 +71,6 @@ class _Reader:
 
         Raises:
             NotApplicable: there is no such layer, or its update has no ratios to read.
-
         """
         layer = find_input_layer(observation.model, observation.params, tuple(observation.space.shape))
         if layer is None:
@@ -338,7 +330,9 @@ class _Reader:
                         return True
             if self.size is not None and outputs.shape[1] <= _CLASSES:
                 return False
-        return len(rows) > 1 and tells_examples_apart(simulator, self.bias, self._only(rows), inputs)
+        only = torch.zeros_like(self.db)
+        only[rows] = self.db[rows]
+        return len(rows) > 1 and tells_examples_apart(simulator, self.bias, only, inputs)
 
     def _consistent(self, found: Tensor, size: int) -> list[int]:
         """Return ``size`` of the inputs ``found`` (K, n) that explain all rows by the units they activate, if any do.
@@ -380,12 +374,6 @@ class _Reader:
         if outputs.ndim != 2 or outputs.shape[1] > _CLASSES:
             return []
         return [torch.tensor([c], device=outputs.device) for c in range(outputs.shape[1])]
-
-    def _only(self, rows: Tensor) -> Tensor:
-        """Return the bias gradient with all but ``rows`` left out."""
-        kept = torch.zeros_like(self.db)
-        kept[rows] = self.db[rows]
-        return kept
 
     def _bias_gradient(self, inputs: Tensor, label: Tensor) -> Tensor | None:
         """Return the gradient of the layer's bias for one example, None where it cannot be simulated."""
@@ -468,6 +456,5 @@ def linear_inversion() -> LinearInversion:
     carry factors of their own, later layers fix the scale; in a batch, inputs that at least two rows agree on are
     returned as well (units that a single example activates), if they explain these rows' gradients as one example does.
     Neither batch size nor loss nor step size is needed; several plain local steps on one example change nothing.
-
     """
     return LinearInversion()

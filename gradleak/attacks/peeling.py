@@ -28,16 +28,13 @@ _ACCUMULATED = 16.0
 @final
 @dataclass(frozen=True, eq=False)
 class Separated:
-    """A batch whose examples are known apart.
+    """A batch whose examples are known apart: features and labels in ``found``, all exact.
 
     Attributes:
-        found: features and labels, all exact.
-        head: the classification head.
         gradient: of all parameters that were shared, in the scale of a gradient.
         cotangents: (N, d) gradients of the client's loss with respect to the features.
         chain: the layers from the input to the head, None where the model is not such a chain.
         peeled: what these show, None without a chain.
-
     """
 
     found: Reconstruction
@@ -63,17 +60,12 @@ def separate_batch(
 ) -> Separated:
     """Separate the examples at the head, and peel the layers before it that their equations determine.
 
-    Args:
-        observation: of a batch.
-        separate: finds features and labels.
-        seed: of its starts.
-        whole: refuse, before anything is solved, where counting excludes that all layers are peeled.
-        going: whether to go on, asked where a layer takes long.
+    ``whole`` refuses, before anything is solved, where counting excludes that all layers are peeled; ``going`` says
+    whether to go on, asked where a layer takes long.
 
     Raises:
         NotApplicable: some example's features are not proved, the update is not one gradient of cross-entropy, or
             ``going`` said no.
-
     """
     head = find_head(observation.model, observation.params, tuple(observation.space.shape))
     params = {k: p.detach() for k, p in observation.model.named_parameters()}

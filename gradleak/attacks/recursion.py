@@ -32,13 +32,7 @@ __all__ = ["Recursion", "check", "from_layers", "hides", "invert_batch", "recurs
 @final
 @dataclass(frozen=True)
 class Recursion(Attack):
-    """Inverts an update layer by layer; made by :func:`recursion`.
-
-    Attributes:
-        polish: whether to finish with Gauss–Newton steps on the whole map.
-        quick: whether to leave them out where the walk's own estimated error is small enough.
-
-    """
+    """Inverts an update layer by layer; made by :func:`recursion`, which says its options."""
 
     polish: bool = True
     quick: bool = True
@@ -99,7 +93,11 @@ def from_layers(
     if plain and (labels is None or smoothed):  # Then the signs do not tell it.
         with suppress(InvalidModel):
             labels, soft = read_labels(observation, inputs)
-    alone = not solved or chain is None or _is_single(observation, chain, inputs)
+    alone = not solved or chain is None
+    if chain is not None and solved and chain.anchor.bias_name is not None:
+        # Whether the layer where the recursion starts is evidence of a single example.
+        bias = chain.anchor.bias_name
+        alone = tells_examples_apart(observation.simulator, bias, observation.update.tensors[bias], inputs)
     exact = plain and (alone or _agrees(observation, inputs, labels if soft is None else soft))
     construction = None
     if solved and not math.isnan(result.spread):
@@ -131,14 +129,6 @@ def _rounding(observation: Observation) -> float:
     return float(torch.finfo(next(iter(observation.update.tensors.values())).dtype).eps)
 
 
-def _is_single(observation: Observation, chain: Chain, inputs: Tensor) -> bool:
-    """Tell whether the layer where the recursion starts is evidence of a single example."""
-    bias = chain.anchor.bias_name
-    if bias is None:
-        return False
-    return tells_examples_apart(observation.simulator, bias, observation.update.tensors[bias], inputs)
-
-
 def _agrees(observation: Observation, inputs: Tensor, labels: Tensor | None) -> bool:
     """Tell whether the update re-simulated with the client's own scale agrees down to rounding."""
     if labels is None or not observation.simulator.known:
@@ -167,12 +157,9 @@ _FLAT = 1e-4
 def invert_batch(observation: Observation, *, seed: int = 0, going: Callable[[], bool] | None = None) -> Reconstruction:
     """Return every example of a batch where the equations of all layers determine them.
 
-    ``going`` says whether to go on, and is asked where a layer takes long.
-
     Raises:
         NotApplicable: they do not, as counted beforehand or as solved; the update is not one gradient of
-            cross-entropy, how the client trained is not known, or ``going`` said no.
-
+            cross-entropy, how the client trained is not known, or ``going``, asked where a layer takes long, said no.
     """
     if Knowledge.TRAINING not in observation.knows or observation.training is None:
         raise NotApplicable(
@@ -198,7 +185,9 @@ def solved(observation: Observation, separated: Separated, going: Callable[[], b
     rounding, residual = _rounding(observation), simulator.relative(x, found.labels, seen)
     if residual > _ROUGH * rounding:
         # Layer by layer, errors add up; all equations together take most of them back.
-        x, steps = _sharpened(observation, x, found.labels, going)
+        problem = replace(Problem.of(replace(observation, labels=None), found.labels, 0, kinks=True), going=going)
+        state = search(problem, x.to(problem.like).flatten(), iterations=_STEPS)
+        x, steps = state.z.reshape(x.shape), state.steps
         residual = simulator.relative(x, found.labels, seen)
     order = order_as_granted(observation.labels, found.labels, None)
     order = torch.arange(len(x)) if order is None else order
@@ -224,15 +213,6 @@ def solved(observation: Observation, separated: Separated, going: Callable[[], b
     )
 
 
-def _sharpened(
-    observation: Observation, inputs: Tensor, labels: Tensor, going: Callable[[], bool] | None
-) -> tuple[Tensor, int]:
-    """Return model inputs (N, *shape) after Gauss–Newton steps on the whole update, and how many."""
-    problem = replace(Problem.of(replace(observation, labels=None), labels, 0, kinks=True), going=going)
-    state = search(problem, inputs.to(problem.like).flatten(), iterations=_STEPS)
-    return state.z.reshape(inputs.shape), state.steps
-
-
 _BACKWARD = "solved backward, every layer's linear system has full rank"
 _BATCHED = "solved backward from separated features, every layer's equations determine its inputs for all examples"
 
@@ -252,7 +232,6 @@ def check(observation: Observation) -> None:
 
     Raises:
         NotApplicable: several examples, several local steps, an adaptive optimizer, or signs only.
-
     """
     if observation.batch_size != 1:
         raise NotApplicable(
@@ -274,16 +253,13 @@ def recursion(*, polish: bool = True, quick: bool = True) -> Recursion:
     :mod:`gradleak.exact.one_example`. Neither label nor loss nor step size is needed: the system does not change when
     the update is scaled, so a weight delta of one plain step will do.
 
-    A batch takes more: the loss must be known cross-entropy, ``disaggregate`` must prove every example's features, and
-    then each layer must determine its inputs for all examples (:mod:`gradleak.exact.backward`): by its gradient alone,
-    as a linear layer does up to as many examples as it has outputs, or together with its recovered outputs
-    (:mod:`gradleak.exact.layer_iterative`), where both kinds of equation are more than the values. Gauss–Newton steps
-    on the whole update finish.
+    A batch takes known cross-entropy, every example's features proved by ``disaggregate``, and layers that each
+    determine their inputs for all examples (:mod:`gradleak.exact.backward`). Gauss–Newton steps on the whole update
+    finish.
 
     Args:
         polish: finish with Gauss–Newton steps on the whole map, which brings float32 updates to their noise floor.
-        quick: leave these steps out where the walk's estimated error is small enough: an order of magnitude above that
-            floor, in a fraction of the time and memory.
-
+        quick: leave them out where the walk's estimated error is small enough: an order of magnitude above that floor,
+            in a fraction of the time and memory.
     """
     return Recursion(polish=polish, quick=quick)

@@ -32,24 +32,17 @@ class ReadSentences(Attack):
     inputs x. In the first layer x depends on the token and its position only: a token stands at a position where its
     x lies in the span (Petrov et al. 2024, DAGER, Section 4.1). Several sentences are told apart in the second layer,
     whose inputs depend on the whole sentence (Section 4.2): one token is fixed, and Gauss–Newton finds the mixture of
-    the others' candidates whose second-layer inputs lie in the second span; its rounding is the sentence. The
-    masked positions are those where the mask token stands. Their labels are counted in the decoder bias's gradient
-    and put into place by least squares on the gradient of the last linear layer before the decoder, which is linear
-    in the labels once the inputs are known.
+    the others' candidates whose second-layer inputs lie in the second span; its rounding is the sentence. Masked
+    positions are those of the mask token; their labels are counted in the decoder bias's gradient and put into place by
+    least squares on the gradient of the last linear layer before the decoder, which is linear in the labels once the
+    inputs are known.
 
     Deviations: DAGER enumerates or beam-searches sentences; labels are not among its unknowns. Thresholds follow the
     gap in the spectrum instead of fixed constants. Sentences must have equal length and no padding.
 
     Attributes:
-        mask: id of the mask token; None for the one that makes the labels' counts whole numbers.
-        starts: fixed tokens tried, at most.
         steps: Gauss–Newton steps from one fixed token, at most.
         sweeps: rounds of changing up to three tokens afterwards, at most.
-
-    Raises:
-        NotApplicable: not a token space, not a plain gradient, attention whose inputs cannot be found, or a gradient
-            whose rank is full (too many tokens for the width, or noise).
-
     """
 
     mask: int | None = None
@@ -83,20 +76,12 @@ class ReadSentences(Attack):
         size = observation.batch_size or 1
         sentences, exact = self._assemble(reader, candidates, size, generator)
         if not exact:
-            notes.append(
-                Note(
-                    "The sentences were not told apart with certainty: the second layer's span was not reached.",
-                    NoteKind.LIMIT,
-                )
-            )
+            why = "The sentences were not told apart with certainty: the second layer's span was not reached."
+            notes.append(Note(why, NoteKind.LIMIT))
         labels = reader.labels(sentences, self.mask)
         if labels is None:
-            notes.append(
-                Note(
-                    "The labels were not read: no decoder bias is shared, or no token stands where labels belong.",
-                    NoteKind.LABELS,
-                )
-            )
+            why = "The labels were not read: no decoder bias is shared, or no token stands where labels belong."
+            notes.append(Note(why, NoteKind.LABELS))
         found = Finding(
             FindingKind.TOKENS,
             f"{size} sentences of {space.length} tokens were read off the attention gradients.",
@@ -180,7 +165,8 @@ class ReadSentences(Attack):
         spent = torch.tensor(
             [any(s[p] == t for s in inside) for p, t in zip(where.tolist(), tokens.tolist(), strict=True)]
         )
-        weights = _shared_out(torch.where(spent, 0.1, 1.0).double(), where)
+        weights = torch.where(spent, 0.1, 1.0).double()
+        weights = weights / _sums(weights, where)[where]
         pinned = where == position
         weights[pinned] = (tokens[pinned] == token).double()
         before = float("inf")
@@ -258,10 +244,6 @@ def _sums(values: Tensor, where: Tensor) -> Tensor:
     return torch.zeros(int(where.max()) + 1, dtype=values.dtype).index_add_(0, where, values)
 
 
-def _shared_out(values: Tensor, where: Tensor) -> Tensor:
-    return values / _sums(values, where)[where]
-
-
 def _exchanges(where: Tensor, pinned: Tensor) -> Tensor:
     """Return the directions (n, R) that keep every position's weights at sum one: one against its position's mean."""
     counts = torch.bincount(where)
@@ -306,5 +288,8 @@ def read_sentences(*, mask: int | None = None, starts: int = 16) -> ReadSentence
         mask: id of the mask token; None finds the token that makes the labels' counts whole numbers.
         starts: fixed tokens from which the sentences of a batch are told apart, at most.
 
+    Raises:
+        NotApplicable: not a token space, not a plain gradient, attention whose inputs cannot be found, or a gradient
+            whose rank is full (too many tokens for the width, or noise).
     """
     return ReadSentences(mask=mask, starts=starts)

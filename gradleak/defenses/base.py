@@ -38,10 +38,7 @@ class UpdateDefense(Defense):
     def transform(self, tensors: Tensors, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return what is sent instead of ``tensors``; pure, differentiable where rounding lets gradients straight on.
 
-        Args:
-            tensors: the update, by name.
-            generator: draws the noise; None stands for the noise at its mean, which is what an attacker simulates.
-
+        ``generator`` draws the noise; None stands for the noise at its mean, which is what an attacker simulates.
         """
 
     @abstractmethod
@@ -63,10 +60,7 @@ class UpdateDefense(Defense):
     def residual(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
         """Return what a defense-aware attacker drives to zero; the true batch reaches zero, or the noise.
 
-        Args:
-            simulated: an update before this defense.
-            observed: what was sent.
-
+        ``simulated`` is an update before this defense, ``observed`` what was sent.
         """
         explained = self.explain(simulated, observed)
         return {k: simulated[k] - explained[k] for k in observed}
@@ -74,14 +68,10 @@ class UpdateDefense(Defense):
 
 @dataclass(frozen=True)
 class Defended(LocalTraining):
-    """Local training whose update passes through a defense before it leaves the client.
+    """Local training, itself possibly defended, whose update passes through a defense before it leaves the client.
 
-    Attributes:
-        inner: the training, itself possibly defended.
-        defense: what is done to its update.
-        seed: of the client's noise; equal seeds give equal noise, so reseed for every update. None (all an attacker
-            has) puts the noise at its mean.
-
+    ``seed`` is of the client's noise; equal seeds give equal noise, so reseed for every update. None (all an attacker
+    has) puts the noise at its mean.
     """
 
     inner: LocalTraining
@@ -94,7 +84,7 @@ class Defended(LocalTraining):
         return self.inner.loss
 
     @property
-    def kind(self) -> UpdateKind:
+    def kind(self) -> UpdateKind:  # type: ignore[override]
         """The kind of the training inside."""
         return self.inner.kind
 
@@ -110,12 +100,6 @@ class Defended(LocalTraining):
     def reseed(self, seed: int) -> Defended:
         """Return the map with fresh noise; defenses inside get seeds of their own."""
         return replace(self, inner=self.inner.reseed(seed + 1_000_003), seed=seed)
-
-    def tensors(
-        self, model: nn.Module, params: Tensors, inputs: Tensor, labels: Tensor, *, buffers: Tensors | None = None
-    ) -> dict[str, Tensor]:
-        """Return the transformed update, by name."""
-        return self.run(model, params, inputs, labels, buffers)[0]
 
     def run(
         self, model: nn.Module, params: Tensors, inputs: Tensor, labels: Tensor, buffers: Tensors | None = None

@@ -18,9 +18,7 @@ __all__ = ["Clipping", "clip"]
 class Clipping(UpdateDefense):
     """Scaling the whole update to at most a given Euclidean norm (Abadi et al. 2016, per update, not per example).
 
-    Attributes:
-        norm: the largest norm over all tensors together, in the update's units.
-
+    ``norm`` is the largest one over all tensors together, in the update's units.
     """
 
     norm: float

@@ -16,13 +16,9 @@ __all__ = ["Composition", "compose"]
 
 @dataclass(frozen=True)
 class Composition(UpdateDefense):
-    """Several defenses in the order in which they are applied, drawing from one generator.
+    """One or more defenses in the order in which they are applied, drawing from one generator.
 
     A defense-aware attacker simulates all but the last and explains the observation by the last.
-
-    Attributes:
-        defenses: at least one.
-
     """
 
     defenses: tuple[UpdateDefense, ...]

@@ -18,11 +18,7 @@ __all__ = ["GaussianNoise", "LaplacianNoise", "gaussian_noise", "laplacian_noise
 class GaussianNoise(UpdateDefense):
     """Gaussian noise on every coordinate, in the update's own units (Zhu et al. 2019, Section 5.1: 1e-4 … 1e-1).
 
-    No privacy guarantee comes with it: sensitivity is not bounded.
-
-    Attributes:
-        sigma: standard deviation, the square root of the variance.
-
+    ``sigma`` is its standard deviation. No privacy guarantee comes with it: sensitivity is not bounded.
     """
 
     sigma: float
@@ -49,9 +45,7 @@ class GaussianNoise(UpdateDefense):
 class LaplacianNoise(UpdateDefense):
     """Laplacian noise on every coordinate, in the update's own units (Zhu et al. 2019, Section 5.1).
 
-    Attributes:
-        scale: b of the density exp(−|z| / b) / 2b; the standard deviation is √2 b.
-
+    ``scale`` is b of the density exp(−|z| / b) / 2b; the standard deviation is √2 b.
     """
 
     scale: float

@@ -18,10 +18,8 @@ __all__ = ["Pruning", "prune", "top_k"]
 class Pruning(UpdateDefense):
     """Setting the smallest magnitudes to zero (gradient compression; Zhu et al. 2019, Section 5.2, Lin et al. 2018).
 
-    Attributes:
-        ratio: share of coordinates that become zero, in [0, 1); at least one survives per tensor (or in all).
-        globally: rank the coordinates of all tensors together instead of each tensor by itself.
-
+    A share ``ratio`` in [0, 1) of the coordinates becomes zero; at least one survives per tensor, or in all if they are
+    ranked ``globally``, all tensors together.
     """
 
     ratio: float

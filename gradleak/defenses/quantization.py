@@ -18,12 +18,8 @@ __all__ = ["Quantization", "int8"]
 class Quantization(UpdateDefense):
     """Symmetric uniform quantization of each tensor: round(x / s) · s with s = max|x| / (2^(bits−1) − 1).
 
-    Rounding is to nearest, ties to even; zero is a level; the scale of every tensor travels with it. Zhu et al. 2019
-    ("8 bit") do not state their scheme.
-
-    Attributes:
-        bits: 2 … 16, the sign included.
-
+    Bits are 2 … 16, the sign included. Rounding is to nearest, ties to even; zero is a level; the scale of every tensor
+    travels with it. Zhu et al. 2019 ("8 bit") do not state their scheme.
     """
 
     bits: int = 8
@@ -34,7 +30,12 @@ class Quantization(UpdateDefense):
 
     def transform(self, tensors: Tensors, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Return the quantized tensors; gradients pass straight through."""
-        return {k: straight_through(self._round(t.detach()), t) for k, t in tensors.items()}
+        result = {}
+        for name, t in tensors.items():
+            scale = self._scale(t.detach())
+            levels = (t.detach() / torch.where(scale > 0, scale, 1.0)).round()
+            result[name] = straight_through(levels * scale, t)
+        return result
 
     def explain(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
         """Return the nearest update within half a level of ``observed`` and no larger than its largest coordinate."""
@@ -53,11 +54,6 @@ class Quantization(UpdateDefense):
 
     def _scale(self, x: Tensor) -> Tensor:
         return x.abs().amax() / (2 ** (self.bits - 1) - 1)
-
-    def _round(self, x: Tensor) -> Tensor:
-        scale = self._scale(x)
-        safe = torch.where(scale > 0, scale, 1.0)
-        return (x / safe).round() * scale
 
 
 def int8() -> Quantization:

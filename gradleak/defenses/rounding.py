@@ -19,11 +19,8 @@ __all__ = ["Rounding", "bfloat16", "half_precision"]
 class Rounding(UpdateDefense):
     """Rounding to the nearest number of a 16-bit format; tensors keep their own dtype (Zhu et al. 2019, Section 5.1).
 
-    Numbers beyond the format become infinite, as they do on a real client; such an update is refused further on.
-
-    Attributes:
-        dtype: ``torch.float16`` (11 significant bits, 6e-8 … 65504) or ``torch.bfloat16`` (8 bits, float32's range).
-
+    The format is ``torch.float16`` (11 significant bits, 6e-8 … 65504) or ``torch.bfloat16`` (8 bits, float32's range).
+    Numbers beyond it become infinite, as they do on a real client; such an update is refused further on.
     """
 
     dtype: torch.dtype

@@ -26,10 +26,6 @@ class TokenCrossEntropy:
 
     Targets are ids (N, K), of which ``ignore`` counts for nothing, or probabilities (N, K, V), of which zero rows
     count for nothing.
-
-    Attributes:
-        ignore: the id without a prediction.
-
     """
 
     ignore: int = -100
@@ -53,18 +49,14 @@ class MaskedLanguageModel(nn.Module):
     of their gradient would give the bag of tokens away. Attention is eager, because fused attention has no second
     derivative, and the copy is in evaluation mode (no dropout).
 
-    Attributes:
-        model: the copied Hugging Face model.
-        positions: (N, K) predicted positions, a buffer; empty for all.
-
     Args:
         model: any Hugging Face masked language model; it is copied, not changed.
         positions: (N, K) positions to predict (the masked ones), or (K,) the same for every sentence; None for all.
+            Kept as a buffer, which is empty for all.
         share_embeddings: train (and so share) the word embeddings, too.
 
     Raises:
         InvalidModel: the model has no input or no output embeddings.
-
     """
 
     model: Any
@@ -132,14 +124,9 @@ def from_pretrained(name: str | Path, *, share_embeddings: bool = False) -> Mask
 
     Only safetensors weights are read; nothing is unpickled and no code of the checkpoint is run.
 
-    Args:
-        name: folder or hub name of a checkpoint with a masked-language-model head.
-        share_embeddings: see :class:`MaskedLanguageModel`.
-
     Raises:
         InvalidInput: the extra ``text`` is not installed.
         InvalidFile: there is no such checkpoint, or it cannot be read safely.
-
     """
     try:
         from transformers import AutoModelForMaskedLM
@@ -162,7 +149,6 @@ class WordPiece:
     Raises:
         InvalidFile: the file is not such a vocabulary.
         InvalidInput: the extra ``text`` is not installed.
-
     """
 
     vocabulary: Path
@@ -213,7 +199,6 @@ class WordPiece:
 
         Raises:
             InvalidInput: it is not in the vocabulary.
-
         """
         if token not in self._ids:
             raise InvalidInput(f"The vocabulary has no token {token!r}; encode() splits unknown words into pieces.")
@@ -226,7 +211,6 @@ class WordPiece:
 
         Returns:
             masked ids (T,), chosen positions (K,) ascending, and the tokens that stood there (K,).
-
         """
         original = torch.tensor(ids)
         count = max(1, math.ceil(share * (len(ids) - 2)))

@@ -17,7 +17,6 @@ def pair_costs(guess: Tensor, truth: Tensor) -> Tensor:
 
     Raises:
         InvalidInput: the examples have different shapes.
-
     """
     if guess.shape[1:] != truth.shape[1:]:
         raise InvalidInput(
@@ -34,16 +33,11 @@ def pair_costs(guess: Tensor, truth: Tensor) -> Tensor:
 def assign(guess: Tensor, truth: Tensor) -> Tensor:
     """Return for each of N private examples the index of its reconstruction, one to one, (N,) integers.
 
-    The assignment minimizes the sum of the pairs' costs, :func:`pair_costs` (Hungarian method; Kuhn 1955).
-    Reconstructions that are not finite are given out last. With fewer reconstructions than examples the rest get −1.
-
-    Args:
-        guess: (M, *shape).
-        truth: (N, *shape).
+    ``guess`` is (M, *shape), ``truth`` (N, *shape). The assignment minimizes the sum of :func:`pair_costs` (Hungarian
+    method; Kuhn 1955). What is not finite is given out last; with fewer reconstructions than examples the rest get −1.
 
     Raises:
         InvalidInput: the examples have different shapes.
-
     """
     costs = pair_costs(guess, truth)
     finite = torch.isfinite(costs)

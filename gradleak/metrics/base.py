@@ -27,7 +27,6 @@ class Metric:
         reads: "inputs" (any shape), "images" ((N, C, H, W) in [0, 1]), "values" (any shape and units, no images),
             "tokens" ((N, T) ids), "labels" ((N,) class indices), or what a space of your own calls it.
         meaning: one clause for a reader of the report.
-
     """
 
     name: str
@@ -42,7 +41,6 @@ class Metric:
 
         Raises:
             InvalidInput: the shapes differ or are not what the metric reads.
-
         """
         if guess.shape != truth.shape or truth.ndim == 0:
             raise InvalidInput(

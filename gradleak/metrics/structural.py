@@ -13,17 +13,13 @@ __all__ = ["ssim"]
 _SIGMA, _WINDOW, _K1, _K2 = 1.5, 11, 0.01, 0.03
 
 
-def _window(size: int) -> Tensor:
-    """Return a normalized Gaussian window of odd ``size``."""
-    offsets = torch.arange(size, dtype=torch.float64) - size // 2
-    weights = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
-    return weights / weights.sum()
-
-
 def _ssim(guess: Tensor, truth: Tensor) -> Tensor:
     n, channels, height, width = truth.shape
     largest = min(_WINDOW, height, width)
-    window = _window(largest - (largest + 1) % 2)
+    size = largest - (largest + 1) % 2
+    offsets = torch.arange(size, dtype=torch.float64) - size // 2
+    weights = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
+    window = weights / weights.sum()
 
     def blur(image: Tensor) -> Tensor:
         rows = F.conv2d(image.reshape(n * channels, 1, height, width), window.view(1, 1, -1, 1))

@@ -21,13 +21,9 @@ _HIT = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class NullGuess:
-    """A guess that needs no update.
+    """A guess that needs no update: decoded inputs (N, *shape), and what is guessed, for a reader.
 
-    Attributes:
-        description: what is guessed, for a reader.
-        inputs: decoded inputs (N, *shape).
-        oracle: whether the private inputs had a say in it, which no attacker can arrange.
-
+    ``oracle`` says whether the private inputs had a say in it, which no attacker can arrange.
     """
 
     description: str
@@ -52,7 +48,6 @@ class InputSpace(ABC):
         error_name: what :meth:`errors` returns, in words.
         margin: largest share of a null guess's error that counts as clearly better. A random guess beats the null guess
             slightly half the time, so half its error is required.
-
     """
 
     kind: ClassVar[str]
@@ -110,7 +105,6 @@ class InputSpace(ABC):
 
         Raises:
             InvalidInput: they have another shape, or values that no candidate has.
-
         """
         if tuple(inputs.shape[1:]) != tuple(self.shape):
             raise InvalidInput(
@@ -142,14 +136,19 @@ class InputSpace(ABC):
         """
 
     def null_guesses(self, truth: Tensor, public: Tensor | None = None) -> tuple[NullGuess, ...]:
-        """Return what could be guessed of ``truth`` (N, *shape) without the update.
+        """Return what could be guessed of decoded private inputs ``truth`` (N, *shape) without the update.
 
-        Args:
-            truth: decoded private inputs; their mean stands for what everybody knows about such data.
-            public: decoded public examples (M, *shape).
-
+        Their mean stands for what everybody knows about such data; ``public`` are decoded public examples (M, *shape).
         """
-        return () if public is None else (_public_mean(truth, public, self.nouns),)
+        if public is None:
+            return ()
+        if public.shape[1:] != truth.shape[1:] or len(public) == 0:
+            raise InvalidInput(
+                f"The public {self.nouns} have shape {tuple(public.shape)}, the private ones {tuple(truth.shape)}; "
+                f"pass public {self.nouns} of the same shape."
+            )
+        mean = public.detach().to("cpu", torch.float64).mean(0, keepdim=True)
+        return (NullGuess(f"the mean of {len(public)} public {self.nouns}", mean.expand_as(truth)),)
 
     def better(self, guess: Tensor, truth: Tensor, public: Tensor | None = None) -> Tensor:
         """Return for each example, (N,), whether ``guess`` is clearly better than every null guess."""
@@ -179,13 +178,3 @@ class InputSpace(ABC):
     def texts(self, inputs: Tensor) -> tuple[tuple[str, ...], ...] | None:
         """Return decoded inputs (N, *shape) as pieces of text; None where pictures or plain numbers are shown."""
         return None
-
-
-def _public_mean(truth: Tensor, public: Tensor, nouns: str) -> NullGuess:
-    if public.shape[1:] != truth.shape[1:] or len(public) == 0:
-        raise InvalidInput(
-            f"The public {nouns} have shape {tuple(public.shape)}, the private ones {tuple(truth.shape)}; "
-            f"pass public {nouns} of the same shape."
-        )
-    mean = public.detach().to("cpu", torch.float64).mean(0, keepdim=True)
-    return NullGuess(f"the mean of {len(public)} public {nouns}", mean.expand_as(truth))

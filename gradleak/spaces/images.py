@@ -38,7 +38,6 @@ class ImageSpace(InputSpace):
 
     Raises:
         InvalidInput: the shape is not (C, H, W), or mean and std do not fit it.
-
     """
 
     shape: tuple[int, ...] = (3, 32, 32)

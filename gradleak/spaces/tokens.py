@@ -36,7 +36,6 @@ class TokenSpace(InputSpace):
 
     Raises:
         InvalidInput: the table is not a matrix, the length is not positive, or no token is left to decode to.
-
     """
 
     table: Tensor
@@ -125,10 +124,8 @@ class TokenSpace(InputSpace):
 
     def texts(self, inputs: Tensor) -> tuple[tuple[str, ...], ...]:
         """Return the words of each sentence (ids where no words are known); an empty one where nothing counts."""
-        rows = self.prepare(inputs).tolist()
-        return tuple(tuple(self._word(i) for i in row) for row in rows)
 
-    def _word(self, token: int) -> str:
-        if token < 0:
-            return ""
-        return self.words[token] if token < len(self.words) else str(token)
+        def word(token: int) -> str:
+            return "" if token < 0 else self.words[token] if token < len(self.words) else str(token)
+
+        return tuple(tuple(map(word, row)) for row in self.prepare(inputs).tolist())

@@ -39,7 +39,6 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         InvalidModel: a lazy layer has no parameters yet.
-
     """
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
@@ -54,7 +53,6 @@ def check_reproducible(model: nn.Module) -> None:
 
     Raises:
         InvalidModel: a dropout layer is active, or BatchNorm uses (and changes) batch statistics.
-
     """
     for name, module in model.named_modules():
         if isinstance(module, _DropoutNd) and module.training and module.p > 0:
@@ -76,7 +74,6 @@ def check_repeatable(model: nn.Module, inputs: Tensor) -> None:
 
     Raises:
         InvalidModel: it draws random numbers, cannot be run on such inputs, or returns no tensors.
-
     """
     before = {k: b.clone() for k, b in model.named_buffers()}
     devices = [inputs.device] if inputs.device.type == "cuda" and torch.cuda.is_available() else []
@@ -135,14 +132,7 @@ def gradient(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return ∂loss/∂params by name, and the buffers after the forward pass; nothing is changed in place.
 
-    Args:
-        model: supplies the computation and every parameter and buffer not overridden.
-        loss: (outputs, labels) → scalar.
-        params: the trainable parameters, by name.
-        inputs: (N, *shape).
-        labels: (N,) class indices or (N, C) probabilities.
-        buffers: buffer values to use instead of the model's own.
-
+    Arguments are those of :meth:`LocalTraining.run`, and a ``loss``: (outputs, labels) → scalar.
     """
     tracks = tracks_statistics(model)
     before = dict(model.named_buffers()) if buffers is None and tracks else dict(buffers or {})
@@ -259,22 +249,20 @@ def _check_outputs(outputs: object, examples: int, labels: Tensor) -> None:
 class LocalTraining(ABC):
     """What a client does with its batch between receiving a model and sending an update.
 
-    ``tensors`` is the map itself: pure, differentiable with respect to inputs and soft labels, and traceable by
-    ``torch.func``. Calling the object runs it on a :class:`~gradleak.types.Batch` and returns an ``Update``.
+    ``run`` is the map itself: pure, differentiable with respect to inputs and soft labels, and traceable by
+    ``torch.func``; ``tensors`` is its first half. Calling the object runs it on a :class:`~gradleak.types.Batch` and
+    returns an ``Update``.
     """
 
     loss: Loss
-
-    @property
-    @abstractmethod
-    def kind(self) -> UpdateKind:
-        """What the returned numbers mean."""
+    kind: UpdateKind
+    """What the returned numbers mean."""
 
     @abstractmethod
-    def tensors(
-        self, model: nn.Module, params: Tensors, inputs: Tensor, labels: Tensor, *, buffers: Tensors | None = None
-    ) -> dict[str, Tensor]:
-        """Return the update's tensors by name; pure and differentiable in ``inputs`` and floating ``labels``.
+    def run(
+        self, model: nn.Module, params: Tensors, inputs: Tensor, labels: Tensor, buffers: Tensors | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the update's tensors by name, and the buffers after training.
 
         Args:
             model: supplies the computation and every parameter and buffer not overridden.
@@ -282,14 +270,13 @@ class LocalTraining(ABC):
             inputs: (N, *shape).
             labels: (N,) class indices or (N, C) probabilities.
             buffers: buffer values to use instead of the model's own.
-
         """
 
-    def run(
-        self, model: nn.Module, params: Tensors, inputs: Tensor, labels: Tensor, buffers: Tensors | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return what ``tensors`` returns, and the buffers after training; arguments as there."""
-        return self.tensors(model, params, inputs, labels, buffers=buffers), dict(buffers or {})
+    def tensors(
+        self, model: nn.Module, params: Tensors, inputs: Tensor, labels: Tensor, *, buffers: Tensors | None = None
+    ) -> dict[str, Tensor]:
+        """Return the update's tensors by name; pure and differentiable in ``inputs`` and floating ``labels``."""
+        return self.run(model, params, inputs, labels, buffers)[0]
 
     def __call__(self, model: nn.Module, batch: Batch, *, params: Tensors | None = None) -> Update:
         """Run local training on ``batch`` and return the update, detached; ``model`` is left untouched.
@@ -298,7 +285,6 @@ class LocalTraining(ABC):
             InvalidInput: the model does not take such inputs, or the loss is ``CrossEntropy`` and the labels are
                 neither class indices nor probabilities.
             InvalidModel: the loss is ``CrossEntropy`` and the model does not return logits.
-
         """
         params = parameters(model) if params is None else params
         with _explained(model, batch, self.loss):
@@ -312,11 +298,9 @@ class LocalTraining(ABC):
         return self
 
     def known(self, *, order: bool = False) -> LocalTraining:
-        """Return the map as it is known to somebody who has none of the client's private seeds.
+        """Return the map as known to somebody who has none of the client's private seeds.
 
-        Args:
-            order: whether the order in which examples enter the local steps is known.
-
+        ``order`` says whether the order in which examples enter the local steps is known.
         """
         return self
 
@@ -331,10 +315,8 @@ class LocalTraining(ABC):
     def residual(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
         """Return what an attacker who knows this map drives to zero, by name.
 
-        Args:
-            simulated: what ``self.undefended.tensors(...)`` gives for a candidate batch.
-            observed: what the client sent.
-
+        ``simulated`` is what ``self.undefended.tensors(...)`` gives for a candidate batch, ``observed`` what the client
+        sent.
         """
         return {k: simulated[k] - observed[k] for k in observed}
 

@@ -22,11 +22,8 @@ Function = Callable[..., tuple[Tensor, ...]]
 def checkpoint(function: Function, *arguments: Tensor) -> tuple[Tensor, ...]:
     """Return ``function(*arguments)`` without storing what it computes on the way; the derivatives recompute it.
 
-    Args:
-        function: pure; takes tensors and returns a tuple of floating-point tensors. Tensors that are differentiated or
-            vmapped must be arguments, not closed over.
-        arguments: tensors; those with integers are constants.
-
+    The function is pure and returns a tuple of floating-point tensors. Tensors that are differentiated or vmapped must
+    be arguments, not closed over; those with integers are constants.
     """
     result: tuple[Tensor, ...] = _Checkpoint.apply(function, *arguments)  # type: ignore[no-untyped-call]
     return result

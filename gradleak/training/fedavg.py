@@ -47,7 +47,6 @@ class FedAvg(LocalTraining):
 
     Raises:
         InvalidInput: neither or both of ``lr`` and ``optimizer``, or a count below 1.
-
     """
 
     lr: float | None = None
@@ -60,6 +59,8 @@ class FedAvg(LocalTraining):
     checkpoint: bool = False
     as_weights: bool = False
 
+    kind = UpdateKind.WEIGHT_DELTA
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", as_loss(self.loss))
         if (self.lr is None) == (self.optimizer is None):
@@ -68,11 +69,6 @@ class FedAvg(LocalTraining):
         for name, value in (("epochs", self.epochs), ("batch_size", self.batch_size), ("steps", self.steps)):
             if value is not None and value < 1:
                 raise InvalidInput(f"FedAvg cannot use {name}={value}; give a number of at least 1.")
-
-    @property
-    def kind(self) -> UpdateKind:
-        """A weight delta."""
-        return UpdateKind.WEIGHT_DELTA
 
     @property
     def rule(self) -> Optimizer:
@@ -94,12 +90,6 @@ class FedAvg(LocalTraining):
     def reseed(self, seed: int) -> FedAvg:
         """Return the map with another order, where there is shuffling."""
         return self if self.shuffle is None else replace(self, shuffle=seed)
-
-    def tensors(
-        self, model: nn.Module, params: Tensors, inputs: Tensor, labels: Tensor, *, buffers: Tensors | None = None
-    ) -> dict[str, Tensor]:
-        """Return parameters after minus before, by name."""
-        return self.run(model, params, inputs, labels, buffers)[0]
 
     def run(
         self, model: nn.Module, params: Tensors, inputs: Tensor, labels: Tensor, buffers: Tensors | None = None

@@ -17,26 +17,15 @@ __all__ = ["FedSGD"]
 class FedSGD(LocalTraining):
     """One gradient of the loss over the whole batch (McMahan et al. 2017, Section 2: FedSGD).
 
-    Attributes:
-        loss: any differentiable (outputs, targets) → scalar.
-
+    ``loss`` is any differentiable (outputs, targets) → scalar.
     """
 
     loss: Loss = field(default_factory=CrossEntropy)
 
+    kind = UpdateKind.GRADIENT
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", as_loss(self.loss))
-
-    @property
-    def kind(self) -> UpdateKind:
-        """A gradient."""
-        return UpdateKind.GRADIENT
-
-    def tensors(
-        self, model: nn.Module, params: Tensors, inputs: Tensor, labels: Tensor, *, buffers: Tensors | None = None
-    ) -> dict[str, Tensor]:
-        """Return ∂loss/∂params by name."""
-        return self.run(model, params, inputs, labels, buffers)[0]
 
     def run(
         self, model: nn.Module, params: Tensors, inputs: Tensor, labels: Tensor, buffers: Tensors | None = None

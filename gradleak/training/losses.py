@@ -64,7 +64,6 @@ class CrossEntropy:
         reduction: "mean" or "sum" over examples (and places).
         label_smoothing: share of every target spread over all classes, in [0, 1).
         weight: one positive weight per class, which the mean is divided by, too; None for equal ones.
-
     """
 
     reduction: str = "mean"
@@ -110,10 +109,8 @@ class CrossEntropy:
 class BinaryCrossEntropy:
     """Sigmoid cross-entropy of each output by itself: one output, or several labels at once; nats.
 
-    Attributes:
-        reduction: "mean" or "sum" over all outputs.
-        pos_weight: weight of the positive targets, one for all outputs.
-
+    ``reduction`` is "mean" or "sum" over all outputs, ``pos_weight`` the weight of the positive targets, one for all
+    outputs.
     """
 
     reduction: str = "mean"
@@ -136,12 +133,7 @@ class BinaryCrossEntropy:
 
 @dataclass(frozen=True)
 class MeanSquaredError:
-    """Squared error.
-
-    Attributes:
-        reduction: "mean" or "sum" over all outputs.
-
-    """
+    """Squared error; ``reduction`` is "mean" or "sum" over all outputs."""
 
     reduction: str = "mean"
 
@@ -175,7 +167,6 @@ def as_loss(loss: Any) -> Loss:
 
     Raises:
         InvalidInput: ``loss`` cannot be called, or is a loss of torch with an option that has no such form.
-
     """
     if isinstance(loss, nn.CrossEntropyLoss):
         if loss.ignore_index >= 0:

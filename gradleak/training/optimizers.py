@@ -49,7 +49,6 @@ class SGD(Optimizer):
         momentum: in [0, 1).
         weight_decay: multiple of the parameters added to the gradient.
         nesterov: Nesterov momentum; needs momentum > 0.
-
     """
 
     lr: float = 0.01
@@ -95,7 +94,6 @@ class Adam(Optimizer):
         eps: added to the root of the second moment.
         weight_decay: multiple of the parameters added to the gradient, or, decoupled, to the step.
         decoupled: decay the weights beside the adaptive step (Loshchilov and Hutter 2019).
-
     """
 
     lr: float = 1e-3

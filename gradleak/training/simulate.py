@@ -25,12 +25,8 @@ __all__ = ["Gradient", "Simulator"]
 class Gradient:
     """An update as a gradient: step size, momentum and weight decay undone as far as they are known.
 
-    Attributes:
-        tensors: parameter name → tensor.
-        single: whether it is a multiple of one gradient at the weights that were sent out.
-        scaled: whether it has the scale of the client's (mean) gradient.
-        reason: why it is no single or no scaled gradient; empty where it is both.
-
+    ``single`` says whether it is a multiple of one gradient at the weights that were sent out, ``scaled`` whether it
+    has the scale of the client's (mean) gradient, ``reason`` why not; empty where it is both.
     """
 
     tensors: Tensors
@@ -43,7 +39,6 @@ class Gradient:
 
         Raises:
             NotApplicable: the update is no multiple of one gradient.
-
         """
         if not self.single:
             raise NotApplicable(self.reason)
@@ -53,11 +48,7 @@ class Gradient:
 class Simulator:
     """Computes what a client would send, in any number type, for candidate inputs and labels.
 
-    Attributes:
-        model: the model that was sent out; it is not changed.
-        training: the forward map as the attacker knows it; one gradient of the cross-entropy where it is not known.
-        known: whether the training is known.
-
+    The model is not changed. A training that is not ``known`` is taken to be one gradient of the cross-entropy.
     """
 
     def __init__(self, model: nn.Module, training: LocalTraining | None = None) -> None:
@@ -103,7 +94,6 @@ class Simulator:
 
         Raises:
             InvalidModel: active dropout, running statistics, or a model that cannot be run on such inputs.
-
         """
         check_reproducible(self.model)
         check_repeatable(self.model, cast_one(inputs, self.dtype).to(self.device))
@@ -113,7 +103,6 @@ class Simulator:
 
         Raises:
             NotApplicable: the model computes in its own number type only.
-
         """
         values = {**self.params(dtype), **self.buffers(dtype)}
         try:
@@ -129,13 +118,10 @@ class Simulator:
             ) from error
 
     def update(self, inputs: Tensor, labels: Tensor, dtype: torch.dtype | None = torch.float64) -> dict[str, Tensor]:
-        """Return the undefended update by name, computed in ``dtype``; differentiable, traceable by torch.func.
+        """Return the undefended update by name, computed in ``dtype`` (the model's own if None).
 
-        Args:
-            inputs: (N, *shape) model inputs.
-            labels: as the client's loss takes them.
-            dtype: number type of the computation; the model's own if None.
-
+        It is traceable by torch.func and differentiable in model inputs (N, *shape) and in labels, which are as the
+        client's loss takes them.
         """
         return self.undefended.tensors(
             self.model,
@@ -159,13 +145,9 @@ class Simulator:
         return math.sqrt(sum(float(t.square().sum()) for t in left.values()) / total) if total > 0 else math.inf
 
     def as_gradient(self, update: Update, batch_size: int | None, names: Collection[str] | None = None) -> Gradient:
-        """Return ``update`` as a gradient, in its own number format.
+        """Return ``update``, or its tensors of these ``names``, as a gradient, in its own number format.
 
-        Args:
-            update: what was seen.
-            batch_size: number of examples, which decides the number of local steps.
-            names: which tensors are wanted; None for all.
-
+        ``batch_size`` decides the number of local steps.
         """
         tensors = {k: t for k, t in update.tensors.items() if names is None or k in names}
         if update.kind is UpdateKind.GRADIENT:

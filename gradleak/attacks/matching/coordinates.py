@@ -39,13 +39,9 @@ class NaturalImages(Coordinates):
     """Coordinates in which natural images are white: cosine coefficients in units of their usual size, about mid-gray.
 
     The amplitude of natural images falls as one over the spatial frequency (Field 1987), and most of their color is
-    brightness. A search that measures its steps so finds what carries most of the picture first, where one that
-    measures in pixels treats all frequencies alike. Nothing is excluded, so nothing is assumed of the solution. Inputs
-    that are no images are their own coordinates.
-
-    Attributes:
-        color: size of the two opponent-color components relative to brightness.
-
+    brightness; ``color`` is the size of the two opponent-color components relative to it. A search that measures its
+    steps so finds what carries most of the picture first. Nothing is excluded, so nothing is assumed of the solution.
+    Inputs that are no images are their own coordinates.
     """
 
     color: float = 0.3

@@ -42,9 +42,6 @@ class GradientMatching(Attack):
     The best restart is chosen by the attacker's own objective.
 
     Attributes:
-        objective: distance between updates.
-        solver: minimizes it.
-        priors: penalties on candidate inputs.
         labels: "joint" optimizes unknown labels beside the inputs, in the form that the client's loss has them (class
             probabilities, probabilities of each output, real numbers); "recovered" reads class counts off the update
             first, and where that says nothing, tries every class for a lone example or optimizes them after all.
@@ -75,7 +72,6 @@ class GradientMatching(Attack):
         InvalidInput: the options contradict each other.
         NotApplicable: the model cannot be differentiated twice, or its labels are not known and cannot be searched.
         ResourceLimit: not even one candidate fits in the free memory.
-
     """
 
     objective: Objective = field(default_factory=SquaredError)
@@ -143,7 +139,6 @@ class GradientMatching(Attack):
 
         Raises:
             InvalidInput: inputs, mask, labels and batch size do not fit each other.
-
         """
         fixed = Fixed(solved_inputs.detach(), solved_mask, labels)
         return replace(self, fixed=fixed).reconstruct(observation, seed=seed, callback=callback, deadline=deadline)
@@ -236,8 +231,11 @@ def _search(
     start, solver = group.start(seed), attack.solver
     notes: list[str] = []
     count = len(start)
-    if start.shape[1] == 0:
-        return _nothing(group, start), notes
+    if start.shape[1] == 0:  # Every example and every label is known.
+        with torch.no_grad():
+            values = torch.stack([group.measure(start[r], group.arguments(r))[0] for r in range(count)])
+        none = torch.zeros(count, dtype=torch.long, device=start.device)
+        return Outcome(start, values, none, none + 1, none == 0, none == 1), notes
 
     def run(stage: Group, x: Tensor, tolerance: float, spent: list[int] | None) -> tuple[Outcome, Race]:
         turn = count if spent is None else sum(n < solver.iterations for n in spent)
@@ -293,22 +291,8 @@ def _search(
     ), notes
 
 
-def _nothing(group: Group, start: Tensor) -> Outcome:
-    """Return the outcome of a search without unknowns: every example and every label is known."""
-    with torch.no_grad():
-        values = torch.stack([group.measure(start[r], group.arguments(r))[0] for r in range(len(start))])
-    none = torch.zeros(len(start), dtype=torch.long, device=start.device)
-    return Outcome(start, values, none, none + 1, none == 0, none == 1)
-
-
 def _result(
-    group: Group,
-    i: int,
-    outcome: Outcome,
-    recorder: Recorder,
-    seconds: float,
-    notes: Sequence[str],
-    deadline: Deadline,
+    group: Group, i: int, outcome: Outcome, recorder: Recorder, seconds: float, notes: Sequence[str], deadline: Deadline
 ) -> Reconstruction:
     problem, r = group.problems[i], group.restarts
     rows = slice(i * r, (i + 1) * r)

@@ -196,7 +196,6 @@ class Group:
 
         Raises:
             NotApplicable: the update cannot be differentiated with respect to the inputs.
-
         """
         values, gradients = z.new_empty(len(z)), torch.empty_like(z)
         for j, row in enumerate(rows.tolist()):

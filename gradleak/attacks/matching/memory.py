@@ -73,16 +73,11 @@ def candidate_bytes(function: Callable[..., Any], arguments: tuple[Any, ...]) ->
 def fitting(wanted: int, each: int, keeps: int, *, once: int, free: int) -> int:
     """Return how many candidates fit at a time, at most ``wanted``.
 
-    Args:
-        wanted: number of candidates.
-        each: bytes of one candidate's gradient.
-        keeps: bytes that the solver keeps of one candidate.
-        once: bytes that are needed once, however many candidates there are.
-        free: bytes at hand.
+    Of ``free`` bytes the gradient of ``each`` candidate takes so many, the solver ``keeps`` some of each, and some are
+    needed ``once``, however many candidates there are.
 
     Raises:
         ResourceLimit: not even one fits.
-
     """
     # Freed memory is counted too, about as much again as is held at the peak; one candidate is refused only beyond it.
     if keeps + (each + once) / 2 > free:

@@ -31,7 +31,6 @@ class Objective(ABC):
     Attributes:
         reuses: whether calling takes a fourth argument, a list that is empty at first: numbers as large as the update
             that the next call may overwrite. Asking the system for fresh memory costs more than writing to it.
-
     """
 
     reuses: ClassVar[bool] = False
@@ -68,12 +67,8 @@ class BalancedError(Objective):
 
     In a language model the gradient of the head is up to a million times that of the first layers, which know most
     about the input. Tensors far below the others are rounding (a key's bias has no gradient at all): their norm is
-    taken to be at least ``floor`` times that of the whole update.
-
-    Attributes:
-        power: p; 0 is :class:`SquaredError`, 2 gives every tensor the same weight.
-        floor: see above.
-
+    taken to be at least ``floor`` times that of the whole update. ``power`` is p: 0 is :class:`SquaredError`, 2 gives
+    every tensor the same weight.
     """
 
     power: float = 1.5

@@ -20,14 +20,9 @@ __all__ = ["Context", "GroupPrior", "Normalized", "Prior", "TotalVariation"]
 
 @dataclass(frozen=True, eq=False)
 class Normalized:
-    """What one BatchNorm layer sees of a candidate batch, and what it stored of the training data.
+    """What one BatchNorm layer sees of a candidate batch, and what it stored of the training data; all (C,).
 
-    Attributes:
-        mean: (C,) mean of its input over the batch.
-        variance: (C,) biased variance of its input over the batch.
-        running_mean: (C,) stored mean, None where the layer stores none.
-        running_variance: (C,) stored variance, None where the layer stores none.
-
+    The variance is biased; running values are None where the layer stores none.
     """
 
     mean: Tensor
@@ -39,11 +34,7 @@ class Normalized:
 class Context:
     """The model and what it makes of a candidate batch, for priors that ask; one forward pass, and only if asked.
 
-    Attributes:
-        model: the model that was sent out.
-        params: its trainable parameters by name, in the number type of the search.
-        targets: labels of the candidate, as the loss takes them.
-
+    ``params`` are in the number type of the search, ``targets`` as the loss takes them.
     """
 
     def __init__(self, model: nn.Module, params: Tensors, buffers: Tensors, inputs: Tensor, targets: Tensor) -> None:
@@ -98,10 +89,7 @@ class Prior(ABC):
     def __call__(self, inputs: Tensor, context: Context) -> Tensor:
         """Return the weighted scalar penalty of model inputs (N, *shape), differentiable.
 
-        Args:
-            inputs: the whole batch, so that a penalty may compare its examples.
-            context: the model, and on demand its outputs, features and BatchNorm statistics.
-
+        It sees the whole batch, so that it may compare examples, and may ask ``context`` for outputs and features.
         """
 
 
@@ -118,13 +106,9 @@ class GroupPrior(ABC):
 
 @dataclass(frozen=True)
 class TotalVariation(Prior):
-    """Anisotropic total variation: mean absolute difference of vertical and of horizontal neighbors.
+    """Anisotropic total variation: mean absolute difference of vertical and of horizontal neighbors, summed.
 
     Source: Geiping et al. 2020, Equation 4 (Rudin, Osher, Fatemi 1992).
-
-    Attributes:
-        weight: multiplies the sum of the two means.
-
     """
 
     weight: float

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gradleak.attacks.labeling import estimate_labels
 from gradleak.errors import InvalidInput, NotApplicable
-from gradleak.exact.labels import recover_labels
 from gradleak.threat import Observation
 from gradleak.training import (
     CrossEntropy,
@@ -42,12 +42,8 @@ _ARRANGED = 24
 class Fixed:
     """Examples of a batch that are known already, around which the others are searched.
 
-    Attributes:
-        inputs: (N, *shape) decoded inputs; only the rows in ``mask`` count.
-        mask: (N,) which rows are known.
-        labels: (N, ...) labels of all rows in the order of ``inputs``, as the loss takes them; None where they are not
-            known, or their order is not.
-
+    Of the decoded ``inputs`` (N, *shape) only the rows in ``mask`` (N,) count. ``labels`` (N, ...) are those of all
+    rows, in this order, as the loss takes them; None where they are not known, or their order is not.
     """
 
     inputs: Tensor
@@ -59,7 +55,6 @@ class Fixed:
 
         Raises:
             InvalidInput: they do not.
-
         """
         n = observation.batch_size
         sizes = {len(self.inputs), len(self.mask), n} | ({len(self.labels)} if self.labels is not None else set())
@@ -81,7 +76,6 @@ class Targets:
         shape: of the numbers that are optimized; () where targets are given.
         axis: of the classes.
         given: (K, N, ...) known targets, or K alternatives of which the objective chooses; None where optimized.
-
     """
 
     kind: TargetKind | None = None
@@ -107,18 +101,14 @@ class Targets:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One observation, cast to the number type of the search.
+    """One observation, cast to the number type of the search; tensors by name.
 
     Attributes:
-        observation: what was seen.
-        params: trainable parameters by name.
-        buffers: buffers and frozen parameters by name.
-        observed: the update by name, in the order of ``params``.
-        targets: what the loss compares with.
+        buffers: buffers and frozen parameters.
+        observed: the update, in the order of ``params``.
         known: (K, *shape) model inputs of the known examples, None for none.
         free: indices of the examples that are searched.
         notes: what a reader must know.
-
     """
 
     observation: Observation
@@ -240,13 +230,9 @@ def _targets(
     optimizable = outputs.ndim > 0 and n == observation.batch_size and _optimizable(loss, kind, outputs, axis)
     lone = kind is TargetKind.CLASSES and outputs.ndim == 2 and n == 1 and classes <= _TRIED
     if lone and fixed is None and (why or not optimizable):
-        notes.append(
-            Note(
-                f"No label could be read off the update, so each of the {classes} classes was tried and the objective "
-                "chose.",
-                NoteKind.LABELS,
-            )
-        )
+        text = f"No label could be read off the update, so each of the {classes} classes was tried and the objective "
+        text += "chose."
+        notes.append(Note(text, NoteKind.LABELS))
         return Targets(kind, given=torch.arange(classes, device=device)[:, None])
     if not optimizable and kind is not TargetKind.CLASSES:
         raise NotApplicable(
@@ -291,15 +277,7 @@ def _arrangements(labels: Tensor, known: Sequence[int]) -> Tensor | None:
 
 
 def _recovered(observation: Observation, simulator: Simulator, seed: int, notes: list[str]) -> Tensor:
-    estimate = recover_labels(
-        observation.model,
-        simulator.params(),
-        observation.gradient.tensors,
-        tuple(observation.space.shape),
-        observation.batch_size or 1,
-        simulator.undefended.loss,
-        torch.Generator().manual_seed(seed),
-    )
+    estimate = estimate_labels(observation, torch.Generator().manual_seed(seed))
     if not estimate.exact and getattr(simulator.undefended.loss, "weight", None) is not None:
         raise NotApplicable("Class counts are estimated for equal class weights only; grant the labels.")
     if not estimate.exact:

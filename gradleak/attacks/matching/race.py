@@ -18,14 +18,10 @@ class Race:
     """Ends restarts that are not needed, and shares a limited time among those who wait for their turn."""
 
     def __init__(self, restarts: int, tolerance: float, *, on: bool, share: float | None) -> None:
-        """Prepare a race.
+        """Prepare a race of ``restarts`` per observation; candidate r belongs to observation r // restarts.
 
-        Args:
-            restarts: candidates per observation; candidate r belongs to observation r // restarts.
-            tolerance: objective at which a candidate has converged, which decides the race of its observation.
-            on: whether restarts are compared at all.
-            share: seconds that each candidate may work while others wait, None for no limit.
-
+        A candidate at ``tolerance`` has converged, which decides the race of its observation; ``on`` says whether
+        restarts are compared at all; ``share`` are the seconds that each may work while others wait, None for no limit.
         """
         self.restarts, self.on = restarts, on and restarts > 1
         self.tolerance, self.share = tolerance, share

@@ -15,22 +15,6 @@ from gradleak.solve import LBFGS, Adam, GradientDescent, Solver
 __all__ = ["dlg"]
 
 
-def _solver(name: str, iterations: int, lr: float) -> Solver:
-    known: dict[str, Callable[[], Solver]] = {
-        "lbfgs": lambda: LBFGS(iterations=iterations),
-        "adam": lambda: Adam(iterations=iterations, lr=lr),
-        "sgd": lambda: GradientDescent(iterations=iterations, lr=lr),
-    }
-    if name not in known:
-        raise UnknownName("solver", name, known)
-    return known[name]()
-
-
-def _warm(solver: str, dtype: torch.dtype | None) -> torch.dtype | None:
-    # L-BFGS begins in float32, which halves the cost, and ends in float64.
-    return torch.float32 if solver == "lbfgs" and dtype == torch.float64 else None
-
-
 def dlg(
     *,
     solver: str = "lbfgs",
@@ -54,33 +38,30 @@ def dlg(
     diverges on a third of random images); the objective is relative; images are searched from near mid-gray in
     coordinates in which natural images are white (:class:`NaturalImages`), where the paper starts from N(0, 1) pixels.
 
-    Args:
-        solver: "lbfgs", "adam" or "sgd".
-        iterations: evaluations of the objective's gradient per candidate.
-        lr: step size of "adam" and "sgd".
-        restarts: independent starts, chosen by the objective.
-        init_std: standard deviation of the start.
-        natural_images: search in coordinates in which natural images are white; None does so with "lbfgs", since
-            the step sizes of the others are in pixels. Other inputs are searched as they are.
-        tolerance: relative squared distance at which a candidate is done.
-        dtype: number type of the search; None keeps the model's.
-        backend: "eager", "trace" or "compile"; see :class:`GradientMatching`.
-        budget: seconds, None for no limit; the best so far is returned, with status "budget".
-        trace: record iterates for the report.
+    The solver is "lbfgs", "adam" or "sgd", with at most ``iterations`` evaluations of the objective's gradient per
+    candidate; ``lr`` is for the latter two. ``natural_images`` None searches in whitening coordinates with "lbfgs"
+    only, since the step sizes of the others are in pixels. The other options are those of :class:`GradientMatching`.
 
     Raises:
         UnknownName: no such solver.
-
     """
+    known: dict[str, Callable[[], Solver]] = {
+        "lbfgs": lambda: LBFGS(iterations=iterations),
+        "adam": lambda: Adam(iterations=iterations, lr=lr),
+        "sgd": lambda: GradientDescent(iterations=iterations, lr=lr),
+    }
+    if solver not in known:
+        raise UnknownName("solver", solver, known)
     return GradientMatching(
         SquaredError(),
-        _solver(solver, iterations, lr),
+        known[solver](),
         labels="joint",
         init_std=init_std,
         restarts=restarts,
         tolerance=tolerance,
         dtype=dtype,
-        warm_dtype=_warm(solver, dtype),
+        # L-BFGS begins in float32, which halves the cost, and ends in float64.
+        warm_dtype=torch.float32 if solver == "lbfgs" and dtype == torch.float64 else None,
         coordinates=NaturalImages() if (natural_images is None and solver == "lbfgs") or natural_images else None,
         backend=backend,
         budget=budget,

@@ -32,13 +32,10 @@ def idlg(
 
     Deviations: those of :func:`dlg`; batches are served by exact class counts, where the paper has one example only.
     Where the last layer says nothing about labels, a lone example is searched under every class, if there are few, and
-    otherwise the labels are optimized as in :func:`dlg`.
-
-    Options are those of :func:`dlg`.
+    otherwise the labels are optimized as in :func:`dlg`, whose options it has.
 
     Raises:
         UnknownName: no such solver.
-
     """
     joint = dlg(
         solver=solver,

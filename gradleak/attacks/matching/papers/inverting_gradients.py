@@ -30,17 +30,9 @@ def inverting_gradients(
     Deviations: the best iterate by objective is returned, not the last; 4,800 steps instead of 24,000 by default;
     unknown labels are recovered as class counts, or as in :func:`idlg` where those cannot be had.
 
-    Args:
-        iterations: steps; the step size falls tenfold after 3/8, 5/8 and 7/8 of them.
-        lr: step size.
-        total_variation: weight of the prior.
-        restarts: independent starts, chosen by the objective.
-        init_std: standard deviation of the start.
-        dtype: number type of the search; None keeps the model's.
-        budget: seconds, None for no limit; the best so far is returned, with status "budget". Where the step size
-            falls along the run, it falls faster, so that the small steps at the end are taken all the same.
-        trace: record iterates for the report.
-
+    ``iterations`` are steps; their size falls tenfold after 3/8, 5/8 and 7/8 of them, or sooner under a ``budget``, so
+    that the small steps at the end are taken all the same. ``total_variation`` is the weight of the prior; the other
+    options are those of :func:`dlg`.
     """
     return GradientMatching(
         Cosine(),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 
 import gradleak as gl
 from gradleak.attacks.base import Progress
-from gradleak.attacks.baselines import model_inversion
 from gradleak.clock import TimeSpent
 from gradleak.errors import InvalidInput, MissingKnowledge, NotApplicable
+from gradleak.papers.workers import load_package
 
+load_package("experiments_under_test", Path(__file__).resolve().parents[2] / "experiments" / "2019_zhu_dlg")
+model_inversion = importlib.import_module("experiments_under_test._model_inversion").model_inversion
 SHAPE = (1, 8, 8)
 
 
