@@ -11,8 +11,9 @@ import jinja2
 from markupsafe import Markup
 
 from gradleak.audit.numbers import duration, metric_name, sig
-from gradleak.audit.records import REFUSED, Aggregate, Curves, Pictures, Record, Values
+from gradleak.audit.records import REFUSED, Aggregate, Curves, Record
 from gradleak.report.charts import Series, log_chart
+from gradleak.report.pictures import Pictures, Values
 
 __all__ = ["render"]
 

@@ -16,7 +16,6 @@ from gradleak.audit.records import (
     Lift,
     Match,
     Outcome,
-    Pictures,
     Record,
     Subject,
     Success,
@@ -25,6 +24,7 @@ from gradleak.audit.records import (
 )
 from gradleak.audit.verdict import judge
 from gradleak.report import picture
+from gradleak.report.pictures import Pictures
 from gradleak.spaces import ImageSpace
 
 

@@ -1,32 +1,28 @@
-"""The fields of a record: plain frozen dataclasses without tensors."""
+"""The record of one reconstruction: what ``result.json`` holds and all that a report may read.
+
+Without tensors, so that a record can be read, compared and rendered where torch is not installed.
+``docs/result-schema.md`` documents every field; :data:`SCHEMA` grows by one when a field changes its meaning.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
+import math
+import types
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from gradleak.errors import InvalidFile
 
 __all__ = [
-    "REFUSED",
-    "SCHEMA",
-    "Aggregate",
-    "AttackRun",
-    "AttemptRecord",
-    "CertificateRecord",
-    "Curves",
-    "Example",
-    "FindingRecord",
-    "Lift",
-    "Match",
-    "Outcome",
-    "Pictures",
-    "Record",
-    "Shown",
-    "Subject",
-    "Success",
-    "Threat",
-    "Values",
-    "Verdict",
-]
+    "REFUSED", "SCHEMA", "Aggregate", "AttackRun", "AttemptRecord", "CertificateRecord", "Curves", "Example",
+    "FindingRecord", "Lift", "Match", "Outcome", "Record", "Shown", "Subject", "Success", "Threat", "Verdict",
+    "from_json", "to_json",
+]  # fmt: skip
 
 SCHEMA = 2
 """Version of the record schema."""
@@ -42,23 +38,11 @@ class Subject:
     """What was attacked.
 
     Attributes:
-        model: the model as the user named it, with its options.
-        model_class: the class of the model.
-        parameters: number of trainable numbers.
-        tensors: number of trainable tensors.
         input_kind: "image", "tensor", "tokens", or the kind of another input space.
         input_shape: shape of one model input, without the batch axis.
-        classes: number of classes, None where the model is not a classifier.
-        batch_size: number of examples behind the update.
         batch_size_source: "stated", "read" (off the update, which shows it) or "assumed".
-        update_kind: "gradient" or "weight_delta".
-        dtype: number format of the captured update.
-        training: the client's forward map in words.
         normalization: how inputs become model inputs, in words; empty where they are used as they are.
-        noun: what one example is called.
-        nouns: what several are called.
         display: how examples are shown: "pictures", "numbers", "text" or "table".
-        quoted: the metrics that a headline quotes.
 
     """
 
@@ -108,10 +92,7 @@ class FindingRecord:
 
     Attributes:
         kind: "labels", "counts", "batch_size", "features", "rows", "columns" or "tokens".
-        text: one sentence.
         proved: whether the update proves it; otherwise it is an estimate.
-        count: how many were found.
-        of: how many there are.
 
     """
 
@@ -124,11 +105,9 @@ class FindingRecord:
 
 @dataclass(frozen=True)
 class AttemptRecord:
-    """One way that was tried.
+    """One way that was tried; ``taken`` says whether it gave a result.
 
     Attributes:
-        attack: its name.
-        taken: whether it gave a result.
         verdict: of its certificate, None where there was no result.
         reason: the certificate's reason, or why it did not apply.
 
@@ -148,15 +127,9 @@ class Outcome:
         status: "converged", "budget", "stalled", "interrupted", "exact", "not_applicable" or "missing_knowledge".
         objective: the attacker's own final objective; comparable within one attack only.
         iterations: iterations of the returned candidate.
-        evaluations: evaluations of the objective's gradient, over all restarts.
-        seconds: wall-clock time.
         labels: the recovered class of each reconstructed example, in the attack's order; None without classes.
-        notes: sentences that a reader of the result must know.
         note_kinds: what each note is about: "attempt", "assumption", "range", "labels", "limit" or "method".
         shows: "inputs", or "features" where the attack recovers the last layer's inputs instead.
-        attack: name of the attack that led to the result, where the one that ran tries several.
-        findings: what the update gives away besides whole inputs.
-        attempts: the ways that were tried, in order.
         solved: positions of the reconstructions that linear algebra solved, where not all of them were.
 
     """
@@ -204,7 +177,7 @@ class Match:
 
     Attributes:
         residual: ‖update of the reconstruction − captured update‖ / ‖captured update‖.
-        floor: the same ratio that rounding to the update's number format alone may cause.
+        floor: the same ratio that rounding to the number format may cause.
 
     """
 
@@ -219,12 +192,8 @@ class Example:
     Attributes:
         index: position in the private batch.
         guess: position of the reconstruction that was assigned to it, None where there are fewer reconstructions.
-        label: its true class, None where it is not known.
-        recovered: the recovered class, None where the attack says nothing.
-        values: metric name → value, None where it cannot be computed.
         success: whether its error is at most the threshold, and clearly below that of every guess without the update.
         level: 4 identical to a person, 3 hardly different, 2 came back with visible errors, 1 a coarse impression, 0.
-        words: what a person makes of it, one sentence.
 
     """
 
@@ -248,15 +217,8 @@ class Aggregate:
     """One metric over the examples that have a value: n, center and spread.
 
     Attributes:
-        metric: name of the metric.
         unit: "dB" or empty.
         n: number of examples with a value.
-        mean: arithmetic mean.
-        sd: sample standard deviation, None for n = 1.
-        minimum: smallest value.
-        median: middle value.
-        maximum: largest value.
-        meaning: what the metric measures, one clause.
 
     """
 
@@ -277,10 +239,7 @@ class Success:
 
     Attributes:
         threshold: largest error that counts as success.
-        successes: number of successful examples, clearly better than every guess without the update besides.
-        n: number of examples.
-        low: lower end of the Wilson 95 % interval of the rate.
-        high: its upper end.
+        low: lower end of the Wilson 95 % interval of the rate, ``high`` its upper end.
         labels: share of the batch's labels that were recovered, in whatever order; None where the attack says nothing.
         error: what the error is: "MSE", "squared relative error", "share of wrong tokens".
 
@@ -300,7 +259,6 @@ class Lift:
     """How much better the reconstruction is than a guess that never saw the update.
 
     Attributes:
-        guess: what was guessed, in words.
         psnr: mean PSNR of the guess in dB.
         lift: mean PSNR of the reconstruction minus that of the guess, in dB; None where an example has no score.
         oracle: whether the guess was chosen by the truth, which no attacker can do.
@@ -319,7 +277,6 @@ class Curves:
 
     Attributes:
         iterations: K numbers, ascending: evaluations of the objective's gradient so far, for the returned candidate.
-        objectives: the attacker's objective at each.
         layers: parameter name → K squared gradient distances (Figure 5 of Zhu et al. 2019).
         mse: mean squared error to the private examples at each, empty without ground truth.
 
@@ -337,8 +294,6 @@ class Shown:
 
     Attributes:
         names: what the pieces of one example are, empty for a sentence.
-        guess: the pieces of each reconstruction, in the attack's order.
-        truth: those of each private example, None without ground truth.
 
     """
 
@@ -354,8 +309,6 @@ class Verdict:
     Attributes:
         grade: "leaked", "partly", "not_recovered" with ground truth; "proved", "matched", "solved", "close",
             "partly" or "unmatched" without; "not_applicable" or "missing_knowledge" where the attack did not run.
-        headline: one short sentence.
-        reason: the figures behind it, in words.
         meaning: what this does and does not prove, one sentence each.
         remedies: what would stop it, one sentence each.
 
@@ -373,24 +326,11 @@ class Record:
     """Everything about one reconstruction except the pictures.
 
     Attributes:
-        subject: what was attacked.
-        threat: what the attacker knew.
-        attack: which attack ran.
-        outcome: how it ended.
-        verdict: the answer in plain words.
         match: the re-simulated update against the captured one; None where it could not be computed.
-        certificate: what the update alone proves, where the attack says.
         examples: per-example scores, worst reconstruction first; None without ground truth.
-        aggregates: metrics over the examples, with n and spread.
-        success: how many examples came back; None without ground truth.
-        lifts: the reconstruction against guesses that never saw the update.
-        curves: how the attack went; None for closed forms.
         shown: inputs as a person reads them, where they are neither pictures nor plain numbers.
         command: how to repeat it, as typed in a shell; empty where it was run from Python.
-        environment: versions and machine, by name.
-        created: date and time, ISO 8601, UTC.
         files: SHA-256 of the tensor files beside ``result.json``, by name, filled in when they are written.
-        schema: version of this schema.
 
     """
 
@@ -414,43 +354,146 @@ class Record:
     schema: int = SCHEMA
 
 
-@dataclass(frozen=True)
-class Values:
-    """One input that is no picture, piece by piece.
-
-    Attributes:
-        title: which example.
-        names: what the pieces are, empty for a sentence.
-        truth: the private ones, None without ground truth.
-        guess: the reconstructed ones.
-
-    """
-
-    title: str
-    names: tuple[str, ...]
-    truth: tuple[str, ...] | None
-    guess: tuple[str, ...]
+def to_json(record: Record) -> str:
+    """Return ``record`` as indented JSON; NaN and infinities become the strings "NaN", "Infinity", "-Infinity"."""
+    return json.dumps(_plain(dataclasses.asdict(record)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """What a report shows besides the record, in display order (worst first); images are PNG data URIs.
+def from_json(text: str) -> Record:
+    """Return the record that :func:`to_json` wrote.
 
-    Attributes:
-        titles: one title per shown example.
-        truth: the private images, None without ground truth.
-        guess: the reconstructed images.
-        frames: positions in ``Record.curves`` of the shown snapshots.
-        snapshots: one tuple of images per shown snapshot.
-        values: inputs that are no pictures, piece by piece.
-        omitted: number of examples that are not shown.
+    Raises:
+        InvalidFile: not JSON, of another schema version, or a field is missing or has the wrong type.
 
     """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidFile(
+            f"result.json is not valid JSON ({_readable(str(error))[:200]}); run the attack again to write it anew."
+        ) from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        found = data.get("schema") if isinstance(data, dict) else None
+        older = isinstance(found, int) and not isinstance(found, bool) and 0 < found < SCHEMA
+        which = f"an earlier version wrote it (schema {found})" if older else f"it has schema {repr(found)[:40]}"
+        raise InvalidFile(
+            f"This version of gradleak reads result.json of schema {SCHEMA}, but {which}; run its command again to "
+            "write it anew, or read it with the version that wrote it."
+        )
+    try:
+        return _together(_build(Record, data, "result"))
+    except _Mismatch as error:
+        what = str(error) if len(str(error)) <= 200 else str(error)[:200] + "…"
+        raise InvalidFile(
+            f"result.json is damaged: {_readable(what)}; run the attack again to write it anew."
+        ) from error
 
-    titles: tuple[str, ...] = ()
-    truth: tuple[str, ...] | None = None
-    guess: tuple[str, ...] = ()
-    frames: tuple[int, ...] = ()
-    snapshots: tuple[tuple[str, ...], ...] = ()
-    values: tuple[Values, ...] = ()
-    omitted: int = 0
+
+class _Mismatch(Exception):
+    """A JSON value does not have the declared type."""
+
+
+def _together(record: Record) -> Record:
+    """Return the record if what a report relies on holds: lists that belong together are equally long."""
+    curves, outcome, shown = record.curves, record.outcome, record.shown
+    lengths: list[tuple[str, int, int]] = []
+    if curves is not None:
+        points = len(curves.iterations)
+        lengths = [("curves.objectives", len(curves.objectives), points)]
+        lengths += [(f"curves.layers.{name}", len(values), points) for name, values in curves.layers.items()]
+        lengths += [("curves.mse", len(curves.mse), points)] if curves.mse else []
+    if outcome.note_kinds:
+        lengths.append(("outcome.note_kinds", len(outcome.note_kinds), len(outcome.notes)))
+    if shown is not None and record.examples is not None and shown.truth is not None:
+        lengths.append(("shown.truth", len(shown.truth), len(record.examples)))
+    for where, found, expected in lengths:
+        if found != expected:
+            raise _Mismatch(f"{where} has {found} entries, not {expected}")
+    return record
+
+
+T = TypeVar("T")
+_LARGEST = 2**63
+_SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, str):
+        return _readable(value)
+    if isinstance(value, Mapping):
+        return {_readable(str(k)): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _readable(text: str) -> str:
+    """Return ``text`` without halves of characters, as in file names that are not UTF-8; no file can hold those."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+_hints = functools.cache(typing.get_type_hints)
+
+
+def _build(kind: type[T], data: Any, where: str) -> T:
+    if not isinstance(data, dict):
+        raise _Mismatch(f"{where} is not an object")
+    hints = _hints(typing.cast("Any", kind))
+    for name in data:
+        if name not in hints:
+            raise _Mismatch(f"{where} has an unknown field {name!r}")
+    for f in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if f.name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise _Mismatch(f"{where} lacks the field {f.name!r}")
+    return kind(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in data.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is types.UnionType or origin is typing.Union:
+        return _union(typing.get_args(hint), value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise _Mismatch(f"{where} is not a list")
+        item = typing.get_args(hint)[0]
+        return tuple(_value(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, dict):
+            raise _Mismatch(f"{where} is not an object")
+        item = typing.get_args(hint)[1]
+        return {_readable(k): _value(item, v, f"{where}.{k}") for k, v in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast("type[Any]", hint), value, where)
+    return _scalar(hint, value, where)
+
+
+def _union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in choices:
+        return None
+    # JSON keeps apart what Python blurs: True is no int, and the exact type wins over a convertible one.
+    if type(value) in choices:
+        return value
+    for choice in choices:
+        if choice is not type(None):
+            try:
+                return _value(choice, value, where)
+            except _Mismatch:
+                if len([c for c in choices if c is not type(None)]) == 1:
+                    raise
+    raise _Mismatch(f"{where} has a value of the wrong type")
+
+
+def _scalar(hint: Any, value: Any, where: str) -> Any:
+    if hint is float and isinstance(value, str) and value in _SPECIAL:
+        return _SPECIAL[value]
+    if isinstance(value, int) and not isinstance(value, bool) and not -_LARGEST < value < _LARGEST:
+        raise _Mismatch(f"{where} is larger than any number that belongs there")
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint in (str, bool) and isinstance(value, hint):
+        return _readable(value) if isinstance(value, str) else value
+    raise _Mismatch(f"{where} is not {'a number' if hint in (int, float) else 'of type ' + hint.__name__}")
