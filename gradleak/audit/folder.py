@@ -40,7 +40,6 @@ class Folder:
     """What a result folder holds.
 
     Attributes:
-        record: everything but the arrays.
         inputs: (N, *shape) reconstructed inputs, in the attack's order; images in [0, 1].
         labels: (N,) recovered classes, None where the attack says nothing.
         truth: (N, *shape) private inputs, None without ground truth.

@@ -29,8 +29,6 @@ class Scores:
 
     Attributes:
         examples: one record per private example, the worst first.
-        aggregates: each metric over the examples that have a value.
-        success: how many examples came back, by the threshold.
         lifts: guesses that need no update, and how much better the reconstruction is; of pictures only.
         unassigned: number of reconstructions beyond the batch size, which were left out.
         notes: sentences that a reader must know.
@@ -134,11 +132,8 @@ def error_curve(
 ) -> tuple[float, ...]:
     """Return the MSE over the batch of each of K snapshots; NaN where one is not finite, empty where MSE means nothing.
 
-    Args:
-        snapshots: decoded candidates (K, N, *shape).
-        truth: the private batch, decoded.
-        space: what one input looks like.
-        final: the returned candidates, which decide the assignment; the last snapshot if None.
+    Snapshots are decoded candidates (K, N, *shape), and ``truth`` is decoded; the returned candidates ``final``
+    decide the assignment, or the last snapshot if it is None.
 
     Raises:
         InvalidInput: shapes do not fit.

@@ -54,15 +54,7 @@ def judge(
 ) -> Verdict:
     """Return the verdict: against the private data where they are known, otherwise from the update alone.
 
-    Args:
-        subject: what was attacked.
-        outcome: how the attack ended, and what it found.
-        examples: the scores of each private example, the worst first; None without ground truth.
-        lifts: the reconstruction against guesses that never saw the update.
-        match: the re-simulated update against the captured one.
-        certificate: what the update alone proves.
-        success: how many examples and labels came back.
-
+    ``examples`` are the scores of each private example, the worst first; None without ground truth.
     """
     if examples:
         verdict = _against_truth(subject, outcome, examples, lifts, certificate)

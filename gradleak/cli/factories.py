@@ -42,12 +42,9 @@ class ChosenAttack:
 
 
 def build_attack(name: str, options: Mapping[str, Any], budget: float | None = None) -> ChosenAttack:
-    """Return the attack of that name.
+    """Return the attack ``name`` of ``gradleak.attacks``, or of ``module:factory``, which runs the user's code.
 
-    Args:
-        name: of ``gradleak.attacks``, or ``module:factory``, which runs the user's code.
-        options: keyword options of its factory.
-        budget: seconds, handed to a factory that takes them.
+    A ``budget`` in seconds is handed to a factory that takes one.
 
     Raises:
         InvalidInput: there is no such attack, or it does not take these options.

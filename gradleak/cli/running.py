@@ -37,17 +37,9 @@ class Job:
 
     Attributes:
         observations: what was seen, once for each training that the client may have had, the likeliest first.
-        chosen: the attack.
-        seed: its seed.
-        out: the folder to write.
-        model: how the user named the model.
         captured: number type in which the update was captured.
-        outputs: number of the model's outputs.
-        command: how to repeat the run.
         batch_size_source: "stated", "read" off the update, or "assumed".
-        notes: what was taken for granted.
         warnings: what is suspicious about the capture.
-        truth: the private batch, decoded.
         public: public images, for the null guesses.
 
     """
@@ -68,13 +60,7 @@ class Job:
 
 
 def run(job: Job, watch: Watch) -> int:
-    """Attack, write the folder and say what it holds; return the exit code.
-
-    Args:
-        job: what to do.
-        watch: an entered watch over the time and the signals.
-
-    """
+    """Attack, write the folder and say what it holds; return the exit code. ``watch`` is entered already."""
     code = 0
     try:
         observation, found, notes = attack_all(job, watch)

@@ -41,13 +41,8 @@ def read_truth(
 ) -> Batch:
     """Return the decoded private batch; unknown labels are −1, which no class equals.
 
-    Args:
-        path: ``.npz`` or ``.safetensors`` with ``inputs`` and perhaps ``labels``, or a picture.
-        space: what one input looks like.
-        count: number of examples that were attacked.
-        told: labels that the attacker was told.
-        kinds: how labels may look.
-        outputs: number of the model's outputs.
+    The file is an ``.npz`` or ``.safetensors`` with ``inputs`` and perhaps ``labels``, or a picture; ``told`` are the
+    labels that the attacker was told, and ``kinds`` says how labels may look.
 
     Raises:
         InvalidInput: the file holds no such batch.

@@ -17,15 +17,7 @@ __all__ = ["Estimate", "bootstrap", "mean", "median", "share"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured number with its 95 % interval.
-
-    Attributes:
-        value: the estimate itself.
-        low: lower end of the 95 % interval.
-        high: upper end.
-        n: number of independent examples behind it.
-
-    """
+    """A measured number with its 95 % interval."""
 
     value: float
     low: float

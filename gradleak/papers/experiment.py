@@ -41,7 +41,6 @@ class Row:
         name: stable key; the table of the same name in ``expected.toml`` holds the paper's value and the target.
         ours: our attacker's number, or words, or None where it does not apply.
         published: the published algorithm's number in our re-run, likewise.
-        unit: of both numbers.
         cost: what one example costs our attacker, in words ("12 s, 310 evaluations").
         note: what a reader must know, among it why ours differs from the paper.
 
@@ -70,8 +69,6 @@ class Result:
     """What an experiment found.
 
     Attributes:
-        rows: the lines of its table.
-        figures: its pictures.
         texts: title → text to print as it is (traces of reconstructed sentences).
         scaled: one sentence that names the difference to the full scale, "" where there is none.
 
@@ -93,11 +90,8 @@ class Lab:
     """Where an experiment finds its data, measures its cases, and remembers both.
 
     Attributes:
-        name: the experiment, which names the folder of its records.
         out: folder of all records.
         data: folder of data sets, laid out as ``docs/data.md`` says; None to use public loaders.
-        jobs: processes that measure cases side by side (one torch thread each if more than one).
-        callback: receives a phrase now and then.
 
     """
 

@@ -37,13 +37,8 @@ class Reproduction:
     """What one call of :func:`reproduce` did.
 
     Attributes:
-        paper: the paper's folder name.
-        scale: "smoke", "default" or "full".
         results: experiment → its stored result (rows, texts, figures, hardware, date, seconds).
-        failures: experiment → why it has no result.
         drift: sentences about rows that left the tolerance around the recorded value.
-        page: the table page (Markdown).
-        html: the page with every figure.
 
     """
 
@@ -61,9 +56,7 @@ class _Place:
     """Where a paper's experiments are, and whether results may be written beside them.
 
     Attributes:
-        folder: of the paper.
         docs: folder of the pages in a source tree, else None.
-        modules: experiment → its module.
         lacking: experiment → sentence about the package that it needs and that is not installed.
 
     """

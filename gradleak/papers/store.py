@@ -42,10 +42,7 @@ class Measured:
     """One stored case: what was asked, what came out, and where and when.
 
     Attributes:
-        case: the arguments of the measuring function.
         values: what it returned; arrays come back as ``numpy.ndarray``.
-        seconds: its wall-clock time.
-        hardware: the machine it ran on.
         date: when, as YYYY-MM-DD.
         source: fingerprint of the experiment's code at that time.
 
@@ -89,16 +86,9 @@ def write_case(
     path: Path, module: types.ModuleType, function: str, case: Mapping[str, Any], values: Mapping[str, Any],
     seconds: float,
 ) -> None:  # fmt: skip
-    """Store what ``function`` of ``module`` measured.
+    """Store what ``function`` of ``module`` measured in ``seconds``: JSON values, and arrays or tensors by name.
 
-    Args:
-        path: where; see :func:`place`.
-        module: the experiment.
-        function: name of the measuring function.
-        case: what was asked.
-        values: JSON values, arrays or tensors by name; arrays go to an ``.npz`` file beside ``path``, which is written
-            first.
-        seconds: that it took.
+    Arrays go to an ``.npz`` file beside ``path`` (see :func:`place`), which is written first.
 
     Raises:
         InvalidFile: it cannot be written there.
