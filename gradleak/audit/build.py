@@ -42,8 +42,6 @@ __all__ = ["build_record", "build_refusal"]
 
 Array = npt.NDArray[Any]
 
-_FORMATS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
-
 
 def build_record(
     observation: Observation,
@@ -90,9 +88,9 @@ def build_record(
     subject = _subject(observation, model, dtype, classes, batch_size_source)
     outcome = _outcome(reconstruction, attack, (*notes, *(() if scores is None else scores.notes)))
     certificate = None if reconstruction.certificate is None else _certificate(reconstruction.certificate)
-    examples = None if scores is None else scores.examples
-    lifts = () if scores is None else scores.lifts
-    success = None if scores is None else scores.success
+    examples, success, lifts, aggregates = (
+        (None, None, (), ()) if scores is None else (scores.examples, scores.success, scores.lifts, scores.aggregates)
+    )
     record = Record(
         subject=subject,
         threat=_threat(observation),
@@ -102,7 +100,7 @@ def build_record(
         match=match,
         certificate=certificate,
         examples=examples,
-        aggregates=() if scores is None else scores.aggregates,
+        aggregates=aggregates,
         success=success,
         lifts=lifts,
         curves=curves,
@@ -133,17 +131,14 @@ def build_refusal(
     command: str = "",
     classes: int | None = None,
     batch_size_source: str | None = None,
-    threat: Threat | None = None,
 ) -> Folder:
     """Return the record of an attack that did not run, with its reason and what was found all the same.
 
-    ``subject`` is what the attack saw, or, where no observation could be made, what is known of it (then with
-    ``threat``: what would have been granted). ``error`` says why the attack did not run; its ``findings`` and
-    ``attempts``, where the attack left them there, are recorded. The other arguments are those of :func:`build_record`.
-    The folder's ``inputs`` have no examples: (0, *shape).
-
+    ``subject`` is what the attack saw, or, where no observation could be made, what is known of it. ``error`` says why
+    the attack did not run; its ``findings`` and ``attempts``, where the attack left them there, are recorded. The other
+    arguments are those of :func:`build_record`. The folder's ``inputs`` have no examples: (0, *shape).
     """
-    device = torch.device("cpu")
+    threat, device = Threat(()), torch.device("cpu")
     if isinstance(subject, Observation):
         threat, device = _threat(subject), _device(subject)
         subject = _subject(subject, model, dtype or _format(subject), classes, batch_size_source)
@@ -161,7 +156,7 @@ def build_refusal(
     )
     record = Record(
         subject=subject,
-        threat=threat or Threat(()),
+        threat=threat,
         attack=AttackRun(attack, {k: _option(v) for k, v in (options or {}).items()}, seed),
         outcome=outcome,
         verdict=judge_refusal(outcome, str(error)),
@@ -248,7 +243,7 @@ def _subject(
         classes=classes,
         batch_size=observation.batch_size or 1,
         update_kind=observation.update.kind.value,
-        dtype=_FORMATS.get(dtype, str(dtype).removeprefix("torch.")),
+        dtype=str(dtype).removeprefix("torch."),
         training=_training(observation),
         normalization=space.normalization,
         batch_size_source=(batch_size_source or "stated") if known else "assumed",

@@ -87,9 +87,6 @@ def judge_refusal(outcome: Outcome, reason: str) -> Verdict:
     return _with_findings(verdict, _named(outcome), REFUSED)
 
 
-# ---------------------------------------------------------------------------------------------------- findings
-
-
 def _named(outcome: Outcome) -> list[FindingRecord]:
     """Return the findings that a headline may name, the most telling first, estimates marked as such."""
     found = [f for f in outcome.findings if f.kind in _TELLING and f.count > 0]
@@ -139,9 +136,6 @@ def _with_batch_size(headline: str, subject: Subject) -> str:
     if subject.batch_size_source == "read":
         return f"{headline.removesuffix('.')} ({one}, as the update shows)."
     return f"Assuming {one}, {headline[:1].lower()}{headline[1:]}"
-
-
-# ------------------------------------------------------------------------------------------- with ground truth
 
 
 def _against_truth(
@@ -204,8 +198,6 @@ _FAILED = (
     "another seed or better knowledge of the training procedure may succeed.",
     _SCORED,
 )
-
-# ---------------------------------------------------------------------------------------- from the update alone
 
 _LOOK = (
     "No ground truth was given, so no score is possible; look at the reconstruction, or run again with the private "

@@ -25,7 +25,7 @@ from gradleak.threat import Observation
 from gradleak.training import MeanSquaredError
 from gradleak.types import Batch, Note, NoteKind, Reconstruction, Shows, Status, Verdict
 
-__all__ = ["REFUSED", "Job", "run"]
+__all__ = ["REFUSED", "Job", "about", "attack_one", "publish", "run"]
 
 REFUSED = 3
 """Exit code of an attack that does not apply here, or is not told what it needs; that is recorded as well."""
@@ -66,7 +66,7 @@ def run(job: Job, watch: Watch) -> int:
         observation, found, notes = attack_all(job, watch)
     except (NotApplicable, MissingKnowledge) as refusal:
         watch.rest()
-        code, folder = REFUSED, build_refusal(job.observations[0], refusal, **_about(job, job.notes))
+        code, folder = REFUSED, build_refusal(job.observations[0], refusal, **about(job, job.notes))
     else:
         watch.rest()
         folder = _reported(replace(job, notes=(*job.notes, *notes)), observation, found)
@@ -162,7 +162,7 @@ def _reported(job: Job, observation: Observation, found: Reconstruction) -> Fold
         found,
         scores=None if truth is None else score(found, truth, observation.space, public=job.public),
         truth=truth,
-        **_about(job, notes),
+        **about(job, notes),
     )
     if len(job.observations) == 1 or truth is not None:
         return folder
@@ -172,7 +172,8 @@ def _reported(job: Job, observation: Observation, found: Reconstruction) -> Fold
     return replace(folder, record=replace(folder.record, verdict=replace(verdict, headline=headline)))
 
 
-def _about(job: Job, notes: Sequence[str]) -> dict[str, Any]:
+def about(job: Job, notes: Sequence[str]) -> dict[str, Any]:
+    """Return what the record says of a job, with these notes."""
     return {
         "attack": clean(job.chosen.name),
         "options": job.chosen.options,

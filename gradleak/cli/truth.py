@@ -14,7 +14,7 @@ from gradleak.spaces import ImageSpace, InputSpace
 from gradleak.training import TargetKind
 from gradleak.types import Batch
 
-__all__ = ["granted_labels", "one_image", "public_images", "read_truth"]
+__all__ = ["granted_labels", "public_images", "read_truth"]
 
 _PUBLIC = 256
 """Public images that are read for the null guesses."""
@@ -85,11 +85,6 @@ def public_images(spec: str, space: InputSpace) -> Tensor:
     if len(images) <= _PUBLIC:
         return images
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:_PUBLIC]]
-
-
-def one_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
-    """Return one picture from a file, resized to ``shape``, (1, C, H, W)."""
-    return load_images(path, shape=shape).inputs[:1]
 
 
 def _classes(labels: Tensor, classes: int, source: str) -> Tensor:

@@ -106,10 +106,11 @@ def build(make: Callable[[], Model], init: str, seed: int | torch.Generator | No
     model = model.to_empty(device="cpu")
     with torch.no_grad():
         for module in model.modules():
-            normalizes = isinstance(module, _BatchNorm | nn.GroupNorm)
-            if normalizes:
+            if isinstance(module, _BatchNorm | nn.GroupNorm):
                 module.reset_parameters()  # running statistics as well
-            if isinstance(module, nn.Conv2d | nn.Linear) or (normalizes and init == "dlg"):
+                if init != "dlg":
+                    continue
+            if isinstance(module, nn.Conv2d | nn.Linear | _BatchNorm | nn.GroupNorm):
                 _draw(module, init, generator)
     return model
 

@@ -10,7 +10,6 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from gradleak.files import check_writable, read_file, write_bytes
 from gradleak.papers.expected import Tables, drift, enter, read_expected, to_toml
 from gradleak.papers.experiment import Figure, Lab, Result
 from gradleak.papers.page import to_html, to_markdown
-from gradleak.papers.store import hardware
+from gradleak.papers.store import hardware, today
 from gradleak.papers.workers import load_package
 
 __all__ = ["Reproduction", "default_out", "experiments", "papers", "reproduce"]
@@ -196,9 +195,6 @@ def _run(name: str, module: Any, lab: Lab, scale: str, folder: Path) -> dict[str
     return stored
 
 
-# ------------------------------------------------------------------------------------------------------- loading
-
-
 def _base(root: Path | None) -> Path:
     if root is not None:
         return root
@@ -250,9 +246,6 @@ def _writable(*folders: Path) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------------------------- results
-
-
 def _read(path: Path) -> dict[str, Any]:
     """Return a stored result.
 
@@ -300,7 +293,7 @@ def _stored(name: str, result: Result, scale: str, seconds: float, module: Any) 
             {"name": f.name, "caption": f.caption, "file": f"{name}/{_slug(f.name)}.png"} for f in result.figures
         ],
         "hardware": hardware(),
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": today(),
         "seconds": seconds,
     }
 

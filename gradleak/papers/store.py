@@ -30,7 +30,8 @@ from gradleak.errors import InvalidFile, InvalidInput
 from gradleak.files import read_file, write_bytes
 
 __all__ = [
-    "Measured", "count_measured", "hardware", "place", "read_built", "read_case", "short", "write_built", "write_case",
+    "Measured", "count_measured", "hardware", "place", "read_built", "read_case", "short", "today",
+    "write_built", "write_case",
 ]  # fmt: skip
 
 _KEY = 24
@@ -104,7 +105,7 @@ def write_case(
         "function": function,
         "seconds": seconds,
         "hardware": hardware(),
-        "date": _today(),
+        "date": today(),
         "source": _fingerprint(module),
         "values": {k: v for k, v in values.items() if k not in arrays},
         "arrays": sorted(arrays),
@@ -145,7 +146,7 @@ def write_built(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, A
         InvalidFile: they cannot be written there.
 
     """
-    notes = {**notes, "seconds": seconds, "hardware": hardware(), "date": _today()}
+    notes = {**notes, "seconds": seconds, "hardware": hardware(), "date": today()}
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, safetensors_torch.save(plain, {"notes": json.dumps(notes)}))
@@ -188,7 +189,8 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not plain JSON; return numbers, text, lists, tensors or arrays")
 
 
-def _today() -> str:
+def today() -> str:
+    """Return the date as YYYY-MM-DD, UTC."""
     return datetime.now(UTC).date().isoformat()
 
 

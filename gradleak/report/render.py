@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from markupsafe import Markup
 from gradleak.audit.numbers import duration, metric_name, sig
 from gradleak.audit.records import REFUSED, Aggregate, Curves, Record
 from gradleak.report.charts import Series, log_chart
-from gradleak.report.pictures import Pictures, Values
+from gradleak.report.pictures import Pictures, Values, capital
 
 __all__ = ["render"]
 
@@ -91,13 +92,9 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = {"sig": sig, "duration": duration, "shape": _shape, "metric": metric_name, "capital": _capital}
+    filters = {"sig": sig, "duration": duration, "shape": _shape, "metric": metric_name, "capital": capital}
     environment.filters.update(filters, percent=_percent, pieces=_pieces, sentence=_sentence)
     return environment
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _sentence(text: str) -> str:
@@ -145,7 +142,7 @@ def _figures(record: Record) -> list[tuple[str, str]]:
     many = record.examples is not None and len(record.examples) > 1
     for aggregate in record.aggregates:
         if aggregate.metric in record.subject.quoted:
-            name = _capital(metric_name(aggregate.metric)) + (", median" if many else "")
+            name = capital(metric_name(aggregate.metric)) + (", median" if many else "")
             figures.append((name, _value(aggregate)))
     known = [e for e in record.examples or () if e.label is not None and e.recovered is not None]
     if known:
@@ -157,7 +154,7 @@ def _figures(record: Record) -> list[tuple[str, str]]:
         floor = certificate.floor if certificate is not None and measured else record.match.floor
         figures.append(("Noise floor", sig(floor)))
     for finding in record.outcome.findings:
-        figures.append((_capital(finding.kind.replace("_", " ")) + " read", f"{finding.count:,} of {finding.of:,}"))
+        figures.append((capital(finding.kind.replace("_", " ")) + " read", f"{finding.count:,} of {finding.of:,}"))
     if record.outcome.status not in REFUSED:
         figures.append(("Time", duration(record.outcome.seconds)))
     return figures
@@ -227,27 +224,16 @@ def _stops(record: Record, pictures: Pictures) -> list[dict[str, Any]]:
     """Return the stops of the slider: what the page's script shows at each."""
     if record.curves is None or len(pictures.frames) < 2:
         return []
-    stops: list[dict[str, Any]] = []
+
+    def stop(x: int, label: str, objective: float, mse: float | None, images: Sequence[str]) -> dict[str, Any]:
+        error = "" if mse is None else sig(mse)
+        return {"x": x, "evaluations": label, "objective": sig(objective), "mse": error, "images": list(images)}
+
+    curves, stops = record.curves, []
     for frame, images in zip(pictures.frames, pictures.snapshots, strict=True):
-        stops.append(
-            {
-                "x": record.curves.iterations[frame],
-                "evaluations": f"{record.curves.iterations[frame]:,}",
-                "objective": sig(record.curves.objectives[frame]),
-                "mse": sig(record.curves.mse[frame]) if record.curves.mse else "",
-                "images": list(images),
-            }
-        )
+        x, mse = curves.iterations[frame], curves.mse[frame] if curves.mse else None
+        stops.append(stop(x, f"{x:,}", curves.objectives[frame], mse, images))
     if stops[-1]["images"] != list(pictures.guess):
-        last = stops[-1]
-        mean = next((a.mean for a in record.aggregates if a.metric == "mse"), None)
-        stops.append(
-            {
-                "x": last["x"],
-                "evaluations": f"{last['x']:,} (result)",
-                "objective": sig(record.outcome.objective),
-                "mse": "" if mean is None else sig(mean),
-                "images": list(pictures.guess),
-            }
-        )
+        x, mean = stops[-1]["x"], next((a.mean for a in record.aggregates if a.metric == "mse"), None)
+        stops.append(stop(x, f"{x:,} (result)", record.outcome.objective, mean, pictures.guess))
     return stops
