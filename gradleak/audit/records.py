@@ -20,8 +20,8 @@ from gradleak.errors import InvalidFile
 
 __all__ = [
     "REFUSED", "SCHEMA", "Aggregate", "AttackRun", "AttemptRecord", "CertificateRecord", "Curves", "Example",
-    "FindingRecord", "Lift", "Match", "Outcome", "Record", "Shown", "Subject", "Success", "Threat", "Verdict",
-    "from_json", "to_json",
+    "FindingRecord", "Lift", "Match", "Outcome", "Pictures", "Record", "Shown", "Subject", "Success", "Threat",
+    "Values", "Verdict", "from_json", "to_json",
 ]  # fmt: skip
 
 SCHEMA = 2
@@ -35,16 +35,7 @@ Option = bool | int | float | str | None
 
 @dataclass(frozen=True)
 class Subject:
-    """What was attacked.
-
-    Attributes:
-        input_kind: "image", "tensor", "tokens", or the kind of another input space.
-        input_shape: shape of one model input, without the batch axis.
-        batch_size_source: "stated", "read" (off the update, which shows it) or "assumed".
-        normalization: how inputs become model inputs, in words; empty where they are used as they are.
-        display: how examples are shown: "pictures", "numbers", "text" or "table".
-
-    """
+    """What was attacked."""
 
     model: str
     model_class: str
@@ -88,13 +79,7 @@ class AttackRun:
 
 @dataclass(frozen=True)
 class FindingRecord:
-    """Something that the update gives away besides whole inputs.
-
-    Attributes:
-        kind: "labels", "counts", "batch_size", "features", "rows", "columns" or "tokens".
-        proved: whether the update proves it; otherwise it is an estimate.
-
-    """
+    """Something that the update gives away besides whole inputs."""
 
     kind: str
     text: str
@@ -105,13 +90,7 @@ class FindingRecord:
 
 @dataclass(frozen=True)
 class AttemptRecord:
-    """One way that was tried; ``taken`` says whether it gave a result.
-
-    Attributes:
-        verdict: of its certificate, None where there was no result.
-        reason: the certificate's reason, or why it did not apply.
-
-    """
+    """One way that was tried; ``taken`` says whether it gave a result."""
 
     attack: str
     taken: bool
@@ -121,18 +100,7 @@ class AttemptRecord:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the attack ended.
-
-    Attributes:
-        status: "converged", "budget", "stalled", "interrupted", "exact", "not_applicable" or "missing_knowledge".
-        objective: the attacker's own final objective; comparable within one attack only.
-        iterations: iterations of the returned candidate.
-        labels: the recovered class of each reconstructed example, in the attack's order; None without classes.
-        note_kinds: what each note is about: "attempt", "assumption", "range", "labels", "limit" or "method".
-        shows: "inputs", or "features" where the attack recovers the last layer's inputs instead.
-        solved: positions of the reconstructions that linear algebra solved, where not all of them were.
-
-    """
+    """How the attack ended."""
 
     status: str
     objective: float
@@ -173,13 +141,7 @@ class CertificateRecord:
 
 @dataclass(frozen=True)
 class Match:
-    """How well the re-simulated update equals the captured one; no ground truth is involved.
-
-    Attributes:
-        residual: ‖update of the reconstruction − captured update‖ / ‖captured update‖.
-        floor: the same ratio that rounding to the number format may cause.
-
-    """
+    """How well the re-simulated update equals the captured one; no ground truth is involved."""
 
     residual: float
     floor: float
@@ -187,15 +149,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Example:
-    """The scores of one private example.
-
-    Attributes:
-        index: position in the private batch.
-        guess: position of the reconstruction that was assigned to it, None where there are fewer reconstructions.
-        success: whether its error is at most the threshold, and clearly below that of every guess without the update.
-        level: 4 identical to a person, 3 hardly different, 2 came back with visible errors, 1 a coarse impression, 0.
-
-    """
+    """The scores of one private example."""
 
     index: int
     guess: int | None
@@ -214,13 +168,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """One metric over the examples that have a value: n, center and spread.
-
-    Attributes:
-        unit: "dB" or empty.
-        n: number of examples with a value.
-
-    """
+    """One metric over the examples that have a value: n, center and spread."""
 
     metric: str
     unit: str
@@ -235,15 +183,7 @@ class Aggregate:
 
 @dataclass(frozen=True)
 class Success:
-    """How many examples came back, by a threshold on their error.
-
-    Attributes:
-        threshold: largest error that counts as success.
-        low: lower end of the Wilson 95 % interval of the rate, ``high`` its upper end.
-        labels: share of the batch's labels that were recovered, in whatever order; None where the attack says nothing.
-        error: what the error is: "MSE", "squared relative error", "share of wrong tokens".
-
-    """
+    """How many examples came back, by a threshold on their error."""
 
     threshold: float
     successes: int
@@ -256,14 +196,7 @@ class Success:
 
 @dataclass(frozen=True)
 class Lift:
-    """How much better the reconstruction is than a guess that never saw the update.
-
-    Attributes:
-        psnr: mean PSNR of the guess in dB.
-        lift: mean PSNR of the reconstruction minus that of the guess, in dB; None where an example has no score.
-        oracle: whether the guess was chosen by the truth, which no attacker can do.
-
-    """
+    """How much better the reconstruction is than a guess that never saw the update."""
 
     guess: str
     psnr: float
@@ -273,14 +206,7 @@ class Lift:
 
 @dataclass(frozen=True)
 class Curves:
-    """How an iterative attack went, at K recorded moments.
-
-    Attributes:
-        iterations: K numbers, ascending: evaluations of the objective's gradient so far, for the returned candidate.
-        layers: parameter name → K squared gradient distances (Figure 5 of Zhu et al. 2019).
-        mse: mean squared error to the private examples at each, empty without ground truth.
-
-    """
+    """How an iterative attack went, at K recorded moments."""
 
     iterations: tuple[int, ...] = ()
     objectives: tuple[float, ...] = ()
@@ -290,12 +216,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Shown:
-    """Inputs as a person reads them: sentences, or rows of a table.
-
-    Attributes:
-        names: what the pieces of one example are, empty for a sentence.
-
-    """
+    """Inputs as a person reads them: sentences, or rows of a table."""
 
     names: tuple[str, ...]
     guess: tuple[tuple[str, ...], ...]
@@ -304,15 +225,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer in plain words.
-
-    Attributes:
-        grade: "leaked", "partly", "not_recovered" with ground truth; "proved", "matched", "solved", "close",
-            "partly" or "unmatched" without; "not_applicable" or "missing_knowledge" where the attack did not run.
-        meaning: what this does and does not prove, one sentence each.
-        remedies: what would stop it, one sentence each.
-
-    """
+    """The answer in plain words."""
 
     grade: str
     headline: str
@@ -323,16 +236,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Record:
-    """Everything about one reconstruction except the pictures.
-
-    Attributes:
-        match: the re-simulated update against the captured one; None where it could not be computed.
-        examples: per-example scores, worst reconstruction first; None without ground truth.
-        shown: inputs as a person reads them, where they are neither pictures nor plain numbers.
-        command: how to repeat it, as typed in a shell; empty where it was run from Python.
-        files: SHA-256 of the tensor files beside ``result.json``, by name, filled in when they are written.
-
-    """
+    """Everything about one reconstruction except the pictures."""
 
     subject: Subject
     threat: Threat
@@ -352,6 +256,41 @@ class Record:
     created: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
+
+
+@dataclass(frozen=True)
+class Values:
+    """One input that is no picture, piece by piece.
+
+    Attributes:
+        names: what the pieces are, empty for a sentence.
+        truth: the private ones, None without ground truth.
+
+    """
+
+    title: str
+    names: tuple[str, ...]
+    truth: tuple[str, ...] | None
+    guess: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a report shows besides the record, in display order (worst first); images are PNG data URIs.
+
+    Attributes:
+        frames: positions in ``Record.curves`` of the shown snapshots.
+        snapshots: one tuple of images per shown snapshot.
+
+    """
+
+    titles: tuple[str, ...] = ()
+    truth: tuple[str, ...] | None = None
+    guess: tuple[str, ...] = ()
+    frames: tuple[int, ...] = ()
+    snapshots: tuple[tuple[str, ...], ...] = ()
+    values: tuple[Values, ...] = ()
+    omitted: int = 0
 
 
 def to_json(record: Record) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from gradleak.training import SGD, Adam, FedAvg, FedSGD, LocalTraining, Loss, Op
 from gradleak.training.losses import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, as_loss
 from gradleak.types import UpdateKind
 
-__all__ = ["DTYPES", "LocalSteps", "ModelChoice", "Request", "StatedLoss", "read_request"]
+__all__ = ["DTYPES", "ModelChoice", "Request", "StatedLoss", "read_request"]
 
 DTYPES = {"as-is": None, "float32": torch.float32, "float64": torch.float64}
 _MOST_STEPS = 10_000
@@ -95,46 +95,6 @@ class StatedLoss:
         return (loss,)
 
 
-@dataclass(frozen=True)
-class LocalSteps:
-    """Local training, for a weight delta; None stands for one gradient.
-
-    Attributes:
-        batch_size: examples per step, None for all.
-        steps: number of steps in all, instead of ``epochs``.
-
-    """
-
-    optimizer: Optimizer
-    epochs: int = 1
-    batch_size: int | None = None
-    steps: int | None = None
-
-    def training(self, loss: Loss, examples: int) -> FedAvg:
-        """Return the forward map of a batch of so many examples.
-
-        Raises:
-            InvalidInput: it has too many steps to be simulated.
-
-        """
-        rule = self.optimizer
-        plain = isinstance(rule, SGD) and rule == SGD(rule.lr)
-        made = FedAvg(
-            lr=rule.lr if plain else None,
-            optimizer=None if plain else rule,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            steps=self.steps,
-            loss=loss,
-        )
-        if made.count(examples) > _MOST_STEPS:
-            raise InvalidInput(
-                f"{made.count(examples):,} local steps cannot be simulated, {_MOST_STEPS:,} at most; check "
-                "--local-epochs, --local-steps and --local-batch-size."
-            )
-        return made
-
-
 @dataclass(frozen=True, eq=False)
 class Request:
     """What to attack, with what, how long, and where the result goes."""
@@ -145,7 +105,7 @@ class Request:
     space: InputSpace
     batch_size: int | None
     loss: StatedLoss
-    local: LocalSteps | None
+    local: FedAvg | None
     defense: UpdateDefense | None
     labels: tuple[float, ...] | None
     attack: ChosenAttack
@@ -156,8 +116,18 @@ class Request:
     command: str
 
     def training(self, loss: Loss, examples: int) -> LocalTraining:
-        """Return the client's forward map with this loss, under its defenses."""
-        plain = FedSGD(loss) if self.local is None else self.local.training(loss, examples)
+        """Return the client's forward map of a batch of so many examples with this loss, under its defenses.
+
+        Raises:
+            InvalidInput: it has too many local steps to be simulated.
+
+        """
+        plain: LocalTraining = FedSGD(loss) if self.local is None else replace(self.local, loss=loss)
+        if isinstance(plain, FedAvg) and plain.count(examples) > _MOST_STEPS:
+            raise InvalidInput(
+                f"{plain.count(examples):,} local steps cannot be simulated, {_MOST_STEPS:,} at most; check "
+                "--local-epochs, --local-steps and --local-batch-size."
+            )
         return plain if self.defense is None else self.defense.wrap(plain)
 
 
@@ -244,7 +214,7 @@ def _loss(name: str | None, reduction: str, smoothing: float | None, weights: tu
     return StatedLoss(found, reduction, smoothing or 0.0, weights)
 
 
-def _local(kind: str, stated: Mapping[str, Any]) -> LocalSteps | None:
+def _local(kind: str, stated: Mapping[str, Any]) -> FedAvg | None:
     if kind != UpdateKind.WEIGHT_DELTA.value:
         given = next((name for name in _LOCAL if stated[name] is not None), None)
         if given is not None:
@@ -256,7 +226,10 @@ def _local(kind: str, stated: Mapping[str, Any]) -> LocalSteps | None:
         raise InvalidInput("A weight delta depends on the client's learning rate; give it with --lr.")
     if epochs is not None and steps is not None:
         raise InvalidInput("--local-epochs and --local-steps both say how long the client trained; give one of them.")
-    return LocalSteps(_optimizer(optimizer or "sgd", lr, momentum, weight_decay), epochs or 1, batch_size, steps)
+    rule = _optimizer(optimizer or "sgd", lr, momentum, weight_decay)
+    if rule == SGD(lr):
+        return FedAvg(lr, epochs or 1, batch_size, steps=steps)
+    return FedAvg(None, epochs or 1, batch_size, rule, steps)
 
 
 def _optimizer(name: str, lr: float, momentum: float | None, weight_decay: float | None) -> Optimizer:

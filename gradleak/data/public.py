@@ -62,11 +62,7 @@ def require(name: str, data: Path | None, downloads: Path) -> None:
 def images(name: str, split: str, data: Path | None, downloads: Path) -> tuple[Tensor, Tensor]:
     """Return images (N, C, H, W) in [0, 1], float64, and labels (N,) int64.
 
-    Args:
-        name: file name in ``data`` without ``.npz``.
-        split: "train" or "test"; files without splits (``lfw``) have one set under either name.
-        data: folder of data files, or None.
-        downloads: where torchvision may keep what it fetches.
+    ``name`` is the file name in ``data`` without ``.npz``; files without splits (``lfw``) have one set under either.
 
     Raises:
         InvalidInput: neither ``data`` nor torchvision has it; names both ways.

@@ -126,14 +126,8 @@ def read_case(path: Path, case: Mapping[str, Any]) -> Measured | None:
         if names:
             arrays = read_arrays(path.with_suffix(".npz"), names)
             values |= {name: arrays[name] for name in names}
-        found = Measured(
-            dict(record["case"]),
-            values,
-            float(record["seconds"]),
-            str(record["hardware"]),
-            str(record["date"]),
-            str(record["source"]),
-        )
+        where = (str(record[key]) for key in ("hardware", "date", "source"))
+        found = Measured(dict(record["case"]), values, float(record["seconds"]), *where)
     except (InvalidFile, ValueError, TypeError, LookupError, RecursionError, OverflowError):
         return None
     return found if found.case == json.loads(json.dumps(dict(case))) else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from gradleak.audit.numbers import sig
-from gradleak.audit.records import REFUSED, Record, Shown
+from gradleak.audit.records import REFUSED, Pictures, Record, Shown, Values
 
-__all__ = ["Pictures", "Values", "capital", "encode_png", "picture"]
+__all__ = ["capital", "encode_png", "picture"]
 
 Array = npt.NDArray[Any]
 
@@ -23,41 +22,6 @@ _FRAMES = 80
 _BYTES = 6_000_000
 _VALUES = 24
 _PLAIN = 1e-3, 1e7  # written without powers of ten
-
-
-@dataclass(frozen=True)
-class Values:
-    """One input that is no picture, piece by piece.
-
-    Attributes:
-        names: what the pieces are, empty for a sentence.
-        truth: the private ones, None without ground truth.
-
-    """
-
-    title: str
-    names: tuple[str, ...]
-    truth: tuple[str, ...] | None
-    guess: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """What a report shows besides the record, in display order (worst first); images are PNG data URIs.
-
-    Attributes:
-        frames: positions in ``Record.curves`` of the shown snapshots.
-        snapshots: one tuple of images per shown snapshot.
-
-    """
-
-    titles: tuple[str, ...] = ()
-    truth: tuple[str, ...] | None = None
-    guess: tuple[str, ...] = ()
-    frames: tuple[int, ...] = ()
-    snapshots: tuple[tuple[str, ...], ...] = ()
-    values: tuple[Values, ...] = ()
-    omitted: int = 0
 
 
 def encode_png(image: Array) -> str:

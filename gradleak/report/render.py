@@ -12,9 +12,9 @@ import jinja2
 from markupsafe import Markup
 
 from gradleak.audit.numbers import duration, metric_name, sig
-from gradleak.audit.records import REFUSED, Aggregate, Curves, Record
+from gradleak.audit.records import REFUSED, Aggregate, Curves, Pictures, Record, Values
 from gradleak.report.charts import Series, log_chart
-from gradleak.report.pictures import Pictures, Values, capital
+from gradleak.report.pictures import capital
 
 __all__ = ["render"]
 
@@ -168,34 +168,31 @@ def _value(aggregate: Aggregate) -> str:
 def _charts(curves: Curves | None) -> list[_Chart]:
     if curves is None:
         return []
-    xs = curves.iterations
-    charts: list[_Chart] = []
-
-    def add(title: str, text: str, series: list[Series], legend: bool = False) -> None:
-        if series and all(len(s.values) == len(xs) for s in series):
-            svg = log_chart(title, "evaluations", xs, series)
-            if svg is not None:
-                charts.append(_Chart(title, text, svg, tuple(series) if legend else ()))
-
-    add(
-        "Objective",
-        "What the attacker minimizes: the distance between the captured update and that of its candidate.",
-        [Series("objective", curves.objectives, "main")],
-    )
-    if curves.mse:
-        add(
-            "Error to the private data",
-            "Mean squared error over all examples. The attacker cannot see this curve.",
-            [Series("MSE", curves.mse, "main")],
-        )
     names = _chosen(list(curves.layers))
     skipped = f" {len(names)} of {len(curves.layers)} tensors are drawn." if len(names) < len(curves.layers) else ""
-    add(
-        "Gradient distance by layer",
-        "Squared distance per parameter tensor, first layer to last (Zhu et al. 2019, Figure 5)." + skipped,
-        _by_layer(names, curves),
-        legend=True,
-    )
+    told = [
+        (
+            "Objective",
+            "What the attacker minimizes: the distance between the captured update and that of its candidate.",
+            [Series("objective", curves.objectives, "main")],
+        ),
+        (
+            "Error to the private data",
+            "Mean squared error over all examples. The attacker cannot see this curve.",
+            [Series("MSE", curves.mse, "main")] if curves.mse else [],
+        ),
+        (
+            "Gradient distance by layer",
+            "Squared distance per parameter tensor, first layer to last (Zhu et al. 2019, Figure 5)." + skipped,
+            layers := _by_layer(names, curves),
+        ),
+    ]
+    charts: list[_Chart] = []
+    for title, text, series in told:
+        if series and all(len(s.values) == len(curves.iterations) for s in series):
+            svg = log_chart(title, "evaluations", curves.iterations, series)
+            if svg is not None:
+                charts.append(_Chart(title, text, svg, tuple(series) if series is layers else ()))
     return charts
 
 

@@ -16,6 +16,7 @@ from gradleak.audit.records import (
     Lift,
     Match,
     Outcome,
+    Pictures,
     Record,
     Subject,
     Success,
@@ -24,7 +25,6 @@ from gradleak.audit.records import (
 )
 from gradleak.audit.verdict import judge
 from gradleak.report import picture
-from gradleak.report.pictures import Pictures
 from gradleak.spaces import ImageSpace
 
 

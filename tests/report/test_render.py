@@ -26,6 +26,7 @@ from gradleak.audit.records import (
     Lift,
     Match,
     Outcome,
+    Pictures,
     Shown,
     Success,
     from_json,
@@ -34,7 +35,7 @@ from gradleak.audit.records import (
 from gradleak.audit.verdict import judge_refusal
 from gradleak.report import picture, render
 from gradleak.report.charts import Series, log_chart
-from gradleak.report.pictures import Pictures, encode_png
+from gradleak.report.pictures import encode_png
 
 VOID = {"meta", "link", "img", "br", "input", "line", "path"}
 
@@ -458,8 +459,8 @@ def test_report_needs_no_torch(case, tmp_path) -> None:
     good = case(1)
     (tmp_path / "result.json").write_text(to_json(good.record), encoding="utf-8")
     code = (
-        "import sys, pathlib; from gradleak.audit.records import from_json; "
-        "from gradleak.report import render; from gradleak.report.pictures import Pictures; "
+        "import sys, pathlib; from gradleak.audit.records import Pictures, from_json; "
+        "from gradleak.report import render; "
         "html = render(from_json(pathlib.Path(sys.argv[1]).read_text(encoding='utf-8')), Pictures()); "
         "assert '<html' in html; assert 'torch' not in sys.modules"
     )
