@@ -37,14 +37,7 @@ def check_capture(
 
     The bias of the last layer tells the sign and bounds the scale of a cross-entropy's gradient: its entries are the
     mean of p − y, so they sum to zero, only classes of the batch have negative ones, and no batch has entries whose
-    sizes sum to more than 2.
-
-    Args:
-        model: the model that was sent out.
-        update: what was captured; it fits the model.
-        training: how the client trained, as it was stated.
-        batch_size: number of examples, None where it is not known.
-        space: what one input looks like; without it, only the update as a whole is looked at.
+    sizes sum to more than 2. Without ``space``, only the update as a whole is looked at; ``update`` fits ``model``.
 
     Raises:
         InvalidUpdate: the update is no update: it is the weights themselves, or has the opposite sign.

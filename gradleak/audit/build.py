@@ -6,7 +6,6 @@ import dataclasses
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -41,8 +40,7 @@ from gradleak.types import Batch, Certificate, Finding, Note, NoteKind, Reconstr
 __all__ = ["build_record", "build_refusal"]
 
 Array = npt.NDArray[Any]
-
-_FORMATS = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64"}
+Left = tuple[dict[str, float], float]
 
 
 def build_record(
@@ -63,36 +61,26 @@ def build_record(
 ) -> Folder:
     """Return the record of one reconstruction, with its verdict, and the arrays beside it.
 
-    Args:
-        observation: what the attack saw.
-        reconstruction: what it returned.
-        attack: its name in ``gradleak.attacks``.
-        options: its options, as the user would write them.
-        seed: its seed.
-        scores: against the private batch, where that is known.
-        truth: the decoded private batch, for the pictures and the error curve only.
-        model: how the user named the model.
-        dtype: number format in which the update was captured; that of the observation if None.
-        notes: sentences to add to those of the reconstruction.
-        command: how to repeat the run from a shell.
-        classes: number of classes, where it is known; otherwise read off the label probabilities.
-        batch_size_source: "stated", "read" (off the update, which shows it) or "assumed"; if None, whether it was
-            assumed is asked of the observation.
-
+    ``attack`` is its name in ``gradleak.attacks`` and ``options`` are as the user would write them. ``scores`` and
+    ``truth``, the decoded private batch (for the pictures and the error curve only), go together. ``dtype`` is the
+    number format in which the update was captured, that of the observation if None; ``notes`` are added to those of the
+    reconstruction, ``command`` repeats the run from a shell, and ``classes`` are otherwise read off the label
+    probabilities. ``batch_size_source`` is "stated", "read" (off the update, which shows it) or "assumed"; if None,
+    whether it was assumed is asked of the observation.
     """
     assert (scores is None) == (truth is None), "scores and truth go together"
     dtype = dtype or _format(observation)
     left = _unexplained(observation, reconstruction)
-    match = None if left is None else Match(left.relative, float(torch.finfo(dtype).eps))
+    match = None if left is None else Match(left[1], float(torch.finfo(dtype).eps))
     curves, snapshots = _curves(observation, reconstruction, left, truth)
     if classes is None and reconstruction.label_probabilities is not None:
         classes = int(reconstruction.label_probabilities.shape[-1])
     subject = _subject(observation, model, dtype, classes, batch_size_source)
     outcome = _outcome(reconstruction, attack, (*notes, *(() if scores is None else scores.notes)))
     certificate = None if reconstruction.certificate is None else _certificate(reconstruction.certificate)
-    examples = None if scores is None else scores.examples
-    lifts = () if scores is None else scores.lifts
-    success = None if scores is None else scores.success
+    examples, success, lifts, aggregates = (
+        (None, None, (), ()) if scores is None else (scores.examples, scores.success, scores.lifts, scores.aggregates)
+    )
     record = Record(
         subject=subject,
         threat=_threat(observation),
@@ -102,7 +90,7 @@ def build_record(
         match=match,
         certificate=certificate,
         examples=examples,
-        aggregates=() if scores is None else scores.aggregates,
+        aggregates=aggregates,
         success=success,
         lifts=lifts,
         curves=curves,
@@ -133,17 +121,14 @@ def build_refusal(
     command: str = "",
     classes: int | None = None,
     batch_size_source: str | None = None,
-    threat: Threat | None = None,
 ) -> Folder:
     """Return the record of an attack that did not run, with its reason and what was found all the same.
 
-    ``subject`` is what the attack saw, or, where no observation could be made, what is known of it (then with
-    ``threat``: what would have been granted). ``error`` says why the attack did not run; its ``findings`` and
-    ``attempts``, where the attack left them there, are recorded. The other arguments are those of :func:`build_record`.
-    The folder's ``inputs`` have no examples: (0, *shape).
-
+    ``subject`` is what the attack saw, or, where no observation could be made, what is known of it. ``error`` says why
+    the attack did not run; its ``findings`` and ``attempts``, where the attack left them there, are recorded. The other
+    arguments are those of :func:`build_record`. The folder's ``inputs`` have no examples: (0, *shape).
     """
-    device = torch.device("cpu")
+    threat, device = Threat(()), torch.device("cpu")
     if isinstance(subject, Observation):
         threat, device = _threat(subject), _device(subject)
         subject = _subject(subject, model, dtype or _format(subject), classes, batch_size_source)
@@ -161,7 +146,7 @@ def build_refusal(
     )
     record = Record(
         subject=subject,
-        threat=threat or Threat(()),
+        threat=threat,
         attack=AttackRun(attack, {k: _option(v) for k, v in (options or {}).items()}, seed),
         outcome=outcome,
         verdict=judge_refusal(outcome, str(error)),
@@ -172,24 +157,14 @@ def build_refusal(
     return Folder(record, np.empty((0, *subject.input_shape), dtype=np.float32))
 
 
-@dataclass(frozen=True)
-class _Left:
-    """What a reconstruction leaves unexplained of the update.
-
-    Attributes:
-        squares: parameter name → squared distance.
-        relative: relative distance of all of them.
-
-    """
-
-    squares: Mapping[str, float]
-    relative: float
-
-
-def _unexplained(observation: Observation, reconstruction: Reconstruction) -> _Left | None:
+def _unexplained(observation: Observation, reconstruction: Reconstruction) -> Left | None:
     """Compare the update that ``reconstruction`` would cause; None where the threat model cannot tell.
 
     It is computed from the decoded result, as it is handed over, in float64 whatever the attack searched in.
+
+    Returns:
+        The squared distance by parameter name, and the relative distance of all of them.
+
     """
     offered = (reconstruction.label_probabilities, reconstruction.labels, observation.labels)
     labels = next((found for found in offered if found is not None), None)
@@ -203,11 +178,14 @@ def _unexplained(observation: Observation, reconstruction: Reconstruction) -> _L
     left = simulator.residual({k: ours[k].detach() for k in seen}, seen)
     squares = {k: float(v.square().sum()) for k, v in left.items()}
     total, length = sum(squares.values()), sum(float(v.square().sum()) for v in seen.values())
-    return _Left(squares, (total / length) ** 0.5 if length > 0 else float(total > 0))
+    return squares, ((total / length) ** 0.5 if length > 0 else float(total > 0))
 
 
 def _curves(
-    observation: Observation, reconstruction: Reconstruction, left: _Left | None, truth: Batch | None
+    observation: Observation,
+    reconstruction: Reconstruction,
+    left: Left | None,
+    truth: Batch | None,
 ) -> tuple[Curves | None, Array | None]:
     """Return the curves and the snapshots, both with the result itself as their last point where it is missing."""
     trace = reconstruction.trace
@@ -222,7 +200,7 @@ def _curves(
     if left is not None and (snapshots is None or alike) and not ended:
         # What finished the search counted in other units, so the result stands one step behind it.
         iterations, objectives = (*iterations, iterations[-1] + 1), (*objectives, reconstruction.objective)
-        layers = {k: (*v, left.squares.get(k, float("nan"))) for k, v in layers.items()}
+        layers = {k: (*v, left[0].get(k, float("nan"))) for k, v in layers.items()}
         if snapshots is not None:
             snapshots = torch.cat([snapshots, result.to(snapshots.dtype)[None]])
     errors: tuple[float, ...] = ()
@@ -248,7 +226,7 @@ def _subject(
         classes=classes,
         batch_size=observation.batch_size or 1,
         update_kind=observation.update.kind.value,
-        dtype=_FORMATS.get(dtype, str(dtype).removeprefix("torch.")),
+        dtype=str(dtype).removeprefix("torch."),
         training=_training(observation),
         normalization=space.normalization,
         batch_size_source=(batch_size_source or "stated") if known else "assumed",

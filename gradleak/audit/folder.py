@@ -40,7 +40,6 @@ class Folder:
     """What a result folder holds.
 
     Attributes:
-        record: everything but the arrays.
         inputs: (N, *shape) reconstructed inputs, in the attack's order; images in [0, 1].
         labels: (N,) recovered classes, None where the attack says nothing.
         truth: (N, *shape) private inputs, None without ground truth.
@@ -62,15 +61,10 @@ def write_folder(directory: Path, folder: Folder, report: str) -> None:
         InvalidFile: they cannot be written there.
 
     """
-    tensors = {"inputs": folder.inputs}
-    if folder.labels is not None:
-        tensors["labels"] = folder.labels
-    trace = {}
-    if folder.truth is not None:
-        trace["truth"] = folder.truth
-    if folder.snapshots is not None:
-        trace["snapshots"] = folder.snapshots
-    files = {TENSORS: _pack(tensors), TRACE: _pack(trace)}
+    files = {
+        TENSORS: _pack({"inputs": folder.inputs, "labels": folder.labels}),
+        TRACE: _pack({"truth": folder.truth, "snapshots": folder.snapshots}),
+    }
     record = dataclasses.replace(folder.record, files={name: _hash(data) for name, data in files.items()})
     # The page goes first and comes last: it never stands beside the numbers of another run.
     write_files(directory, {**files, RESULT: _text(to_json(record)), REPORT: _text(report)}, drop=(REPORT,))
@@ -181,8 +175,8 @@ def _complete(curves: Curves) -> bool:
     return ascending and set(lengths) == {points} and len(curves.mse) in (0, points)
 
 
-def _pack(arrays: Mapping[str, Array]) -> bytes:
-    return safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in arrays.items()})
+def _pack(arrays: Mapping[str, Array | None]) -> bytes:
+    return safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None})
 
 
 def _unpack(directory: Path, name: str, written: str | None) -> dict[str, Array]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from scipy.special import ndtri
 from torch import Tensor
 
-from gradleak.audit.intervals import wilson
 from gradleak.audit.records import Aggregate, Example, Lift, Success
 from gradleak.errors import InvalidInput
 from gradleak.metrics import Metric, label_accuracy, mse, psnr
@@ -29,8 +29,6 @@ class Scores:
 
     Attributes:
         examples: one record per private example, the worst first.
-        aggregates: each metric over the examples that have a value.
-        success: how many examples came back, by the threshold.
         lifts: guesses that need no update, and how much better the reconstruction is; of pictures only.
         unassigned: number of reconstructions beyond the batch size, which were left out.
         notes: sentences that a reader must know.
@@ -129,16 +127,41 @@ def score(
     )
 
 
+def wilson(successes: int, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the Wilson score interval of a success rate (Wilson 1927), within [0, 1]; (0, 1) for n = 0.
+
+    Raises:
+        InvalidInput: more successes than trials, or a confidence outside (0, 1).
+
+    >>> [round(bound, 3) for bound in wilson(31, 32)]
+    [0.843, 0.994]
+
+    """
+    if not 0 <= successes <= n or not 0 < confidence < 1:
+        raise InvalidInput(
+            f"There is no interval for {successes} of {n} at confidence {confidence}; "
+            "pass 0 ≤ successes ≤ n and a confidence in (0, 1)."
+        )
+    if n == 0:
+        return 0.0, 1.0
+    z = float(ndtri((1 + confidence) / 2))
+    rate = successes / n
+    center = rate + z * z / (2 * n)
+    spread = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # At the ends the formula gives exactly 0 or 1, up to rounding.
+    low = 0.0 if successes == 0 else (center - spread) / scale
+    high = 1.0 if successes == n else (center + spread) / scale
+    return low, high
+
+
 def error_curve(
     snapshots: Tensor, truth: Batch, space: InputSpace, *, final: Tensor | None = None
 ) -> tuple[float, ...]:
     """Return the MSE over the batch of each of K snapshots; NaN where one is not finite, empty where MSE means nothing.
 
-    Args:
-        snapshots: decoded candidates (K, N, *shape).
-        truth: the private batch, decoded.
-        space: what one input looks like.
-        final: the returned candidates, which decide the assignment; the last snapshot if None.
+    Snapshots are decoded candidates (K, N, *shape), and ``truth`` is decoded; the returned candidates ``final``
+    decide the assignment, or the last snapshot if it is None.
 
     Raises:
         InvalidInput: shapes do not fit.

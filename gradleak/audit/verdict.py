@@ -54,15 +54,7 @@ def judge(
 ) -> Verdict:
     """Return the verdict: against the private data where they are known, otherwise from the update alone.
 
-    Args:
-        subject: what was attacked.
-        outcome: how the attack ended, and what it found.
-        examples: the scores of each private example, the worst first; None without ground truth.
-        lifts: the reconstruction against guesses that never saw the update.
-        match: the re-simulated update against the captured one.
-        certificate: what the update alone proves.
-        success: how many examples and labels came back.
-
+    ``examples`` are the scores of each private example, the worst first; None without ground truth.
     """
     if examples:
         verdict = _against_truth(subject, outcome, examples, lifts, certificate)
@@ -93,9 +85,6 @@ def judge_refusal(outcome: Outcome, reason: str) -> Verdict:
         ),
     )
     return _with_findings(verdict, _named(outcome), REFUSED)
-
-
-# ---------------------------------------------------------------------------------------------------- findings
 
 
 def _named(outcome: Outcome) -> list[FindingRecord]:
@@ -147,9 +136,6 @@ def _with_batch_size(headline: str, subject: Subject) -> str:
     if subject.batch_size_source == "read":
         return f"{headline.removesuffix('.')} ({one}, as the update shows)."
     return f"Assuming {one}, {headline[:1].lower()}{headline[1:]}"
-
-
-# ------------------------------------------------------------------------------------------- with ground truth
 
 
 def _against_truth(
@@ -212,8 +198,6 @@ _FAILED = (
     "another seed or better knowledge of the training procedure may succeed.",
     _SCORED,
 )
-
-# ---------------------------------------------------------------------------------------- from the update alone
 
 _LOOK = (
     "No ground truth was given, so no score is possible; look at the reconstruction, or run again with the private "

@@ -31,13 +31,10 @@ __all__ = ["attack"]
 def attack(*, budget: float | None, **asked: Any) -> int:
     """Reconstruct the batch behind a captured update and write the folder of the result; return the exit code.
 
-    Args:
-        budget: seconds that the attack may take, None for no limit.
-        asked: the options of :func:`gradleak.cli.request.read_request`.
-
+    ``budget`` is in seconds; ``asked`` are the options of :func:`gradleak.cli.request.read_request`.
     """
     check_writable(asked["out"].absolute())
-    request = read_request(budget=budget, **asked)
+    request = read_request({"budget": budget, **asked})
     subject = load_subject(request.model, request.space, request.update, request.kind, request.batch_size)
     losses = request.loss.among(subject.outputs)
     count, source, noted = _count(request, subject, losses[0])

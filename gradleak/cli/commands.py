@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +18,7 @@ from typer.core import TyperCommand
 
 from gradleak.cli import values
 from gradleak.cli.failures import is_memory
-from gradleak.cli.reproduce import reproduce
-from gradleak.errors import GradleakError, clean
+from gradleak.errors import GradleakError, InvalidInput, clean
 
 __all__ = ["main"]
 
@@ -36,17 +36,19 @@ app = typer.Typer(
 _USAGE: type[Exception] = typer.BadParameter
 _CLICK: tuple[type[Exception], ...] = tuple(c for c in _USAGE.__mro__ if c.__name__ == "ClickException")
 
+
+def _option(parser: Callable[..., Any] | None, metavar: str | None, text: str, *names: str, **limits: int) -> Any:
+    """Return an option whose text ``parser`` reads (typer's own if None), as ``metavar`` in the help."""
+    return typer.Option(*names, parser=parser, metavar=metavar, help=text, **limits)  # type: ignore[call-overload]
+
+
 Out = Annotated[
-    Path,
-    typer.Option(
-        "--out",
-        metavar="PATH",
-        parser=values.folder,
-        help="Folder for result.json, reconstruction.safetensors, report.html.",
-    ),
+    Path, _option(values.folder, "PATH", "Folder for result.json, reconstruction.safetensors, report.html.", "--out")
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=2**62, help="Seed of the attack.")]
-Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+Seed = Annotated[int, _option(None, None, "Seed of the attack.", "--seed", min=0, max=2**62)]
+Number = float | None
+Numbers = values.Numbers | None
+Texts = list[str] | None
 
 
 def demo(
@@ -63,13 +65,9 @@ def demo(
 def attack(
     model: Annotated[str, typer.Option(help="A model of gradleak's, or module:factory from your own code.")],
     update: Annotated[Path, typer.Option(help="The captured update (.safetensors), by parameter name.")],
-    input_shape: Annotated[
-        values.Shape, typer.Option(metavar="C,H,W", parser=values.shape, help="Shape of one input, such as 3,32,32.")
-    ],
+    input_shape: Annotated[values.Shape, _option(values.shape, "C,H,W", "Shape of one input, such as 3,32,32.")],
     out: Out,
-    model_arg: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An argument of the model (may be repeated).")
-    ] = None,
+    model_arg: Annotated[Texts, _option(None, "KEY=VALUE", "An argument of the model (may be repeated).")] = None,
     weights: Annotated[Path | None, typer.Option(help="The weights that were sent out (.safetensors).")] = None,
     classes: Annotated[int | None, typer.Option(min=1, max=10**7, help="Number of classes.")] = None,
     batch_size: Annotated[
@@ -80,33 +78,28 @@ def attack(
     ] = None,
     input_kind: Annotated[
         str,
-        typer.Option(
-            parser=values.word("auto", "image", "tensor"),
-            metavar="KIND",
-            help="image (values in [0, 1]) or tensor (any numbers); auto takes C,H,W for an image.",
+        _option(
+            values.word("auto", "image", "tensor"),
+            "KIND",
+            "image (values in [0, 1]) or tensor (any numbers); auto takes C,H,W for an image.",
         ),
     ] = "auto",
-    mean: Annotated[
-        values.Numbers | None,
-        typer.Option(metavar="M,M,M", parser=values.numbers, help="Mean the model's inputs are reduced by."),
-    ] = None,
-    std: Annotated[
-        values.Numbers | None, typer.Option(metavar="S,S,S", parser=values.numbers, help="What they are divided by.")
-    ] = None,
+    mean: Annotated[Numbers, _option(values.numbers, "M,M,M", "Mean the model's inputs are reduced by.")] = None,
+    std: Annotated[Numbers, _option(values.numbers, "S,S,S", "What they are divided by.")] = None,
     mode: Annotated[
         str,
-        typer.Option(
-            parser=values.word("as-is", "eval", "train", "batch"),
-            metavar="MODE",
-            help="The client's model mode: as-is, eval, train or batch (BatchNorm).",
+        _option(
+            values.word("as-is", "eval", "train", "batch"),
+            "MODE",
+            "The client's model mode: as-is, eval, train or batch (BatchNorm).",
         ),
     ] = "as-is",
     kind: Annotated[
         str,
-        typer.Option(
-            parser=values.word("gradient", "weight_delta"),
-            metavar="KIND",
-            help="gradient, or weight_delta (after minus before; needs --lr).",
+        _option(
+            values.word("gradient", "weight_delta"),
+            "KIND",
+            "gradient, or weight_delta (after minus before; needs --lr).",
         ),
     ] = "gradient",
     loss: Annotated[
@@ -114,72 +107,51 @@ def attack(
         typer.Option(help="The client's loss: cross-entropy, bce, mse or module:callable (by the number of outputs)."),
     ] = None,
     reduction: Annotated[
-        str,
-        typer.Option(
-            parser=values.word("mean", "sum"), metavar="NAME", help="The client's loss over examples: mean or sum."
-        ),
+        str, _option(values.word("mean", "sum"), "NAME", "The client's loss over examples: mean or sum.")
     ] = "mean",
-    label_smoothing: Annotated[
-        float | None,
-        typer.Option(parser=values.finite, metavar="S", help="The client's label smoothing, in [0, 1)."),
-    ] = None,
+    label_smoothing: Annotated[Number, _option(values.finite, "S", "The client's label smoothing, in [0, 1).")] = None,
     class_weights: Annotated[
-        values.Numbers | None,
-        typer.Option(metavar="W,W,…", parser=values.numbers, help="The client's loss weights, one for each class."),
+        Numbers, _option(values.numbers, "W,W,…", "The client's loss weights, one for each class.")
     ] = None,
-    lr: Annotated[
-        float | None,
-        typer.Option(parser=values.positive, metavar="LR", help="Learning rate of the client, for a weight delta."),
-    ] = None,
+    lr: Annotated[Number, _option(values.positive, "LR", "Learning rate of the client, for a weight delta.")] = None,
     optimizer: Annotated[
-        str | None,
-        typer.Option(
-            parser=values.word("sgd", "adam", "adamw"), metavar="NAME", help="The client's optimizer: sgd, adam, adamw."
-        ),
+        str | None, _option(values.word("sgd", "adam", "adamw"), "NAME", "The client's optimizer: sgd, adam, adamw.")
     ] = None,
-    momentum: Annotated[
-        float | None, typer.Option(parser=values.finite, metavar="M", help="Momentum of the client's SGD.")
-    ] = None,
-    weight_decay: Annotated[
-        float | None, typer.Option(parser=values.finite, metavar="D", help="Weight decay of the client's optimizer.")
-    ] = None,
+    momentum: Annotated[Number, _option(values.finite, "M", "Momentum of the client's SGD.")] = None,
+    weight_decay: Annotated[Number, _option(values.finite, "D", "Weight decay of the client's optimizer.")] = None,
     local_epochs: Annotated[int | None, typer.Option(min=1, help="The client's passes over its batch (1).")] = None,
     local_batch_size: Annotated[int | None, typer.Option(min=1, help="The client's examples per step (all).")] = None,
     local_steps: Annotated[
         int | None, typer.Option(min=1, help="The client's number of steps, instead of passes.")
     ] = None,
     defense: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[:K=V,…]",
-            help="What the client does to its update: one of `gradleak list defenses` (may be repeated, in order).",
+        Texts,
+        _option(
+            None,
+            "NAME[:K=V,…]",
+            "What the client does to its update: one of `gradleak list defenses` (may be repeated, in order).",
         ),
     ] = None,
     attack: Annotated[str, typer.Option(help="One of `gradleak list attacks`, or module:factory.")] = "auto",
-    attack_option: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the attack (may be repeated).")
-    ] = None,
+    attack_option: Annotated[Texts, _option(None, "KEY=VALUE", "An option of the attack (may be repeated).")] = None,
     labels: Annotated[
-        values.Numbers | None,
-        typer.Option(metavar="K,K,…", parser=values.numbers, help="Labels the attacker is told: classes, or targets."),
+        Numbers, _option(values.numbers, "K,K,…", "Labels the attacker is told: classes, or targets.")
     ] = None,
     truth: Annotated[
         Path | None, typer.Option(help="Private data to score against (.npz, .safetensors or a picture).")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="SPEC", help="Public images for the null guesses: .npz, folder or dataset.")
+        str | None, _option(None, "SPEC", "Public images for the null guesses: .npz, folder or dataset.")
     ] = None,
     seed: Seed = 0,
-    budget: Annotated[
-        float | None, typer.Option(metavar="TIME", parser=values.seconds, help="Time limit such as 90s or 2m.")
-    ] = None,
-    device: Device = "cpu",
+    budget: Annotated[Number, _option(values.seconds, "TIME", "Time limit such as 90s or 2m.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[
         str,
-        typer.Option(
-            parser=values.word("as-is", "float32", "float64"),
-            metavar="TYPE",
-            help="Number type of model and update: as-is, float32, float64.",
+        _option(
+            values.word("as-is", "float32", "float64"),
+            "TYPE",
+            "Number type of model and update: as-is, float32, float64.",
         ),
     ] = "as-is",
 ) -> None:
@@ -194,13 +166,13 @@ def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that attack or demo wrote.")],
 ) -> None:
     """Render report.html anew from the files in DIR."""
-    from gradleak.audit.folder import REPORT, read_folder, write_files
+    from gradleak.audit.folder import REPORT, read_folder, write_report
     from gradleak.report import picture, render
 
     directory = directory.absolute()
     folder = read_folder(directory)
     pictures = picture(folder.record, folder.inputs, folder.truth, folder.snapshots)
-    write_files(directory, {REPORT: render(folder.record, pictures).encode()})
+    write_report(directory, render(folder.record, pictures))
     typer.echo(f"Report: {directory / REPORT}")
 
 
@@ -211,6 +183,49 @@ def list_names(
     from gradleak.cli.names import list_names as run
 
     run(kind)
+
+
+def reproduce(
+    paper: Annotated[str, typer.Argument(help="Folder name of the paper, such as 2019_zhu_dlg.")],
+    only: Annotated[Texts, typer.Option(help="Run this experiment only (may be repeated).")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Seconds per experiment, to see that all of it runs.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="The paper's scale; wants a GPU.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Folder laid out as docs/data.md says.")] = None,
+    out: Annotated[Path | None, _option(values.folder, "PATH", "Folder for what is measured (runs/PAPER).")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that measure side by side.")] = 1,
+) -> None:
+    """Run the experiments of a paper and set its numbers beside ours."""
+    from gradleak.cli.threads import choose_threads, typical_work
+    from gradleak.papers.reproduce import default_out
+    from gradleak.papers.reproduce import reproduce as run
+    from gradleak.papers.store import count_measured
+
+    if smoke and full:
+        raise InvalidInput("--smoke and --full exclude each other; give one of them, or none for the default scale.")
+    scale = "smoke" if smoke else "full" if full else "default"
+    out = default_out(paper) if out is None else out
+    if jobs == 1:  # side by side, each process has one
+        choose_threads(typical_work())
+    try:
+        done = run(
+            paper, only=only, scale=scale, data=data, out=out, jobs=jobs, callback=lambda s: typer.echo(s, err=True)
+        )
+    except KeyboardInterrupt:
+        kept = count_measured(out)
+        cases = "1 measured case stays" if kept == 1 else f"{kept:,} measured cases stay"
+        said = f"{cases} in {str(out)!r}" if kept else "no case was measured yet"
+        typer.echo(f"Interrupted; {said}; run the same command again to go on.", err=True)
+        raise typer.Exit(130) from None
+    for name, stored in done.results.items():
+        for title, text in stored["texts"].items():
+            typer.echo(f"\n{name}: {title}\n{text}")
+    for sentence in done.drift:
+        typer.echo(f"Left its tolerance: {sentence}", err=True)
+    for name, reason in done.failures.items():
+        typer.echo(f"{name} has no result: {reason}", err=True)
+    typer.echo(f"\nTable: {done.page}\nFigures: {done.html}")
+    if done.failures:
+        raise typer.Exit(1)
 
 
 class _Command(TyperCommand):

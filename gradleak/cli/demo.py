@@ -14,12 +14,11 @@ from gradleak.audit.numbers import duration, sig
 from gradleak.audit.scores import score
 from gradleak.cli.console import say
 from gradleak.cli.factories import build_attack
-from gradleak.cli.running import Job, attack_one, publish
+from gradleak.cli.running import Job, about, attack_one, publish
 from gradleak.cli.signals import Watch
 from gradleak.cli.threads import choose_threads
-from gradleak.cli.truth import one_image
 from gradleak.clock import Deadline
-from gradleak.data import demo_image
+from gradleak.data import demo_image, load_images
 from gradleak.exchange import Client
 from gradleak.spaces import ImageSpace
 from gradleak.threat import ThreatModel
@@ -37,7 +36,7 @@ def demo(out: Path, seed: int, image: Path | None, command: str) -> int:
     """Leak one photograph from one gradient of the paper's LeNet; return the exit code."""
     out = out.absolute()
     check_writable(out)
-    private = demo_image(_SHAPE[1]) if image is None else one_image(image, _SHAPE)
+    private = demo_image(_SHAPE[1]) if image is None else load_images(image, shape=_SHAPE).inputs[:1]
     # Drawn, not chosen: the attacker does not know the label, and no seed is better than another.
     label = torch.randint(_CLASSES, (1,), generator=torch.Generator().manual_seed(seed))
     model, batch, training = gradleak.models.lenet(seed=seed), Batch(private, label), FedSGD()
@@ -67,16 +66,9 @@ def demo(out: Path, seed: int, image: Path | None, command: str) -> int:
         folder = build_record(
             observation,
             found,
-            attack=job.chosen.name,
-            options=job.chosen.options,
-            seed=seed,
             scores=score(found, batch, observation.space),
             truth=batch,
-            model=job.model,
-            dtype=job.captured,
-            notes=(note,),
-            command=command,
-            classes=_CLASSES,
+            **about(job, (note,)),
         )
         publish(folder, out)
         return watch.exit_code

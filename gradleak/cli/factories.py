@@ -26,10 +26,8 @@ from gradleak.training import Loss
 
 __all__ = ["ChosenAttack", "build_attack", "build_defense", "find_loss"]
 
-_TOKENS = (
-    "takes tokens, which the command line cannot describe; in Python, gl.attacks.read_sentences() reads the masked "
-    "language models of gradleak.integrations.huggingface."
-)
+_LARGEST = 10**15
+"""Size from which on whole numbers are slips, and overflow in the libraries below."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +40,9 @@ class ChosenAttack:
 
 
 def build_attack(name: str, options: Mapping[str, Any], budget: float | None = None) -> ChosenAttack:
-    """Return the attack of that name.
+    """Return the attack ``name`` of ``gradleak.attacks``, or of ``module:factory``, which runs the user's code.
 
-    Args:
-        name: of ``gradleak.attacks``, or ``module:factory``, which runs the user's code.
-        options: keyword options of its factory.
-        budget: seconds, handed to a factory that takes them.
+    A ``budget`` in seconds is handed to a factory that takes one.
 
     Raises:
         InvalidInput: there is no such attack, or it does not take these options.
@@ -62,7 +57,10 @@ def build_attack(name: str, options: Mapping[str, Any], budget: float | None = N
     if not isinstance(built, Attack):
         raise InvalidInput(f"The factory {name!r} returned a {type(built).__name__}; it must return an Attack.")
     if isinstance(built, ReadSentences):
-        raise InvalidInput(f"The attack 'read_sentences' {_TOKENS}")
+        raise InvalidInput(
+            "The attack 'read_sentences' takes tokens, which the command line cannot describe; in Python, "
+            "gl.attacks.read_sentences() reads the masked language models of gradleak.integrations.huggingface."
+        )
     defaults = {k: p.default for k, p in _signature(name, factory).parameters.items() if p.default is not p.empty}
     return ChosenAttack(built, name, defaults | given)
 
@@ -172,7 +170,3 @@ def _convert(owner: str, key: str, value: Any, hint: Any) -> Any:
         return value
     wanted = " or ".join(getattr(c, "__name__", str(c)) for c in choices if c is not type(None))
     raise InvalidInput(f"Option {key!r} of {owner} is {wanted}, not {value!r}; give such a value.")
-
-
-_LARGEST = 10**15
-"""Size from which on whole numbers are slips, and overflow in the libraries below."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -18,13 +20,17 @@ from gradleak.training import SGD, Adam, FedAvg, FedSGD, LocalTraining, Loss, Op
 from gradleak.training.losses import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, as_loss
 from gradleak.types import UpdateKind
 
-__all__ = ["DTYPES", "LocalSteps", "ModelChoice", "Request", "StatedLoss", "read_request"]
+__all__ = ["DTYPES", "ModelChoice", "Request", "StatedLoss", "read_request"]
 
 DTYPES = {"as-is": None, "float32": torch.float32, "float64": torch.float64}
 _MOST_STEPS = 10_000
 """Local steps up to which the unrolled map can be simulated at all: each is a forward and a backward pass."""
 _ADAMW_DECAY = 0.01
 """The weight decay that ``torch.optim.AdamW`` has where none is given."""
+
+
+_LOCAL = ("lr", "optimizer", "momentum", "weight_decay", "local_epochs", "local_batch_size", "local_steps")
+"""Options that describe local training."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,6 @@ class StatedLoss:
 
     Attributes:
         loss: the loss, None where it follows from the number of the model's outputs.
-        reduction: "mean" or "sum" over examples.
-        smoothing: label smoothing of cross-entropy.
         weights: one weight per class.
 
     """
@@ -91,48 +95,6 @@ class StatedLoss:
         return (loss,)
 
 
-@dataclass(frozen=True)
-class LocalSteps:
-    """Local training, for a weight delta; None stands for one gradient.
-
-    Attributes:
-        optimizer: the client's rule, with its step size.
-        epochs: passes over the batch.
-        batch_size: examples per step, None for all.
-        steps: number of steps in all, instead of ``epochs``.
-
-    """
-
-    optimizer: Optimizer
-    epochs: int = 1
-    batch_size: int | None = None
-    steps: int | None = None
-
-    def training(self, loss: Loss, examples: int) -> FedAvg:
-        """Return the forward map of a batch of so many examples.
-
-        Raises:
-            InvalidInput: it has too many steps to be simulated.
-
-        """
-        rule = self.optimizer
-        plain = isinstance(rule, SGD) and rule == SGD(rule.lr)
-        made = FedAvg(
-            lr=rule.lr if plain else None,
-            optimizer=None if plain else rule,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            steps=self.steps,
-            loss=loss,
-        )
-        if made.count(examples) > _MOST_STEPS:
-            raise InvalidInput(
-                f"{made.count(examples):,} local steps cannot be simulated, {_MOST_STEPS:,} at most; check "
-                "--local-epochs, --local-steps and --local-batch-size."
-            )
-        return made
-
-
 @dataclass(frozen=True, eq=False)
 class Request:
     """What to attack, with what, how long, and where the result goes."""
@@ -143,7 +105,7 @@ class Request:
     space: InputSpace
     batch_size: int | None
     loss: StatedLoss
-    local: LocalSteps | None
+    local: FedAvg | None
     defense: UpdateDefense | None
     labels: tuple[float, ...] | None
     attack: ChosenAttack
@@ -154,73 +116,46 @@ class Request:
     command: str
 
     def training(self, loss: Loss, examples: int) -> LocalTraining:
-        """Return the client's forward map with this loss, under its defenses."""
-        plain = FedSGD(loss) if self.local is None else self.local.training(loss, examples)
+        """Return the client's forward map of a batch of so many examples with this loss, under its defenses.
+
+        Raises:
+            InvalidInput: it has too many local steps to be simulated.
+
+        """
+        plain: LocalTraining = FedSGD(loss) if self.local is None else replace(self.local, loss=loss)
+        if isinstance(plain, FedAvg) and plain.count(examples) > _MOST_STEPS:
+            raise InvalidInput(
+                f"{plain.count(examples):,} local steps cannot be simulated, {_MOST_STEPS:,} at most; check "
+                "--local-epochs, --local-steps and --local-batch-size."
+            )
         return plain if self.defense is None else self.defense.wrap(plain)
 
 
-def read_request(
-    *,
-    model: str,
-    update: Path,
-    input_shape: tuple[int, ...],
-    out: Path,
-    model_arg: Sequence[str] | None,
-    weights: Path | None,
-    classes: int | None,
-    batch_size: int | None,
-    input_kind: str,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    mode: str,
-    kind: str,
-    loss: str | None,
-    reduction: str,
-    label_smoothing: float | None,
-    class_weights: tuple[float, ...] | None,
-    lr: float | None,
-    optimizer: str | None,
-    momentum: float | None,
-    weight_decay: float | None,
-    local_epochs: int | None,
-    local_batch_size: int | None,
-    local_steps: int | None,
-    defense: Sequence[str] | None,
-    attack: str,
-    attack_option: Sequence[str] | None,
-    labels: tuple[float, ...] | None,
-    truth: Path | None,
-    data: str | None,
-    seed: int,
-    budget: float | None,
-    device: str,
-    dtype: str,
-    command: str,
-) -> Request:
-    """Return what the options ask for; they are those of ``gradleak attack``, each parsed by itself already.
+def read_request(asked: Mapping[str, Any]) -> Request:
+    """Return what the options ask for: those of ``gradleak attack`` by name, each parsed by itself already.
 
     Raises:
         InvalidInput: two options contradict each other, or one names something that does not exist.
 
     """
+    o = SimpleNamespace(**asked)
+    model_options, dtype = parse_options(o.model_arg or ()), DTYPES[o.dtype]
     return Request(
-        model=ModelChoice(
-            model, parse_options(model_arg or ()), weights, classes, mode, DTYPES[dtype], _device(device)
-        ),
-        update=update,
-        kind=UpdateKind(kind),
-        space=_space(input_kind, input_shape, mean or (), std or ()),
-        batch_size=batch_size,
-        loss=_loss(loss, reduction, label_smoothing, class_weights),
-        local=_local(kind, lr, optimizer, momentum, weight_decay, local_epochs, local_batch_size, local_steps),
-        defense=build_defense(defense or ()),
-        labels=_labels(labels, batch_size),
-        attack=build_attack(attack, parse_options(attack_option or ()), budget),
-        seed=seed,
-        truth=truth,
-        data=data,
-        out=out.absolute(),
-        command=command,
+        model=ModelChoice(o.model, model_options, o.weights, o.classes, o.mode, dtype, _device(o.device)),
+        update=o.update,
+        kind=UpdateKind(o.kind),
+        space=_space(o.input_kind, o.input_shape, o.mean or (), o.std or ()),
+        batch_size=o.batch_size,
+        loss=_loss(o.loss, o.reduction, o.label_smoothing, o.class_weights),
+        local=_local(o.kind, {k: getattr(o, k) for k in _LOCAL}),
+        defense=build_defense(o.defense or ()),
+        labels=_labels(o.labels, o.batch_size),
+        attack=build_attack(o.attack, parse_options(o.attack_option or ()), o.budget),
+        seed=o.seed,
+        truth=o.truth,
+        data=o.data,
+        out=o.out.absolute(),
+        command=o.command,
     )
 
 
@@ -279,35 +214,22 @@ def _loss(name: str | None, reduction: str, smoothing: float | None, weights: tu
     return StatedLoss(found, reduction, smoothing or 0.0, weights)
 
 
-def _local(
-    kind: str,
-    lr: float | None,
-    optimizer: str | None,
-    momentum: float | None,
-    weight_decay: float | None,
-    epochs: int | None,
-    batch_size: int | None,
-    steps: int | None,
-) -> LocalSteps | None:
-    stated = {
-        "--lr": lr,
-        "--optimizer": optimizer,
-        "--momentum": momentum,
-        "--weight-decay": weight_decay,
-        "--local-epochs": epochs,
-        "--local-batch-size": batch_size,
-        "--local-steps": steps,
-    }
+def _local(kind: str, stated: Mapping[str, Any]) -> FedAvg | None:
     if kind != UpdateKind.WEIGHT_DELTA.value:
-        given = next((option for option, value in stated.items() if value is not None), None)
+        given = next((name for name in _LOCAL if stated[name] is not None), None)
         if given is not None:
-            raise InvalidInput(f"{given} describes local training; give it with --kind weight_delta only.")
+            option = f"--{given.replace('_', '-')}"
+            raise InvalidInput(f"{option} describes local training; give it with --kind weight_delta only.")
         return None
+    lr, optimizer, momentum, weight_decay, epochs, batch_size, steps = (stated[name] for name in _LOCAL)
     if lr is None:
         raise InvalidInput("A weight delta depends on the client's learning rate; give it with --lr.")
     if epochs is not None and steps is not None:
         raise InvalidInput("--local-epochs and --local-steps both say how long the client trained; give one of them.")
-    return LocalSteps(_optimizer(optimizer or "sgd", lr, momentum, weight_decay), epochs or 1, batch_size, steps)
+    rule = _optimizer(optimizer or "sgd", lr, momentum, weight_decay)
+    if rule == SGD(lr):
+        return FedAvg(lr, epochs or 1, batch_size, steps=steps)
+    return FedAvg(None, epochs or 1, batch_size, rule, steps)
 
 
 def _optimizer(name: str, lr: float, momentum: float | None, weight_decay: float | None) -> Optimizer:

@@ -25,7 +25,7 @@ from gradleak.threat import Observation
 from gradleak.training import MeanSquaredError
 from gradleak.types import Batch, Note, NoteKind, Reconstruction, Shows, Status, Verdict
 
-__all__ = ["REFUSED", "Job", "run"]
+__all__ = ["REFUSED", "Job", "about", "attack_one", "publish", "run"]
 
 REFUSED = 3
 """Exit code of an attack that does not apply here, or is not told what it needs; that is recorded as well."""
@@ -37,17 +37,9 @@ class Job:
 
     Attributes:
         observations: what was seen, once for each training that the client may have had, the likeliest first.
-        chosen: the attack.
-        seed: its seed.
-        out: the folder to write.
-        model: how the user named the model.
         captured: number type in which the update was captured.
-        outputs: number of the model's outputs.
-        command: how to repeat the run.
         batch_size_source: "stated", "read" off the update, or "assumed".
-        notes: what was taken for granted.
         warnings: what is suspicious about the capture.
-        truth: the private batch, decoded.
         public: public images, for the null guesses.
 
     """
@@ -68,19 +60,13 @@ class Job:
 
 
 def run(job: Job, watch: Watch) -> int:
-    """Attack, write the folder and say what it holds; return the exit code.
-
-    Args:
-        job: what to do.
-        watch: an entered watch over the time and the signals.
-
-    """
+    """Attack, write the folder and say what it holds; return the exit code. ``watch`` is entered already."""
     code = 0
     try:
         observation, found, notes = attack_all(job, watch)
     except (NotApplicable, MissingKnowledge) as refusal:
         watch.rest()
-        code, folder = REFUSED, build_refusal(job.observations[0], refusal, **_about(job, job.notes))
+        code, folder = REFUSED, build_refusal(job.observations[0], refusal, **about(job, job.notes))
     else:
         watch.rest()
         folder = _reported(replace(job, notes=(*job.notes, *notes)), observation, found)
@@ -176,7 +162,7 @@ def _reported(job: Job, observation: Observation, found: Reconstruction) -> Fold
         found,
         scores=None if truth is None else score(found, truth, observation.space, public=job.public),
         truth=truth,
-        **_about(job, notes),
+        **about(job, notes),
     )
     if len(job.observations) == 1 or truth is not None:
         return folder
@@ -186,7 +172,8 @@ def _reported(job: Job, observation: Observation, found: Reconstruction) -> Fold
     return replace(folder, record=replace(folder.record, verdict=replace(verdict, headline=headline)))
 
 
-def _about(job: Job, notes: Sequence[str]) -> dict[str, Any]:
+def about(job: Job, notes: Sequence[str]) -> dict[str, Any]:
+    """Return what the record says of a job, with these notes."""
     return {
         "attack": clean(job.chosen.name),
         "options": job.chosen.options,

@@ -40,9 +40,7 @@ class Subject:
     Attributes:
         model: as the client ran it.
         name: how the user named it.
-        update: what the client shared, in the model's number type.
         captured: the number type in which it was captured.
-        outputs: number of outputs of the model.
         tokens: whether it takes ids that it looks up, which no option describes; attacks refuse it, and name the ids.
         notes: what was taken for granted while reading.
 
@@ -62,12 +60,7 @@ def load_subject(
 ) -> Subject:
     """Build the model, read its weights and the update, and check that they fit each other and the inputs.
 
-    Args:
-        choice: the model.
-        space: what one input looks like.
-        update: the file that was captured.
-        kind: what its numbers mean.
-        batch_size: number of examples with which the model is tried, one if it is not known.
+    The model is tried with ``batch_size`` examples, one if that is not known.
 
     Raises:
         InvalidInput: something does not fit, with the remedy.

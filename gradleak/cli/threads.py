@@ -33,12 +33,9 @@ def typical_work() -> Callable[[], object]:
 def choose_threads(work: Callable[[], object]) -> int:
     """Set and return the number of threads with which ``work`` is fastest; the user's own choice is left alone.
 
-    One thread and all of them take turns, so that a change of the machine's load meets both, and whole times are
-    compared rather than best ones: a best time does not show how often a thread had to wait.
-
-    Args:
-        work: a small piece of what the command will do over and over.
-
+    ``work`` is a small piece of what the command will do over and over. One thread and all of them take turns, so that
+    a change of the machine's load meets both, and whole times are compared rather than best ones: a best time does not
+    show how often a thread had to wait.
     """
     many = torch.get_num_threads()
     if many == 1 or any(os.environ.get(name, "").strip() for name in _SET_BY):

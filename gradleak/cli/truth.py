@@ -14,7 +14,7 @@ from gradleak.spaces import ImageSpace, InputSpace
 from gradleak.training import TargetKind
 from gradleak.types import Batch
 
-__all__ = ["granted_labels", "one_image", "public_images", "read_truth"]
+__all__ = ["granted_labels", "public_images", "read_truth"]
 
 _PUBLIC = 256
 """Public images that are read for the null guesses."""
@@ -41,13 +41,8 @@ def read_truth(
 ) -> Batch:
     """Return the decoded private batch; unknown labels are −1, which no class equals.
 
-    Args:
-        path: ``.npz`` or ``.safetensors`` with ``inputs`` and perhaps ``labels``, or a picture.
-        space: what one input looks like.
-        count: number of examples that were attacked.
-        told: labels that the attacker was told.
-        kinds: how labels may look.
-        outputs: number of the model's outputs.
+    The file is an ``.npz`` or ``.safetensors`` with ``inputs`` and perhaps ``labels``, or a picture; ``told`` are the
+    labels that the attacker was told, and ``kinds`` says how labels may look.
 
     Raises:
         InvalidInput: the file holds no such batch.
@@ -90,11 +85,6 @@ def public_images(spec: str, space: InputSpace) -> Tensor:
     if len(images) <= _PUBLIC:
         return images
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:_PUBLIC]]
-
-
-def one_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
-    """Return one picture from a file, resized to ``shape``, (1, C, H, W)."""
-    return load_images(path, shape=shape).inputs[:1]
 
 
 def _classes(labels: Tensor, classes: int, source: str) -> Tensor:

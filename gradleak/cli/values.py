@@ -13,23 +13,12 @@ import typer
 
 from gradleak.errors import UnknownName, clean
 
-__all__ = [
-    "Numbers",
-    "Shape",
-    "count",
-    "finite",
-    "folder",
-    "numbers",
-    "positive",
-    "seconds",
-    "shape",
-    "word",
-]
+__all__ = ["Numbers", "Shape", "finite", "folder", "numbers", "positive", "seconds", "shape", "word"]
 
 _LONGEST = 1e8
 """Longest time limit, three years: what is longer is a slip, and overflows in timers."""
 _LARGEST = 2**31 - 1
-"""Largest count that an option takes: larger ones are slips of the keyboard, and overflow in libraries below."""
+"""Most values of one input: larger shapes are slips of the keyboard, and overflow in libraries below."""
 
 
 class Numbers(tuple[float, ...]):
@@ -90,17 +79,6 @@ def finite(text: str | float) -> float:
 def positive(text: str | float) -> float:
     """Return a finite number above 0."""
     return _number(text, lambda value: 0 < value < math.inf, "is not a number above 0; write for example 0.1.")
-
-
-def count(text: str | int) -> int:
-    """Return a whole number of at least 1."""
-    try:
-        found = int(text)
-    except ValueError:
-        found = 0
-    if not 1 <= found <= _LARGEST:
-        raise _refused(text, f"is not a whole number from 1 to {_LARGEST}; write for example 8.")
-    return found
 
 
 def folder(text: str | Path) -> Path:

@@ -6,12 +6,6 @@ from gradleak.data.tensors import float64_bytes, read_tensors, write_tensors
 from gradleak.files import write_bytes
 
 __all__ = [
-    "Images",
-    "demo_image",
-    "float64_bytes",
-    "load_images",
-    "read_batch",
-    "read_tensors",
-    "write_bytes",
+    "Images", "demo_image", "float64_bytes", "load_images", "read_batch", "read_tensors", "write_bytes",
     "write_tensors",
-]
+]  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +39,8 @@ def file(name: str, data: Path | None, downloads: Path) -> Path:
     for folder in (data, downloads):
         if folder is not None and (folder / name).is_file():
             return folder / name
-    if name in _WIKITEXT:
-        return _fetched(name, data, downloads, _wikitext)
-    if name == "bert_base_uncased_vocab.txt":
-        return _fetched(name, data, downloads, _vocabulary)
+    if name in _WIKITEXT or name == "bert_base_uncased_vocab.txt":
+        return _fetched(name, data, downloads)
     stem = name.removesuffix(".npz")
     raise _missing(name, data, f"ask for its images by name ({stem!r})" if stem in _TORCHVISION else "create it")
 
@@ -65,11 +62,7 @@ def require(name: str, data: Path | None, downloads: Path) -> None:
 def images(name: str, split: str, data: Path | None, downloads: Path) -> tuple[Tensor, Tensor]:
     """Return images (N, C, H, W) in [0, 1], float64, and labels (N,) int64.
 
-    Args:
-        name: file name in ``data`` without ``.npz``.
-        split: "train" or "test"; files without splits (``lfw``) have one set under either name.
-        data: folder of data files, or None.
-        downloads: where torchvision may keep what it fetches.
+    ``name`` is the file name in ``data`` without ``.npz``; files without splits (``lfw``) have one set under either.
 
     Raises:
         InvalidInput: neither ``data`` nor torchvision has it; names both ways.
@@ -100,9 +93,9 @@ def _stored(path: Path, split: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(x.transpose(0, 3, 1, 2) / 255.0), torch.from_numpy(y.astype(np.int64))
 
 
-def _fetched(name: str, data: Path | None, downloads: Path, load: Callable[[str], str]) -> Path:
+def _fetched(name: str, data: Path | None, downloads: Path) -> Path:
     try:
-        text = load(name)
+        text = _wikitext(name) if name in _WIKITEXT else _vocabulary()
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise _missing(
             name, data, f"install 'datasets' and the extra 'text' on a machine with a network ({error})"
@@ -117,7 +110,7 @@ def _wikitext(name: str) -> str:
     return "".join(row["text"] for row in rows)
 
 
-def _vocabulary(name: str) -> str:
+def _vocabulary() -> str:
     hub = importlib.import_module("huggingface_hub")
     path = hub.hf_hub_download("google-bert/bert-base-uncased", "vocab.txt")
     return Path(path).read_text(encoding="utf-8")

@@ -160,10 +160,8 @@ def named(
 ) -> tuple[dict[str, Tensor], bool]:
     """Return ``tensors`` by the model's names, and whether they had only positions (``arr_0``, ``arr_1``, …).
 
-    Args:
-        tensors: what :func:`read_tensors` returned.
-        path: the file that they come from.
-        orders: the model's tensors by name in each order that a client may have saved them; the first that fits counts.
+    ``orders`` are the model's tensors by name in each order that a client may have saved them; the first that fits
+    counts.
 
     Raises:
         InvalidFile: there are positions only, and their number or shapes fit no order.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradleak.errors import InvalidInput, UnknownName
@@ -98,45 +98,31 @@ def build(make: Callable[[], Model], init: str, seed: int | torch.Generator | No
         UnknownName: there is no initialization of that name.
 
     """
-    initializers = {"default": _default, "dlg": _dlg, "he": _he}
-    if init not in initializers:
-        raise UnknownName("initialization", init, initializers)
+    if init not in ("default", "dlg", "he"):
+        raise UnknownName("initialization", init, ("default", "dlg", "he"))
     generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
     with torch.device("meta"):
         model = make()
     model = model.to_empty(device="cpu")
     with torch.no_grad():
         for module in model.modules():
+            if isinstance(module, _BatchNorm | nn.GroupNorm):
+                module.reset_parameters()  # running statistics as well
+                if init != "dlg":
+                    continue
             if isinstance(module, nn.Conv2d | nn.Linear | _BatchNorm | nn.GroupNorm):
-                initializers[init](module, generator)
+                _draw(module, init, generator)
     return model
 
 
-_Layer = nn.Conv2d | nn.Linear | _BatchNorm | nn.GroupNorm
-
-
-def _default(module: _Layer, generator: torch.Generator | None) -> None:
-    if isinstance(module, _BatchNorm | nn.GroupNorm):
-        module.reset_parameters()
+def _draw(module: nn.Module, init: str, generator: torch.Generator | None) -> None:
+    weight, values = module.weight, [v for v in (module.weight, module.bias) if isinstance(v, Tensor)]
+    assert isinstance(weight, Tensor)
+    if init == "he":
+        for value in values[1:]:
+            value.zero_()
+        weight.normal_(0, math.sqrt(2 / weight[0].numel()), generator=generator)
         return
-    bound = 1 / math.sqrt(module.weight[0].numel())
-    module.weight.uniform_(-bound, bound, generator=generator)
-    if module.bias is not None:
-        module.bias.uniform_(-bound, bound, generator=generator)
-
-
-def _dlg(module: _Layer, generator: torch.Generator | None) -> None:
-    if isinstance(module, _BatchNorm | nn.GroupNorm):
-        module.reset_parameters()  # running statistics
-    for values in (module.weight, module.bias):
-        if values is not None:
-            values.uniform_(-0.5, 0.5, generator=generator)
-
-
-def _he(module: _Layer, generator: torch.Generator | None) -> None:
-    if isinstance(module, _BatchNorm | nn.GroupNorm):
-        module.reset_parameters()
-        return
-    module.weight.normal_(0, math.sqrt(2 / module.weight[0].numel()), generator=generator)
-    if module.bias is not None:
-        module.bias.zero_()
+    bound = 0.5 if init == "dlg" else 1 / math.sqrt(weight[0].numel())
+    for value in values:
+        value.uniform_(-bound, bound, generator=generator)

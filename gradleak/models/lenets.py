@@ -55,20 +55,8 @@ def lenet(
     """Return the LeNet that Zhu et al. 2019 (Deep Leakage from Gradients, Section 4.1) attack, initialized.
 
     The defaults are those of the authors' code: width 12, 100 classes, sigmoid, weights and biases U(−0.5, 0.5).
-
-    Args:
-        width: channels of each convolution.
-        classes: number of classes.
-        in_channels: channels of the image; 1 for MNIST.
-        image_size: height and width in pixels; the head is sized to fit.
-        activation: name of the activation.
-        init: "dlg", "default" (PyTorch's) or "he".
-        seed: a seed or generator for the initialization; None draws from PyTorch's global generator.
-
-    Raises:
-        InvalidInput: a size is not positive.
-        UnknownName: no activation or initialization of that name.
-
+    ``width`` is the channels of each convolution, ``in_channels`` is 1 for MNIST, ``image_size`` is in pixels, and the
+    head is sized to fit. Other arguments and errors as in :func:`gradleak.models.resnet18`.
     """
     height, wide = image_sides(image_size)
     positive(width=width, classes=classes, in_channels=in_channels, height=height, image_width=wide)

@@ -44,20 +44,8 @@ def perceptron(
 ) -> Perceptron:
     """Return an initialized multilayer perceptron.
 
-    Args:
-        width: units of each hidden layer.
-        depth: number of hidden layers.
-        classes: number of classes.
-        in_channels: channels of the image.
-        image_size: height and width in pixels; (1, F) with one channel is a table's row of F columns.
-        activation: name of the activation.
-        init: "default" (PyTorch's), "dlg" or "he".
-        seed: a seed or generator for the initialization; None draws from PyTorch's global generator.
-
-    Raises:
-        InvalidInput: a size is not positive.
-        UnknownName: no activation or initialization of that name.
-
+    It has ``depth`` hidden layers of ``width`` units. An ``image_size`` of (1, F) with one channel is a table's row of
+    F columns. Other arguments and errors as in :func:`gradleak.models.resnet18`.
     """
     height, wide = image_sides(image_size)
     positive(width=width, depth=depth, classes=classes, in_channels=in_channels, height=height, image_width=wide)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -138,38 +138,27 @@ def resnet18(
         UnknownName: no activation, normalization or initialization of that name.
 
     """
-    positive(width=width, classes=classes, in_channels=in_channels)
-    return build(
-        lambda: ResNet(
-            planes=[width, 2 * width, 4 * width, 8 * width],
-            blocks=[2, 2, 2, 2],
-            strides=[1, 2, 2, 2],
-            classes=classes,
-            in_channels=in_channels,
-            act=activation,
-            norm_name=norm,
-            projection=True,
-        ),
-        init,
-        seed,
-    )
+    blocks, strides = [2, 2, 2, 2], [1, 2, 2, 2]
+    return _network(width, blocks, strides, classes, in_channels, activation, norm, init, seed, projection=True)
 
 
-def _cifar_resnet(
-    depth: int, width: int, classes: int, in_channels: int, act: str, norm_name: str, init: str,
-    seed: int | torch.Generator | None,
+def _network(
+    width: int, blocks: Sequence[int], strides: Sequence[int], classes: int, in_channels: int, act: str, norm_name: str,
+    init: str, seed: int | torch.Generator | None, **more: Any,
 ) -> ResNet:  # fmt: skip
+    """Return an initialized network whose stages have ``width`` · (1, 2, 4, …) channels."""
     positive(width=width, classes=classes, in_channels=in_channels)
+    planes = [width * 2**k for k in range(len(blocks))]
     return build(
         lambda: ResNet(
-            planes=[width, 2 * width, 4 * width],
-            blocks=[(depth - 2) // 6] * 3,
-            strides=[1, 2, 2],
+            planes=planes,
+            blocks=blocks,
+            strides=strides,
             classes=classes,
             in_channels=in_channels,
             act=act,
             norm_name=norm_name,
-            projection=False,
+            **more,
         ),
         init,
         seed,
@@ -191,7 +180,8 @@ def resnet20(
     Three stages of three basic blocks with ``width`` · (1, 2, 4) channels and parameter-free shortcuts (option A).
     Deviation: the head's weights are initialized like the convolutions'. Arguments and errors as in :func:`resnet18`.
     """
-    return _cifar_resnet(20, width, classes, in_channels, activation, norm, init, seed)
+    blocks, strides = [3, 3, 3], [1, 2, 2]
+    return _network(width, blocks, strides, classes, in_channels, activation, norm, init, seed, projection=False)
 
 
 def resnet32(
@@ -205,7 +195,8 @@ def resnet32(
     seed: int | torch.Generator | None = None,
 ) -> ResNet:
     """Return ResNet-32 for 32×32 images: :func:`resnet20` with five blocks in each stage."""
-    return _cifar_resnet(32, width, classes, in_channels, activation, norm, init, seed)
+    blocks, strides = [5, 5, 5], [1, 2, 2]
+    return _network(width, blocks, strides, classes, in_channels, activation, norm, init, seed, projection=False)
 
 
 def dlg_resnet(
@@ -230,17 +221,8 @@ def dlg_resnet(
     absent biases are skipped. ``depth`` 18 is the code's ResNet-18; 20, 32, 44, 56, 110 are the three-stage networks
     of He et al. 2016, Section 4.2, changed in the same way (the paper speaks of ResNet-56).
 
-    Args:
-        depth: 18, or 6n + 2.
-        width: channels of the first stage; 64 for depth 18, else 16.
-        classes: number of classes.
-        in_channels: channels of the image.
-        image_size: height and width in pixels; the head is sized to fit.
-        pool: side of the average pooling's window in pixels.
-        activation: name of the activation.
-        norm: "batch", "group" or "none".
-        init: "dlg", "default" or "he".
-        seed: a seed or generator for the initialization; None draws from PyTorch's global generator.
+    The first stage has ``width`` channels: 64 for depth 18, else 16. ``pool`` is the side of the average pooling's
+    window in pixels. Other arguments as in :func:`resnet18`.
 
     Raises:
         InvalidInput: no such depth, or a size is not positive.
@@ -250,27 +232,11 @@ def dlg_resnet(
     height, wide = image_sides(image_size)
     positive(classes=classes, in_channels=in_channels, height=height, image_width=wide, pool=pool)
     if depth == 18:
-        factors, blocks, first = [1, 2, 4, 8], [2, 2, 2, 2], 64
+        blocks, first = [2, 2, 2, 2], 64
     elif depth >= 8 and (depth - 2) % 6 == 0:
-        factors, blocks, first = [1, 2, 4], [(depth - 2) // 6] * 3, 16
+        blocks, first = [(depth - 2) // 6] * 3, 16
     else:
         raise InvalidInput(f"There is no residual network of depth {depth}; choose 18, or 6n + 2: 8, 14, 20, 32, 56.")
-    first = first if width is None else width
-    positive(width=first)
-    window = min(pool, height, wide)
-    return build(
-        lambda: ResNet(
-            planes=[first * f for f in factors],
-            blocks=blocks,
-            strides=[1] * len(blocks),
-            classes=classes,
-            in_channels=in_channels,
-            act=activation,
-            norm_name=norm,
-            projection=True,
-            pooled=(height // window, wide // window),
-            pool=window,
-        ),
-        init,
-        seed,
-    )
+    width, strides, window = first if width is None else width, [1] * len(blocks), min(pool, height, wide)
+    more = {"projection": True, "pooled": (height // window, wide // window), "pool": window}
+    return _network(width, blocks, strides, classes, in_channels, activation, norm, init, seed, **more)

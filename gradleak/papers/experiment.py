@@ -8,6 +8,7 @@ a hash of its content, so that a killed run resumes where it was and nothing is 
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,18 +20,85 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from gradleak.audit.scores import wilson
 from gradleak.data import public
 from gradleak.data.archives import read_arrays
 from gradleak.errors import InvalidFile, InvalidInput
 from gradleak.files import read_file, sweep
 from gradleak.papers import store
-from gradleak.papers.estimates import Estimate, bootstrap, mean, median, share
 from gradleak.papers.store import Measured
 from gradleak.papers.workers import side_by_side
 
 __all__ = [
     "Estimate", "Figure", "Lab", "Measured", "Result", "Row", "bootstrap", "mean", "median", "share",
 ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured number with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def share(successes: Sequence[bool]) -> Estimate:
+    """Return the share of true values with Wilson's 95 % interval.
+
+    Raises:
+        InvalidInput: there are no values.
+
+    """
+    n, hits = _count(successes), sum(map(bool, successes))
+    return Estimate(hits / n, *wilson(hits, n), n)
+
+
+def median(values: Sequence[float]) -> Estimate:
+    """Return the median with the distribution-free 95 % interval of order statistics.
+
+    Values that are not a number count as infinite: a diverged run is the worst run, not a missing one. Below six
+    values no order statistics reach 95 %, and the interval is the whole range.
+
+    Raises:
+        InvalidInput: there are no values.
+
+    """
+    n = _count(values)
+    ordered = sorted(math.inf if math.isnan(v) else float(v) for v in values)
+    middle = ordered[n // 2] if n % 2 else (ordered[n // 2 - 1] + ordered[n // 2]) / 2
+    tail, k = 0.0, 0
+    while k < n // 2 and (tail := tail + math.comb(n, k) / 2**n) <= 0.025:
+        k += 1
+    low = max(k - 1, 0)
+    return Estimate(middle, ordered[low], ordered[n - 1 - low], n)
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """Return the mean with a percentile bootstrap 95 % interval (2,000 resamples, fixed seed)."""
+    return bootstrap(values, lambda sample: float(sample.mean()))
+
+
+def bootstrap(values: Sequence[float] | np.ndarray, statistic: Callable[[np.ndarray], float]) -> Estimate:
+    """Return ``statistic`` of ``values`` (first axis: examples) with a percentile bootstrap 95 % interval.
+
+    Raises:
+        InvalidInput: there are no values.
+
+    """
+    n = _count(values)
+    array = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(0)
+    draws = [statistic(array[rng.integers(0, n, n)]) for _ in range(2000)]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Estimate(float(statistic(array)), float(low), float(high), n)
+
+
+def _count(values: Sequence[Any] | np.ndarray) -> int:
+    if len(values) == 0:
+        raise InvalidInput("An estimate needs at least one measured value; run at least one case.")
+    return len(values)
 
 
 @dataclass(frozen=True)
@@ -41,7 +109,6 @@ class Row:
         name: stable key; the table of the same name in ``expected.toml`` holds the paper's value and the target.
         ours: our attacker's number, or words, or None where it does not apply.
         published: the published algorithm's number in our re-run, likewise.
-        unit: of both numbers.
         cost: what one example costs our attacker, in words ("12 s, 310 evaluations").
         note: what a reader must know, among it why ours differs from the paper.
 
@@ -70,8 +137,6 @@ class Result:
     """What an experiment found.
 
     Attributes:
-        rows: the lines of its table.
-        figures: its pictures.
         texts: title → text to print as it is (traces of reconstructed sentences).
         scaled: one sentence that names the difference to the full scale, "" where there is none.
 
@@ -93,11 +158,8 @@ class Lab:
     """Where an experiment finds its data, measures its cases, and remembers both.
 
     Attributes:
-        name: the experiment, which names the folder of its records.
         out: folder of all records.
         data: folder of data sets, laid out as ``docs/data.md`` says; None to use public loaders.
-        jobs: processes that measure cases side by side (one torch thread each if more than one).
-        callback: receives a phrase now and then.
 
     """
 
@@ -193,13 +255,7 @@ class Lab:
         return public.file(name, self.data, self.out / "downloads")
 
     def text(self, name: str) -> str:
-        """Return the text of the data file ``name``.
-
-        Raises:
-            InvalidInput: it is neither in ``data`` nor to be had from a public loader; says what to do.
-            InvalidFile: it is no UTF-8.
-
-        """
+        """Return the text of the data file ``name`` as :meth:`file` finds it; InvalidFile if it is no UTF-8."""
         path = self.file(name)
         try:
             return read_file(path).decode("utf-8")

@@ -17,16 +17,8 @@ from gradleak.papers.experiment import Row
 __all__ = ["to_html", "to_markdown"]
 
 _COLUMNS = (
-    "measurement",
-    "paper",
-    "published algorithm",
-    "our attacker",
-    "target",
-    "n",
-    "95 % interval",
-    "cost",
-    "note",
-)
+    "measurement", "paper", "published algorithm", "our attacker", "target", "n", "95 % interval", "cost", "note",
+)  # fmt: skip
 
 
 def _number(value: Any) -> str:

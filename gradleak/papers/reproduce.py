@@ -10,7 +10,6 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ import torch
 from gradleak.data import public
 from gradleak.errors import GradleakError, InvalidFile, InvalidInput, UnknownName
 from gradleak.files import check_writable, read_file, write_bytes
-from gradleak.papers.expected import Tables, drift, enter, read_expected, to_toml
+from gradleak.papers.expected import drift, enter, read_expected, to_toml
 from gradleak.papers.experiment import Figure, Lab, Result
 from gradleak.papers.page import to_html, to_markdown
-from gradleak.papers.store import hardware
+from gradleak.papers.store import hardware, today
 from gradleak.papers.workers import load_package
 
 __all__ = ["Reproduction", "default_out", "experiments", "papers", "reproduce"]
@@ -37,13 +36,8 @@ class Reproduction:
     """What one call of :func:`reproduce` did.
 
     Attributes:
-        paper: the paper's folder name.
-        scale: "smoke", "default" or "full".
         results: experiment → its stored result (rows, texts, figures, hardware, date, seconds).
-        failures: experiment → why it has no result.
         drift: sentences about rows that left the tolerance around the recorded value.
-        page: the table page (Markdown).
-        html: the page with every figure.
 
     """
 
@@ -61,9 +55,7 @@ class _Place:
     """Where a paper's experiments are, and whether results may be written beside them.
 
     Attributes:
-        folder: of the paper.
         docs: folder of the pages in a source tree, else None.
-        modules: experiment → its module.
         lacking: experiment → sentence about the package that it needs and that is not installed.
 
     """
@@ -115,19 +107,14 @@ def reproduce(
 ) -> Reproduction:
     """Run the experiments of ``paper`` and write records, results, the table page and one page of figures.
 
-    Everything measured is stored under ``out`` by the hash of its content: a second run measures nothing twice and
-    a killed run goes on. From a source tree that can be written, results of the scales "default" and "full" also go to
-    ``experiments/<paper>/`` (``expected.toml``, ``results/``) and ``docs/papers/<paper>.md``.
+    Everything measured is stored under ``out`` (``runs/<paper>`` if None) by the hash of its content: a second run
+    measures nothing twice and a killed run goes on. From a source tree that can be written, results of the scales
+    "default" and "full" also go to ``experiments/<paper>/`` (``expected.toml``, ``results/``) and
+    ``docs/papers/<paper>.md``.
 
-    Args:
-        paper: folder name, such as "2019_zhu_dlg".
-        only: names of experiments; all if None.
-        scale: "smoke" (seconds each), "default" or "full".
-        data: folder laid out as ``docs/data.md`` says; public loaders if None.
-        out: folder for what is measured; ``runs/<paper>`` if None.
-        jobs: processes that measure side by side.
-        root: another folder of papers than the source tree's ``experiments/`` or the installed package's.
-        callback: receives a phrase now and then.
+    ``only`` names experiments, all if None; ``scale`` is "smoke" (seconds each), "default" or "full"; ``data`` is laid
+    out as ``docs/data.md`` says, and public loaders serve if it is None; ``root`` is another folder of papers than the
+    source tree's ``experiments/`` or the installed package's; ``callback`` receives a phrase now and then.
 
     Returns:
         What was done; of several experiments, those that could not be measured are its ``failures``.
@@ -203,9 +190,6 @@ def _run(name: str, module: Any, lab: Lab, scale: str, folder: Path) -> dict[str
     return stored
 
 
-# ------------------------------------------------------------------------------------------------------- loading
-
-
 def _base(root: Path | None) -> Path:
     if root is not None:
         return root
@@ -257,9 +241,6 @@ def _writable(*folders: Path) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------------------------- results
-
-
 def _read(path: Path) -> dict[str, Any]:
     """Return a stored result.
 
@@ -307,7 +288,7 @@ def _stored(name: str, result: Result, scale: str, seconds: float, module: Any) 
             {"name": f.name, "caption": f.caption, "file": f"{name}/{_slug(f.name)}.png"} for f in result.figures
         ],
         "hardware": hardware(),
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": today(),
         "seconds": seconds,
     }
 
@@ -333,18 +314,11 @@ def _slug(name: str) -> str:
 
 
 def _publish(folder: Path, fresh: Mapping[str, Mapping[str, Any]]) -> None:
-    expected: Tables = read_expected(folder)
+    expected, known = read_expected(folder), _results(folder / "results", None)
     for name, stored in fresh.items():
         path = folder / "results" / f"{name}.json"
-        if stored["scale"] == "default" and _scale(path) == "full":
+        if stored["scale"] == "default" and known.get(name, {}).get("scale") == "full":
             continue  # the full scale says more
         _write(path, _json(stored))
         enter(expected, name, stored)
     _write(folder / "expected.toml", to_toml(expected).encode())
-
-
-def _scale(path: Path) -> str | None:
-    try:
-        return str(_read(path)["scale"])
-    except InvalidFile:
-        return None

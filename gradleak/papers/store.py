@@ -30,7 +30,8 @@ from gradleak.errors import InvalidFile, InvalidInput
 from gradleak.files import read_file, write_bytes
 
 __all__ = [
-    "Measured", "count_measured", "hardware", "place", "read_built", "read_case", "short", "write_built", "write_case",
+    "Measured", "count_measured", "hardware", "place", "read_built", "read_case", "short", "today",
+    "write_built", "write_case",
 ]  # fmt: skip
 
 _KEY = 24
@@ -42,10 +43,7 @@ class Measured:
     """One stored case: what was asked, what came out, and where and when.
 
     Attributes:
-        case: the arguments of the measuring function.
         values: what it returned; arrays come back as ``numpy.ndarray``.
-        seconds: its wall-clock time.
-        hardware: the machine it ran on.
         date: when, as YYYY-MM-DD.
         source: fingerprint of the experiment's code at that time.
 
@@ -89,16 +87,9 @@ def write_case(
     path: Path, module: types.ModuleType, function: str, case: Mapping[str, Any], values: Mapping[str, Any],
     seconds: float,
 ) -> None:  # fmt: skip
-    """Store what ``function`` of ``module`` measured.
+    """Store what ``function`` of ``module`` measured in ``seconds``: JSON values, and arrays or tensors by name.
 
-    Args:
-        path: where; see :func:`place`.
-        module: the experiment.
-        function: name of the measuring function.
-        case: what was asked.
-        values: JSON values, arrays or tensors by name; arrays go to an ``.npz`` file beside ``path``, which is written
-            first.
-        seconds: that it took.
+    Arrays go to an ``.npz`` file beside ``path`` (see :func:`place`), which is written first.
 
     Raises:
         InvalidFile: it cannot be written there.
@@ -114,7 +105,7 @@ def write_case(
         "function": function,
         "seconds": seconds,
         "hardware": hardware(),
-        "date": _today(),
+        "date": today(),
         "source": _fingerprint(module),
         "values": {k: v for k, v in values.items() if k not in arrays},
         "arrays": sorted(arrays),
@@ -135,14 +126,8 @@ def read_case(path: Path, case: Mapping[str, Any]) -> Measured | None:
         if names:
             arrays = read_arrays(path.with_suffix(".npz"), names)
             values |= {name: arrays[name] for name in names}
-        found = Measured(
-            dict(record["case"]),
-            values,
-            float(record["seconds"]),
-            str(record["hardware"]),
-            str(record["date"]),
-            str(record["source"]),
-        )
+        where = (str(record[key]) for key in ("hardware", "date", "source"))
+        found = Measured(dict(record["case"]), values, float(record["seconds"]), *where)
     except (InvalidFile, ValueError, TypeError, LookupError, RecursionError, OverflowError):
         return None
     return found if found.case == json.loads(json.dumps(dict(case))) else None
@@ -155,7 +140,7 @@ def write_built(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, A
         InvalidFile: they cannot be written there.
 
     """
-    notes = {**notes, "seconds": seconds, "hardware": hardware(), "date": _today()}
+    notes = {**notes, "seconds": seconds, "hardware": hardware(), "date": today()}
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, safetensors_torch.save(plain, {"notes": json.dumps(notes)}))
@@ -198,7 +183,8 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is not plain JSON; return numbers, text, lists, tensors or arrays")
 
 
-def _today() -> str:
+def today() -> str:
+    """Return the date as YYYY-MM-DD, UTC."""
     return datetime.now(UTC).date().isoformat()
 
 

@@ -37,15 +37,9 @@ def side_by_side(
 ) -> None:
     """Call ``work(function, item)`` for every item in ``jobs`` processes of one thread each.
 
+    ``function`` belongs to an experiment that :func:`load_package` made importable, ``work`` to an installed module;
+    items can be sent to a process. ``done`` receives the number of finished items and the one that has just finished.
     The processes end as soon as this call does, with an error, an interruption or the death of this process.
-
-    Args:
-        jobs: number of processes.
-        function: a module-level function of an experiment that :func:`load_package` made importable.
-        work: a function of an installed module.
-        items: what can be sent to a process.
-        done: called with the number of finished items and the one that has just finished.
-
     """
     module = sys.modules[function.__module__]
     package = sys.modules[module.__name__.rpartition(".")[0]]

@@ -13,7 +13,7 @@ from PIL import Image
 from gradleak.audit.numbers import sig
 from gradleak.audit.records import REFUSED, Pictures, Record, Shown, Values
 
-__all__ = ["encode_png", "picture"]
+__all__ = ["capital", "encode_png", "picture"]
 
 Array = npt.NDArray[Any]
 
@@ -52,7 +52,7 @@ def picture(record: Record, inputs: Array, truth: Array | None = None, snapshots
         return Pictures()
     if record.examples is not None and (truth is not None or (shown is not None and shown.truth is not None)):
         pairs = [(e.index, e.guess) for e in record.examples]
-        titles = [f"{_capital(subject.noun)} {e.index + 1}" for e in record.examples]
+        titles = [f"{capital(subject.noun)} {e.index + 1}" for e in record.examples]
     else:
         truth = None
         pairs = [(i, i) for i in range(len(inputs))]
@@ -94,7 +94,8 @@ def picture(record: Record, inputs: Array, truth: Array | None = None, snapshots
     )
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
+    """Return ``text`` with a capital at its beginning."""
     return text[:1].upper() + text[1:]
 
 

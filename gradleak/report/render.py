@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from markupsafe import Markup
 from gradleak.audit.numbers import duration, metric_name, sig
 from gradleak.audit.records import REFUSED, Aggregate, Curves, Pictures, Record, Values
 from gradleak.report.charts import Series, log_chart
+from gradleak.report.pictures import capital
 
 __all__ = ["render"]
 
@@ -90,13 +92,9 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = {"sig": sig, "duration": duration, "shape": _shape, "metric": metric_name, "capital": _capital}
+    filters = {"sig": sig, "duration": duration, "shape": _shape, "metric": metric_name, "capital": capital}
     environment.filters.update(filters, percent=_percent, pieces=_pieces, sentence=_sentence)
     return environment
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 def _sentence(text: str) -> str:
@@ -144,7 +142,7 @@ def _figures(record: Record) -> list[tuple[str, str]]:
     many = record.examples is not None and len(record.examples) > 1
     for aggregate in record.aggregates:
         if aggregate.metric in record.subject.quoted:
-            name = _capital(metric_name(aggregate.metric)) + (", median" if many else "")
+            name = capital(metric_name(aggregate.metric)) + (", median" if many else "")
             figures.append((name, _value(aggregate)))
     known = [e for e in record.examples or () if e.label is not None and e.recovered is not None]
     if known:
@@ -156,7 +154,7 @@ def _figures(record: Record) -> list[tuple[str, str]]:
         floor = certificate.floor if certificate is not None and measured else record.match.floor
         figures.append(("Noise floor", sig(floor)))
     for finding in record.outcome.findings:
-        figures.append((_capital(finding.kind.replace("_", " ")) + " read", f"{finding.count:,} of {finding.of:,}"))
+        figures.append((capital(finding.kind.replace("_", " ")) + " read", f"{finding.count:,} of {finding.of:,}"))
     if record.outcome.status not in REFUSED:
         figures.append(("Time", duration(record.outcome.seconds)))
     return figures
@@ -170,34 +168,31 @@ def _value(aggregate: Aggregate) -> str:
 def _charts(curves: Curves | None) -> list[_Chart]:
     if curves is None:
         return []
-    xs = curves.iterations
-    charts: list[_Chart] = []
-
-    def add(title: str, text: str, series: list[Series], legend: bool = False) -> None:
-        if series and all(len(s.values) == len(xs) for s in series):
-            svg = log_chart(title, "evaluations", xs, series)
-            if svg is not None:
-                charts.append(_Chart(title, text, svg, tuple(series) if legend else ()))
-
-    add(
-        "Objective",
-        "What the attacker minimizes: the distance between the captured update and that of its candidate.",
-        [Series("objective", curves.objectives, "main")],
-    )
-    if curves.mse:
-        add(
-            "Error to the private data",
-            "Mean squared error over all examples. The attacker cannot see this curve.",
-            [Series("MSE", curves.mse, "main")],
-        )
     names = _chosen(list(curves.layers))
     skipped = f" {len(names)} of {len(curves.layers)} tensors are drawn." if len(names) < len(curves.layers) else ""
-    add(
-        "Gradient distance by layer",
-        "Squared distance per parameter tensor, first layer to last (Zhu et al. 2019, Figure 5)." + skipped,
-        _by_layer(names, curves),
-        legend=True,
-    )
+    told = [
+        (
+            "Objective",
+            "What the attacker minimizes: the distance between the captured update and that of its candidate.",
+            [Series("objective", curves.objectives, "main")],
+        ),
+        (
+            "Error to the private data",
+            "Mean squared error over all examples. The attacker cannot see this curve.",
+            [Series("MSE", curves.mse, "main")] if curves.mse else [],
+        ),
+        (
+            "Gradient distance by layer",
+            "Squared distance per parameter tensor, first layer to last (Zhu et al. 2019, Figure 5)." + skipped,
+            layers := _by_layer(names, curves),
+        ),
+    ]
+    charts: list[_Chart] = []
+    for title, text, series in told:
+        if series and all(len(s.values) == len(curves.iterations) for s in series):
+            svg = log_chart(title, "evaluations", curves.iterations, series)
+            if svg is not None:
+                charts.append(_Chart(title, text, svg, tuple(series) if series is layers else ()))
     return charts
 
 
@@ -226,27 +221,16 @@ def _stops(record: Record, pictures: Pictures) -> list[dict[str, Any]]:
     """Return the stops of the slider: what the page's script shows at each."""
     if record.curves is None or len(pictures.frames) < 2:
         return []
-    stops: list[dict[str, Any]] = []
+
+    def stop(x: int, label: str, objective: float, mse: float | None, images: Sequence[str]) -> dict[str, Any]:
+        error = "" if mse is None else sig(mse)
+        return {"x": x, "evaluations": label, "objective": sig(objective), "mse": error, "images": list(images)}
+
+    curves, stops = record.curves, []
     for frame, images in zip(pictures.frames, pictures.snapshots, strict=True):
-        stops.append(
-            {
-                "x": record.curves.iterations[frame],
-                "evaluations": f"{record.curves.iterations[frame]:,}",
-                "objective": sig(record.curves.objectives[frame]),
-                "mse": sig(record.curves.mse[frame]) if record.curves.mse else "",
-                "images": list(images),
-            }
-        )
+        x, mse = curves.iterations[frame], curves.mse[frame] if curves.mse else None
+        stops.append(stop(x, f"{x:,}", curves.objectives[frame], mse, images))
     if stops[-1]["images"] != list(pictures.guess):
-        last = stops[-1]
-        mean = next((a.mean for a in record.aggregates if a.metric == "mse"), None)
-        stops.append(
-            {
-                "x": last["x"],
-                "evaluations": f"{last['x']:,} (result)",
-                "objective": sig(record.outcome.objective),
-                "mse": "" if mean is None else sig(mean),
-                "images": list(pictures.guess),
-            }
-        )
+        x, mean = stops[-1]["x"], next((a.mean for a in record.aggregates if a.metric == "mse"), None)
+        stops.append(stop(x, f"{x:,} (result)", record.outcome.objective, mean, pictures.guess))
     return stops
