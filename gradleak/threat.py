@@ -57,7 +57,7 @@ class Observation:
         training: the forward map as the attacker believes it to be (TRAINING), defended if DEFENSE is granted.
         labels: (N,) or (N, C) labels (LABELS).
         public: (M, *shape) public model inputs (PUBLIC_DATA).
-        batch_size_stated: whether the number of examples was stated or read off the update, not assumed.
+        batch_size_stated: whether the number of examples was stated, not assumed.
     """
 
     model: nn.Module

@@ -29,11 +29,10 @@ class CountedExamples:
 
     Attributes:
         count: the smallest number that explains the ranks, None where they are as large as they can be.
-        proved: whether it is the only one; a certificate may prove it later.
+        reason: one sentence on what it rests.
     """
 
     count: int | None
-    proved: bool
     reason: str
 
 
@@ -49,7 +48,7 @@ def count_examples(
     try:
         layers = linear_inputs(model, simulator.params(), probe)
     except NotApplicable as reason:
-        return CountedExamples(None, False, str(reason))
+        return CountedExamples(None, str(reason))
     best, room, where = 0, 0, ""
     last = list(layers)[-1] if layers else ""
     for name, seen in layers.items():
@@ -73,7 +72,7 @@ def count_examples(
     else:
         count, several = max(best, 1), "example is" if best == 1 else "examples are"
         why = f"The gradient of {where!r} has rank {best}, so at least {best} {several} behind the update."
-    return CountedExamples(count, False, why)
+    return CountedExamples(count, why)
 
 
 def _rank(gradient: Tensor) -> int:

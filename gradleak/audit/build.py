@@ -65,7 +65,7 @@ def build_record(
     ``truth``, the decoded private batch (for the pictures and the error curve only), go together. ``dtype`` is the
     number format in which the update was captured, that of the observation if None; ``notes`` are added to those of the
     reconstruction, ``command`` repeats the run from a shell, and ``classes`` are otherwise read off the label
-    probabilities. ``batch_size_source`` is "stated", "read" (off the update, which shows it) or "assumed"; if None,
+    probabilities. ``batch_size_source`` is "stated" or "assumed"; if None,
     whether it was assumed is asked of the observation.
     """
     assert (scores is None) == (truth is None), "scores and truth go together"

@@ -133,8 +133,6 @@ def _with_batch_size(headline: str, subject: Subject) -> str:
     if subject.batch_size_source == "stated":
         return headline
     one = f"one {subject.noun}" if subject.batch_size == 1 else subject.counted(subject.batch_size)
-    if subject.batch_size_source == "read":
-        return f"{headline.removesuffix('.')} ({one}, as the update shows)."
     return f"Assuming {one}, {headline[:1].lower()}{headline[1:]}"
 
 

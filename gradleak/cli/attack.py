@@ -50,7 +50,7 @@ def attack(*, budget: float | None, **asked: Any) -> int:
 
 
 def _count(request: Request, subject: Subject, loss: Loss) -> tuple[int, str, tuple[Note, ...]]:
-    """Return the number of examples, whether it was "stated", "read" or "assumed", and what must be said about that."""
+    """Return the number of examples, whether it was "stated" or "assumed", and what must be said about that."""
     if request.batch_size is not None:
         return request.batch_size, "stated", ()
     training = request.training(loss, 1)
@@ -60,9 +60,6 @@ def _count(request: Request, subject: Subject, loss: Loss) -> tuple[int, str, tu
             f"The update does not tell how many examples are behind it ({counted.reason.rstrip('.')}); state the "
             "number with --batch-size."
         )
-    if counted.proved:
-        said = f"The batch size was read off the update. {counted.reason}"
-        return counted.count, "read", (Note(said, NoteKind.METHOD),)
     examples = "one example" if counted.count == 1 else f"{counted.count} examples"
     said = f"The batch size was not stated; {examples} assumed. {counted.reason}"
     return counted.count, "assumed", (Note(said, NoteKind.ASSUMPTION),)

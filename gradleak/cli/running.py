@@ -38,7 +38,7 @@ class Job:
     Attributes:
         observations: what was seen, once for each training that the client may have had, the likeliest first.
         captured: number type in which the update was captured.
-        batch_size_source: "stated", "read" off the update, or "assumed".
+        batch_size_source: "stated" or "assumed".
         warnings: what is suspicious about the capture.
         public: public images, for the null guesses.
 

@@ -112,7 +112,7 @@ def certify(
         construction: how the inputs were constructed, where that makes them unique.
         uniqueness: whether to compute the Jacobian; None does so up to ``largest`` unknowns. The error bound of a
             construction is checked against it in any case, where that is cheap.
-        stated: whether the number of examples was stated (or read off the update), not assumed.
+        stated: whether the number of examples was stated, not assumed.
         granted: whether the labels are known, not read off the update.
         unit: size of a typical input value; None takes the root mean square of ``inputs``.
         tolerance: largest error bound, relative to ``unit``, that is still called a proof.

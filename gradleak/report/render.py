@@ -41,7 +41,7 @@ _STATUS = {
     "missing_knowledge": "did not run, because it needs to know more",
 }
 _ALARM, _CAUTION = ("leaked", "proved", "matched", "solved"), ("partly", "close")
-_SOURCE = {"read": "as the update shows", "assumed": "assumed: nobody stated it"}
+_SOURCE = {"assumed": "assumed: nobody stated it"}
 _GLUE = "##"
 """What word pieces begin with that continue a word."""
 

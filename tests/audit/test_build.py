@@ -127,7 +127,7 @@ def test_what_an_attack_says_is_recorded_in_fields() -> None:
     assert certificate.factors == {"0.weight": 2.0}
 
 
-@pytest.mark.parametrize("source", ["stated", "read", "assumed"])
+@pytest.mark.parametrize("source", ["stated", "assumed"])
 def test_where_the_batch_size_comes_from(source: str) -> None:
     observation, batch = observed()
     record = build_record(

@@ -290,8 +290,6 @@ class TestWhatIsProved:
     def test_a_batch_size_that_nobody_stated_is_named(self) -> None:
         assumed = self.headline(self.PROOF, batch_size_source="assumed")
         assert assumed == "Assuming one image, the update proves that the client trained on this image."
-        read = self.headline(self.PROOF, batch_size_source="read")
-        assert read.endswith("on this image (one image, as the update shows).")
 
     def test_a_mean_of_several_is_not_called_the_input(self) -> None:
         mixed = CertificateRecord("matched", 1e-8, 1e-7, mixture=True, reason="A mean explains it as well.")

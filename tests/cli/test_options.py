@@ -152,20 +152,16 @@ def test_softmax_over_one_output_is_never_run(case, single, options: tuple[str, 
     assert REFUSED[options] in done.err
 
 
-@pytest.mark.parametrize(
-    ("count", "proved", "source"), [(1, False, "assumed"), (3, False, "assumed"), (2, True, "read")]
-)
-def test_a_batch_size_that_is_not_stated_is_read_or_named(
-    job, monkeypatch, count: int, proved: bool, source: str
-) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_batch_size_that_is_not_stated_is_named(job, monkeypatch, count: int) -> None:
     from gradleak.attacks.counting import CountedExamples
 
-    monkeypatch.setattr("gradleak.cli.attack.count_examples", lambda *_: CountedExamples(count, proved, "That is why."))
+    monkeypatch.setattr("gradleak.cli.attack.count_examples", lambda *_: CountedExamples(count, "That is why."))
     made = job(batch_size=None)
     assert made.observations[0].batch_size == count
-    assert made.batch_size_source == source
+    assert made.batch_size_source == "assumed"
     (note,) = [n for n in made.notes if "batch size" in n]
-    assert note.kind is (NoteKind.METHOD if proved else NoteKind.ASSUMPTION)
+    assert note.kind is (NoteKind.ASSUMPTION)
     assert note.endswith("That is why.")
     assert job().batch_size_source == "stated"
 
@@ -173,9 +169,7 @@ def test_a_batch_size_that_is_not_stated_is_read_or_named(
 def test_a_batch_size_that_nothing_tells_is_asked_for(case, monkeypatch) -> None:
     from gradleak.attacks.counting import CountedExamples
 
-    monkeypatch.setattr(
-        "gradleak.cli.attack.count_examples", lambda *_: CountedExamples(None, False, "No head was found.")
-    )
+    monkeypatch.setattr("gradleak.cli.attack.count_examples", lambda *_: CountedExamples(None, "No head was found."))
     done = case.attack(batch_size=None)
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "(No head was found); state the number with --batch-size." in done.err
