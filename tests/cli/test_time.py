@@ -75,14 +75,19 @@ def test_a_spent_budget_is_no_interruption_and_holds_in_every_phase(case, slow, 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_writes_the_best_so_far_and_says_so(case, slow, name: str, code: int, asks: bool) -> None:
     number = getattr(signal, name)
-    before = signal.getsignal(number), signal.getsignal(signal.SIGALRM)
-    done, seconds = slow(sends=name, asks=asks)
+    outer = signal.signal(number, signal.default_int_handler)  # Under nohup SIGHUP is ignored, and stays so.
+    try:
+        before = signal.getsignal(number), signal.getsignal(signal.SIGALRM)
+        done, seconds = slow(sends=name, asks=asks)
+        after = signal.getsignal(number), signal.getsignal(signal.SIGALRM)
+    finally:
+        signal.signal(number, outer)
     assert done.code == code
     assert "interrupted" in done.err
     assert case.record().outcome.status == "interrupted"
     assert sorted(os.listdir(case.folder / "out")) == FILES
-    assert seconds < 3
-    assert (signal.getsignal(number), signal.getsignal(signal.SIGALRM)) == before
+    assert seconds < 20  # It takes a minute unless it is stopped.
+    assert after == before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
@@ -91,7 +96,7 @@ def test_a_second_interruption_gives_up_and_writes_nothing(case, slow) -> None:
     assert done.code == 130
     assert "nothing was written" in done.err
     assert not (case.folder / "out").exists()
-    assert seconds < 3
+    assert seconds < 20
 
 
 @pytest.mark.parametrize(("options", "code"), [({"budget": "0.3s"}, 0), ({"sends": "SIGTERM"}, 143)])
