@@ -12,6 +12,7 @@ import torch
 from gradleak.attacks.base import Attack, Callback, Progress
 from gradleak.attacks.least_squares import LARGEST, Problem, State, search
 from gradleak.attacks.recursion import check, from_layers
+from gradleak.clock import Deadline
 from gradleak.errors import InvalidInput, NotApplicable, ResourceLimit
 from gradleak.exact.one_example import RecursionResult, fit_layers
 from gradleak.formats import number_format
@@ -84,13 +85,13 @@ class GaussNewton(Attack):
             )
 
     def _one(self, observation: Observation, seed: int, callback: Callback) -> Reconstruction:
-        begin = time.perf_counter()
+        begin, deadline = time.perf_counter(), Deadline(self.budget)
         try:
             if self.layers_only:
                 bound = rank_bound(observation.model, observation.params, tuple(observation.space.shape), 1)
                 if not bound.determined:
                     raise NotApplicable(bound.reason)
-            return self._layers(observation, None, seed, callback, begin)
+            return self._layers(observation, None, seed, callback, deadline)
         except (NotApplicable, ResourceLimit):
             if self.layers_only:
                 raise  # otherwise what is no chain of layers is taken as a whole
@@ -100,7 +101,7 @@ class GaussNewton(Attack):
         evaluations = 0
         for _ in range(self.restarts):
             start = self.init_std * torch.randn(problem.unknowns, generator=draw, dtype=torch.float64)
-            state = self._search(problem, start.to(problem.like), callback, begin)
+            state = self._search(problem, start.to(problem.like), callback, deadline)
             evaluations += state.evaluations
             best = state if best is None or state.cost < best.cost else best
             if best.status in (Status.CONVERGED, Status.INTERRUPTED):
@@ -117,28 +118,33 @@ class GaussNewton(Attack):
             NotApplicable: the model has kinks, or the training is not known.
             ResourceLimit: too many unknowns.
         """
-        begin = time.perf_counter()
+        begin, deadline = time.perf_counter(), Deadline(self.budget)
         if observation.training is None:
             raise NotApplicable("A polish simulates the client, which takes TRAINING; grant it in the threat model.")
         if len(found) == 1:
             try:
-                return self._layers(observation, found, seed, callback, begin)
+                return self._layers(observation, found, seed, callback, deadline)
             except (NotApplicable, ResourceLimit):
                 pass
         problem = _problem(observation, found.labels, seed)
         start = observation.space.encode(found.inputs.to(problem.like)).flatten()
-        state = self._search(problem, start, callback, begin)
+        state = self._search(problem, start, callback, deadline)
         polished = problem.result(state, state.evaluations, time.perf_counter() - begin)
         return replace(polished, notes=(*found.notes, *polished.notes), features=found.features)
 
     def _layers(
-        self, observation: Observation, found: Reconstruction | None, seed: int, callback: Callback | None, begin: float
+        self,
+        observation: Observation,
+        found: Reconstruction | None,
+        seed: int,
+        callback: Callback | None,
+        deadline: Deadline,
     ) -> Reconstruction:
         status = Status.CONVERGED
 
         def going(residual: float, steps: int) -> bool:
             nonlocal status
-            if (self.budget is not None and time.perf_counter() - begin > self.budget) or steps >= self.iterations:
+            if deadline.over or steps >= self.iterations:
                 status = Status.BUDGET
             elif callback is not None:
                 try:
@@ -166,8 +172,8 @@ class GaussNewton(Attack):
             features=found.features,
         )
 
-    def _search(self, problem: Problem, z: torch.Tensor, callback: Callback | None, begin: float) -> State:
-        return search(problem, z, iterations=self.iterations, budget=self.budget, callback=callback, begin=begin)
+    def _search(self, problem: Problem, z: torch.Tensor, callback: Callback | None, deadline: Deadline) -> State:
+        return search(problem, z, iterations=self.iterations, deadline=deadline, callback=callback)
 
 
 def _problem(observation: Observation, labels: torch.Tensor | None, seed: int) -> Problem:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import final
@@ -15,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradleak.attacks.base import Callback, Progress
 from gradleak.attacks.labeling import estimate_labels
+from gradleak.clock import Deadline
 from gradleak.errors import NotApplicable
 from gradleak.formats import number_format, storage_deviation
 from gradleak.solve.conjugate_gradients import conjugate_gradients
@@ -96,14 +96,13 @@ def search(
     z: Tensor,
     *,
     iterations: int,
-    budget: float | None = None,
+    deadline: Deadline | None = None,
     callback: Callback | None = None,
-    begin: float = 0.0,
 ) -> State:
     """Return where Levenberg–Marquardt from ``z`` (n,) ends, after at most ``iterations`` steps.
 
-    See :func:`gradleak.solve.least_squares.minimize`. ``budget`` is in seconds since ``begin`` (``time.perf_counter``);
-    a ``KeyboardInterrupt`` from ``callback`` returns the best so far.
+    See :func:`gradleak.solve.least_squares.minimize`. The end of ``deadline``, or a ``KeyboardInterrupt`` from
+    ``callback``, returns the best so far.
     """
     before = -1
 
@@ -112,7 +111,7 @@ def search(
         if callback is not None and state.steps > before >= 0:
             callback(Progress(state.steps, iterations, problem.relative(state.cost), f"damping {damping:.0e}"))
         before = state.steps
-        return budget is None or time.perf_counter() - begin <= budget
+        return deadline is None or not deadline.over
 
     return minimize(problem, z, iterations=iterations, going=going)
 

@@ -54,7 +54,7 @@ def mean_of_several(explanation: Explanation, fit: Fit) -> bool:
     step = _STEPS[explanation.arithmetic]
     rounding = 16 * 2.0**-52 / step**2  # What float64 leaves of a second difference.
     groups = [[i] for i in range(len(x))] if 1 < len(x) <= _APART else [list(range(len(x)))]
-    factors = _scale(explanation, fit)
+    factors: Tensor | float = explanation.spread(fit.factors) if fit.factors else fit.factor
     for group in groups:
         for _ in range(max(2, _DIRECTIONS // len(groups))):
             move = torch.zeros_like(x)
@@ -68,15 +68,6 @@ def mean_of_several(explanation: Explanation, fit: Fit) -> bool:
             if other.matched:
                 return True
     return False
-
-
-def _scale(explanation: Explanation, fit: Fit) -> Tensor:
-    """Return the factor of every coordinate (m,)."""
-    like = fit.noise.weight
-    if not fit.factors:
-        return torch.full_like(like, fit.factor)
-    parts = [like.new_full((n,), fit.factors[k]) for k, n in zip(explanation.names, explanation.sizes, strict=True)]
-    return torch.cat(parts)
 
 
 def has_free_directions(model: nn.Module, params: dict[str, Tensor], shape: tuple[int, ...]) -> bool:

@@ -11,6 +11,7 @@ one factor for each tensor (clipping per tensor, step sizes per group), and the 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import final
@@ -174,6 +175,11 @@ class Explanation:
         """Return tensors by name as one vector (m,)."""
         return torch.cat([tensors[k].flatten() for k in self.names])
 
+    def spread(self, values: Mapping[str, float]) -> Tensor:
+        """Return one value per tensor as one per coordinate (m,)."""
+        like = self.observed[self.names[0]]
+        return torch.cat([like.new_full((n,), values[k]) for k, n in zip(self.names, self.sizes, strict=True)])
+
     def simulate(self, inputs: Tensor, labels: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return the flat update (m,) of ``inputs`` in float64, computed in ``dtype``."""
         found = self.simulator.update(inputs, self.labels if labels is None else labels, dtype)
@@ -228,7 +234,7 @@ class Explanation:
         signs = {f > 0 for f in factors.values() if f != 0}
         if len(signs) != 1 or not all(map(math.isfinite, factors.values())):
             return None
-        each = torch.cat([seen.new_full((n,), f) for n, f in zip(self.sizes, factors.values(), strict=True)])
+        each = self.spread(factors)
         noise = self._noise(deviations * each.abs(), simulated * each)
         return self.compare(simulated * each, noise, factor=1.0, factors=factors)
 
