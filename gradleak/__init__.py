@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gradleak import attacks, defenses, errors, metrics, models
     from gradleak.exchange import Client, Exchange, simulate
-    from gradleak.spaces import ImageSpace, InputSpace, TensorSpace, TokenSpace
+    from gradleak.spaces import ImageSpace, InputSpace, TableSpace, TensorSpace, TokenSpace
     from gradleak.threat import Knowledge, Observation, ThreatModel
     from gradleak.training import BinaryCrossEntropy, CrossEntropy, FedAvg, FedSGD, LocalTraining, MeanSquaredError
     from gradleak.types import Batch, Certificate, Reconstruction, Status, Trace, Update, UpdateKind, Verdict
@@ -32,6 +32,7 @@ __all__ = [
     "Observation",
     "Reconstruction",
     "Status",
+    "TableSpace",
     "TensorSpace",
     "ThreatModel",
     "TokenSpace",
@@ -52,7 +53,7 @@ __all__ = [
 _PACKAGES = ("attacks", "defenses", "errors", "metrics", "models")
 _HOMES = {
     "exchange": ("Client", "Exchange", "simulate"),
-    "spaces": ("ImageSpace", "InputSpace", "TensorSpace", "TokenSpace"),
+    "spaces": ("ImageSpace", "InputSpace", "TableSpace", "TensorSpace", "TokenSpace"),
     "threat": ("Knowledge", "Observation", "ThreatModel"),
     "training": ("BinaryCrossEntropy", "CrossEntropy", "FedAvg", "FedSGD", "LocalTraining", "MeanSquaredError"),
     "types": ("Batch", "Certificate", "Reconstruction", "Status", "Trace", "Update", "UpdateKind", "Verdict"),

@@ -22,7 +22,10 @@ from gradleak.errors import NotApplicable
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
-RUN = [ROOT / "README.md", *(ROOT / "docs" / f"{p}.md" for p in ("quickstart", "threat-models", "capture", "extend"))]
+RUN = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{p}.md" for p in ("quickstart", "tables", "threat-models", "capture", "extend")),
+]
 
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -82,20 +85,27 @@ def test_blocks_run_in_an_empty_folder(tmp_path: Path) -> None:
     run(files, tmp_path / "empty", "-W", "error")
 
 
-def test_commands_run_in_an_empty_folder(tmp_path: Path) -> None:
-    text = "\n".join(b for page in ("README.md", "docs/quickstart.md") for b in blocks(ROOT / page, "bash"))
+@pytest.mark.parametrize(
+    ("pages", "proved"),
+    [
+        (("docs/quickstart.md", "README.md"), "The update proves that the client trained on this image."),
+        (("docs/tables.md",), "The update proves that the client trained on these 2 rows."),
+    ],
+)
+def test_commands_run_in_an_empty_folder(pages: tuple[str, ...], proved: str, tmp_path: Path) -> None:
+    text = "\n".join(b for page in pages for b in blocks(ROOT / page, "bash"))
     lines = [" ".join(shlex.split(line, comments=True)) for line in text.replace("\\\n", " ").splitlines()]
     commands = [
         c for c in dict.fromkeys(lines) if c.startswith(("gradleak attack", "gradleak report", "gradleak list"))
     ]
-    assert len(commands) >= 4
+    assert len(commands) >= 2
     capture = tmp_path / "capture.py"
-    capture.write_text(next(b for b in blocks(ROOT / "docs" / "quickstart.md") if "truth.safetensors" in b))
+    capture.write_text(next(b for b in blocks(ROOT / pages[0]) if "U.safetensors" in b))
     (tmp_path / "commands").write_text("\n".join(commands).replace("--budget 20s", "--budget 1s"))
     (tmp_path / "empty").mkdir()
     run([capture, tmp_path / "commands"], tmp_path / "empty")
     found = json.loads((tmp_path / "empty" / "leak" / "result.json").read_text(encoding="utf-8"))
-    assert found["verdict"]["headline"] == "The update proves that the client trained on this image."
+    assert found["verdict"]["headline"] == proved
     assert (tmp_path / "empty" / "leak-scored" / "report.html").exists()
 
 
@@ -168,7 +178,7 @@ def test_options_that_the_pages_name_exist() -> None:
     known = {"--help", "--version"} | {
         "--" + name.replace("_", "-") for f in functions for name in inspect.signature(f).parameters
     }
-    for name in ("README.md", "docs/quickstart.md", "docs/command-line.md", "docs/capture.md"):
+    for name in ("README.md", "docs/quickstart.md", "docs/tables.md", "docs/command-line.md", "docs/capture.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
         assert used <= known, f"{name} names {sorted(used - known)}"

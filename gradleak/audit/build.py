@@ -81,20 +81,22 @@ def build_record(
     examples, success, lifts, aggregates = (
         (None, None, (), ()) if scores is None else (scores.examples, scores.success, scores.lifts, scores.aggregates)
     )
+    columns, found = ((), None) if scores is None else (scores.columns, scores.found)
     record = Record(
         subject=subject,
         threat=_threat(observation),
         attack=AttackRun(attack, {k: _option(v) for k, v in (options or {}).items()}, seed),
         outcome=outcome,
-        verdict=judge(subject, outcome, examples, lifts, match, certificate, success),
+        verdict=judge(subject, outcome, examples, lifts, match, certificate, success, columns),
         match=match,
         certificate=certificate,
         examples=examples,
         aggregates=aggregates,
         success=success,
         lifts=lifts,
+        columns=columns,
         curves=curves,
-        shown=_shown(observation, reconstruction, truth),
+        shown=_shown(observation, reconstruction, truth, found),
         command=command,
         environment=_environment(_device(observation)),
         created=_now(),
@@ -312,11 +314,16 @@ def _certificate(certificate: Certificate) -> CertificateRecord:
     return CertificateRecord(**{**values, "reason": str(certificate.reason), "factors": dict(certificate.factors)})
 
 
-def _shown(observation: Observation, reconstruction: Reconstruction, truth: Batch | None) -> Shown | None:
+def _shown(
+    observation: Observation,
+    reconstruction: Reconstruction,
+    truth: Batch | None,
+    found: tuple[tuple[bool, ...], ...] | None,
+) -> Shown | None:
     space = observation.space
     if reconstruction.shows is not Shows.INPUTS or (guess := space.texts(reconstruction.inputs)) is None:
         return None
-    return Shown(space.names, guess, None if truth is None else space.texts(truth.inputs))
+    return Shown(space.names, guess, None if truth is None else space.texts(truth.inputs), found)
 
 
 def _device(observation: Observation) -> torch.device:

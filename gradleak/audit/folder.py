@@ -1,13 +1,17 @@
 """The folder of one result: ``result.json``, ``reconstruction.safetensors``, ``trace.safetensors``, ``report.html``.
 
+Of a table, ``reconstruction.csv`` holds the reconstructed rows as people write them.
+
 It is written whole or not at all, and read without torch. ``result.json`` names the SHA-256 of the tensor files and
 is replaced after them, so that a folder which a killed process left half new is recognized.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import hashlib
+import io
 import json
 import struct
 from collections.abc import Mapping
@@ -20,7 +24,7 @@ import numpy.typing as npt
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from gradleak.audit.records import REFUSED, Curves, Record, from_json, to_json
+from gradleak.audit.records import REFUSED, Curves, Record, Shown, from_json, to_json
 from gradleak.errors import InvalidFile
 from gradleak.files import check_writable, read_file, write_files
 
@@ -29,6 +33,7 @@ __all__ = ["Folder", "check_writable", "read_folder", "write_files", "write_fold
 Array = npt.NDArray[Any]
 
 RESULT, TENSORS, TRACE, REPORT = "result.json", "reconstruction.safetensors", "trace.safetensors", "report.html"
+ROWS = "reconstruction.csv"
 
 _AGAIN = "run the attack again to write it anew"
 _WHOLE = 1 << 63
@@ -65,9 +70,21 @@ def write_folder(directory: Path, folder: Folder, report: str) -> None:
         TENSORS: _pack({"inputs": folder.inputs, "labels": folder.labels}),
         TRACE: _pack({"truth": folder.truth, "snapshots": folder.snapshots}),
     }
+    if folder.record.subject.display == "table" and folder.record.shown is not None:
+        files[ROWS] = _rows(folder.record.shown)
     record = dataclasses.replace(folder.record, files={name: _hash(data) for name, data in files.items()})
     # The page goes first and comes last: it never stands beside the numbers of another run.
-    write_files(directory, {**files, RESULT: _text(to_json(record)), REPORT: _text(report)}, drop=(REPORT,))
+    write_files(
+        directory,
+        {**files, RESULT: _text(to_json(record)), REPORT: _text(report)},
+        drop=(REPORT, ROWS),
+    )
+
+
+def _rows(shown: Shown) -> bytes:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows((shown.names, *shown.guess))
+    return _text(file.getvalue())
 
 
 def write_report(directory: Path, report: str) -> None:
@@ -100,7 +117,7 @@ def read_folder(directory: Path) -> Folder:
         raise InvalidFile(f"There is no folder {str(directory)!r}; name one that gradleak attack or demo wrote.")
     record = _record(directory)
     for name in record.files:
-        if name not in (TENSORS, TRACE):
+        if name not in (TENSORS, TRACE, ROWS):
             raise InvalidFile(f"result.json is damaged: it names a file {name!r}; {_AGAIN}.")
     arrays = {name: _unpack(directory, name, record.files.get(name)) for name in (TENSORS, TRACE)}
     tensors, trace = arrays[TENSORS], arrays[TRACE]

@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 from gradleak.errors import InvalidFile
 
 __all__ = [
-    "REFUSED", "SCHEMA", "Aggregate", "AttackRun", "AttemptRecord", "CertificateRecord", "Curves", "Example",
-    "FindingRecord", "Lift", "Match", "Outcome", "Pictures", "Record", "Shown", "Subject", "Success", "Threat",
-    "Values", "Verdict", "from_json", "to_json",
+    "REFUSED", "SCHEMA", "Aggregate", "AttackRun", "AttemptRecord", "CertificateRecord", "ColumnScore", "Curves",
+    "Example", "FindingRecord", "Lift", "Match", "Outcome", "Pictures", "Record", "Shown", "Subject", "Success",
+    "Threat", "Values", "Verdict", "from_json", "to_json",
 ]  # fmt: skip
 
 SCHEMA = 2
@@ -195,6 +195,17 @@ class Success:
 
 
 @dataclass(frozen=True)
+class ColumnScore:
+    """How many cells of one column are right, and how many ``guess``, which never saw the update, gets right."""
+
+    name: str
+    found: int
+    guessed: int
+    n: int
+    guess: str
+
+
+@dataclass(frozen=True)
 class Lift:
     """How much better the reconstruction is than a guess that never saw the update."""
 
@@ -221,6 +232,7 @@ class Shown:
     names: tuple[str, ...]
     guess: tuple[tuple[str, ...], ...]
     truth: tuple[tuple[str, ...], ...] | None = None
+    found: tuple[tuple[bool, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -249,6 +261,7 @@ class Record:
     aggregates: tuple[Aggregate, ...] = ()
     success: Success | None = None
     lifts: tuple[Lift, ...] = ()
+    columns: tuple[ColumnScore, ...] = ()
     curves: Curves | None = None
     shown: Shown | None = None
     command: str = ""
@@ -265,6 +278,7 @@ class Values:
     Attributes:
         names: what the pieces are, empty for a sentence.
         truth: the private ones, None without ground truth.
+        found: which pieces are right, empty where that was not decided piece by piece.
 
     """
 
@@ -272,6 +286,7 @@ class Values:
     names: tuple[str, ...]
     truth: tuple[str, ...] | None
     guess: tuple[str, ...]
+    found: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -345,6 +360,8 @@ def _together(record: Record) -> Record:
         lengths.append(("outcome.note_kinds", len(outcome.note_kinds), len(outcome.notes)))
     if shown is not None and record.examples is not None and shown.truth is not None:
         lengths.append(("shown.truth", len(shown.truth), len(record.examples)))
+    if shown is not None and shown.found is not None:
+        lengths.append(("shown.found", len(shown.found), len(shown.truth or ())))
     for where, found, expected in lengths:
         if found != expected:
             raise _Mismatch(f"{where} has {found} entries, not {expected}")

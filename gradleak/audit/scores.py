@@ -11,7 +11,7 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
-from gradleak.audit.records import Aggregate, Example, Lift, Success
+from gradleak.audit.records import Aggregate, ColumnScore, Example, Lift, Success
 from gradleak.errors import InvalidInput
 from gradleak.metrics import Metric, label_accuracy, mse, psnr
 from gradleak.spaces import InputSpace
@@ -32,6 +32,8 @@ class Scores:
         lifts: guesses that need no update, and how much better the reconstruction is; of pictures only.
         unassigned: number of reconstructions beyond the batch size, which were left out.
         notes: sentences that a reader must know.
+        columns: how many cells of each column are right, of tables only.
+        found: which cells (N, C) of the private rows, in their original order, are right; of tables only.
 
     """
 
@@ -41,6 +43,8 @@ class Scores:
     lifts: tuple[Lift, ...] = ()
     unassigned: int = 0
     notes: tuple[str, ...] = ()
+    columns: tuple[ColumnScore, ...] = ()
+    found: tuple[tuple[bool, ...], ...] | None = None
 
     @property
     def successes(self) -> int:
@@ -115,6 +119,7 @@ def score(
     lifts, notes = _lifts(space, inputs, columns[psnr.name], public, seed) if psnr.name in columns else ((), ())
     if any(error is None for error in errors):
         notes = (*notes, "Some examples have no usable reconstruction; they count as failures.")
+    cells = space.cells(assigned, inputs)
     return Scores(
         examples=tuple(examples),
         aggregates=tuple(a for m in used if (a := _aggregate(m, columns[m.name])) is not None),
@@ -124,6 +129,8 @@ def score(
         lifts=lifts,
         unassigned=max(0, len(guesses) - len(truth)),
         notes=notes,
+        columns=() if cells is None else _columns(space, cells, inputs, public),
+        found=None if cells is None else tuple(map(tuple, cells.tolist())),
     )
 
 
@@ -226,6 +233,18 @@ def _overlap(found: list[int], labels: list[int]) -> float:
             remaining.remove(label)
             hits += 1
     return hits / len(labels)
+
+
+def _columns(space: InputSpace, cells: Tensor, truth: Tensor, public: Tensor | None) -> tuple[ColumnScore, ...]:
+    """Return the cells that are right by column, beside those of the best guess without the update."""
+    n, nulls = len(truth), []
+    for null in space.null_guesses(truth, public):
+        guessed = space.cells(null.inputs, truth)
+        assert guessed is not None
+        nulls.append((int(guessed.sum()), guessed.sum(0).tolist(), null.description))
+    _, known, guess = max(nulls, default=(0, [0] * len(space.names), ""))
+    counted = zip(space.names, cells.sum(0).tolist(), known, strict=True)
+    return tuple(ColumnScore(name, found, guessed, n, guess) for name, found, guessed in counted)
 
 
 def _lifts(

@@ -10,6 +10,7 @@ from gradleak.audit.numbers import duration, metric_name, sig
 from gradleak.audit.records import (
     REFUSED,
     CertificateRecord,
+    ColumnScore,
     Example,
     FindingRecord,
     Lift,
@@ -51,13 +52,14 @@ def judge(
     match: Match | None = None,
     certificate: CertificateRecord | None = None,
     success: Success | None = None,
+    columns: Sequence[ColumnScore] = (),
 ) -> Verdict:
     """Return the verdict: against the private data where they are known, otherwise from the update alone.
 
     ``examples`` are the scores of each private example, the worst first; None without ground truth.
     """
     if examples:
-        verdict = _against_truth(subject, outcome, examples, lifts, certificate)
+        verdict = _against_truth(subject, outcome, examples, lifts, certificate, columns)
         found = [] if all(e.level >= 2 for e in examples) else _checked(subject, outcome, examples, success)
         verdict = _with_findings(verdict, found, ("not_recovered", "partly"))
     else:
@@ -142,11 +144,16 @@ def _against_truth(
     examples: Sequence[Example],
     lifts: Sequence[Lift],
     certificate: CertificateRecord | None,
+    columns: Sequence[ColumnScore],
 ) -> Verdict:
     n = len(examples)
     private = f"private {subject.nouns if n > 1 else subject.noun}"
     back = sum(e.level >= 2 for e in examples)
     sentences = [_worst(subject, examples)]
+    if columns:
+        found, guessed, cells = (sum(getattr(c, k) for c in columns) for k in ("found", "guessed", "n"))
+        guess = f"; {columns[0].guess} alone: {guessed:,}" if columns[0].guess else ""
+        sentences.append(f"{found:,} of {cells:,} cells are right{guess}.")
     if back and outcome.seconds > 0:
         sentences.append(f"It took {duration(outcome.seconds)} and one update; the attacker never saw the {private}.")
     useless = [lift for lift in lifts if not lift.oracle and lift.lift is not None and lift.lift < 1]

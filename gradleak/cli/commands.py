@@ -65,8 +65,13 @@ def demo(
 def attack(
     model: Annotated[str, typer.Option(help="A model of gradleak's, or module:factory from your own code.")],
     update: Annotated[Path, typer.Option(help="The captured update (.safetensors), by parameter name.")],
-    input_shape: Annotated[values.Shape, _option(values.shape, "C,H,W", "Shape of one input, such as 3,32,32.")],
     out: Out,
+    input_shape: Annotated[
+        values.Shape | None, _option(values.shape, "C,H,W", "Shape of one input, such as 3,32,32.")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="The inputs are rows of a table, which this schema (.json) describes.")
+    ] = None,
     model_arg: Annotated[Texts, _option(None, "KEY=VALUE", "An argument of the model (may be repeated).")] = None,
     weights: Annotated[Path | None, typer.Option(help="The weights that were sent out (.safetensors).")] = None,
     classes: Annotated[int | None, typer.Option(min=1, max=10**7, help="Number of classes.")] = None,
@@ -138,10 +143,12 @@ def attack(
         Numbers, _option(values.numbers, "K,K,…", "Labels the attacker is told: classes, or targets.")
     ] = None,
     truth: Annotated[
-        Path | None, typer.Option(help="Private data to score against (.npz, .safetensors or a picture).")
+        Path | None,
+        typer.Option(help="Private data to score against (.npz, .safetensors, picture; a table: .csv)."),
     ] = None,
     data: Annotated[
-        str | None, _option(None, "SPEC", "Public images for the null guesses: .npz, folder or dataset.")
+        str | None,
+        _option(None, "SPEC", "Public data for the null guesses: images (.npz, folder, dataset) or rows (.csv)."),
     ] = None,
     seed: Seed = 0,
     budget: Annotated[Number, _option(values.seconds, "TIME", "Time limit such as 90s or 2m.")] = None,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from gradleak.cli.factories import ChosenAttack, build_attack, build_defense, find_loss
+from gradleak.data import read_schema
 from gradleak.defenses import UpdateDefense
 from gradleak.errors import InvalidInput, UnknownName
 from gradleak.models import parse_options
@@ -144,7 +145,7 @@ def read_request(asked: Mapping[str, Any]) -> Request:
         model=ModelChoice(o.model, model_options, o.weights, o.classes, o.mode, dtype, _device(o.device)),
         update=o.update,
         kind=UpdateKind(o.kind),
-        space=_space(o.input_kind, o.input_shape, o.mean or (), o.std or ()),
+        space=_space(o.input_kind, o.input_shape, o.mean or (), o.std or (), o.table),
         batch_size=o.batch_size,
         loss=_loss(o.loss, o.reduction, o.label_smoothing, o.class_weights),
         local=_local(o.kind, {k: getattr(o, k) for k in _LOCAL}),
@@ -159,7 +160,15 @@ def read_request(asked: Mapping[str, Any]) -> Request:
     )
 
 
-def _space(kind: str, shape: tuple[int, ...], mean: tuple[float, ...], std: tuple[float, ...]) -> InputSpace:
+def _space(
+    kind: str, shape: tuple[int, ...] | None, mean: tuple[float, ...], std: tuple[float, ...], table: Path | None
+) -> InputSpace:
+    if table is not None:
+        if shape is not None or mean or std or kind != "auto":
+            raise InvalidInput("--table describes the inputs; leave out --input-shape, --input-kind, --mean and --std.")
+        return read_schema(table)
+    if shape is None:
+        raise InvalidInput("The inputs are not described; give --input-shape, or --table for rows of a table.")
     if kind == "auto":
         kind = "image" if len(shape) == 3 else "tensor"
     if kind == "image":

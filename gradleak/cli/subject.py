@@ -118,6 +118,8 @@ def _load_model(choice: ModelChoice, space: InputSpace) -> nn.Module:
         sizes: dict[str, Any] = {}
         if len(space.shape) == 3:
             sizes = {"in_channels": space.shape[0], "image_size": (space.shape[1], space.shape[2])}
+        elif len(space.shape) == 1:
+            sizes = {"in_channels": 1, "image_size": (1, space.shape[0])}
         if choice.classes is not None:
             sizes["classes"] = choice.classes
         options = {k: v for k, v in sizes.items() if k in accepted} | options

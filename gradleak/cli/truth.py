@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gradleak.data import load_images, read_batch
+from gradleak.data import load_images, read_batch, read_rows
 from gradleak.errors import InvalidInput
-from gradleak.spaces import ImageSpace, InputSpace
+from gradleak.spaces import ImageSpace, InputSpace, TableSpace
 from gradleak.training import TargetKind
 from gradleak.types import Batch
 
@@ -41,14 +41,18 @@ def read_truth(
 ) -> Batch:
     """Return the decoded private batch; unknown labels are −1, which no class equals.
 
-    The file is an ``.npz`` or ``.safetensors`` with ``inputs`` and perhaps ``labels``, or a picture; ``told`` are the
+    The file is an ``.npz`` or ``.safetensors`` with ``inputs`` and perhaps ``labels``, a picture, or, of a table, a CSV
+    file in people's words; ``told`` are the
     labels that the attacker was told, and ``kinds`` says how labels may look.
 
     Raises:
         InvalidInput: the file holds no such batch.
 
     """
-    inputs, labels = read_batch(path, tuple(space.shape), count=count)
+    if isinstance(space, TableSpace):
+        inputs, labels = read_rows(path, space, count=count)
+    else:
+        inputs, labels = read_batch(path, tuple(space.shape), count=count)
     if isinstance(space, ImageSpace) and not bool(((inputs >= 0) & (inputs <= 1)).all()):
         raise InvalidInput(
             f"{str(path)!r} has values from {float(inputs.min()):.4g} to {float(inputs.max()):.4g}, outside "
@@ -73,12 +77,14 @@ def read_truth(
 
 
 def public_images(spec: str, space: InputSpace) -> Tensor:
-    """Return public images (M, C, H, W) in [0, 1]: all of a source, or a random selection.
+    """Return public images (M, C, H, W) in [0, 1]: all of a source, or a random selection; of a table, all rows.
 
     Raises:
-        InvalidInput: the inputs are no images, or there is no such source.
+        InvalidInput: the inputs are neither images nor rows, or there is no such source.
 
     """
+    if isinstance(space, TableSpace):
+        return read_rows(spec, space)[0]
     if not isinstance(space, ImageSpace):
         raise InvalidInput("--data holds images; leave it out for other inputs.")
     images = load_images(spec, shape=(space.shape[0], space.shape[1], space.shape[2])).inputs

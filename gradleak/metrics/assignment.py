@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradleak.errors import InvalidInput
 
-__all__ = ["assign", "pair_costs"]
+__all__ = ["assign", "cheapest", "pair_costs"]
 
 
 def pair_costs(guess: Tensor, truth: Tensor) -> Tensor:
@@ -39,14 +39,21 @@ def assign(guess: Tensor, truth: Tensor) -> Tensor:
     Raises:
         InvalidInput: the examples have different shapes.
     """
-    costs = pair_costs(guess, truth)
+    return cheapest(pair_costs(guess, truth))
+
+
+def cheapest(costs: Tensor) -> Tensor:
+    """Return for each of N rows of ``costs`` (N, M) the column it is given, one to one, at the least sum; −1 for none.
+
+    What is not finite is given out last (Hungarian method; Kuhn 1955).
+    """
     finite = torch.isfinite(costs)
     # More than any exchange among finite pairs could save, so that a useless guess never displaces a useful one.
     largest = float(costs[finite].max()) if bool(finite.any()) else 0.0
-    costs = torch.where(finite, costs, (largest + 1.0) * (len(truth) + 1))
+    costs = torch.where(finite, costs, (largest + 1.0) * (len(costs) + 1))
     from scipy.optimize import linear_sum_assignment  # Not at the top: it takes long to import.
 
     rows, columns = linear_sum_assignment(costs.numpy())
-    result = torch.full((len(truth),), -1, dtype=torch.long)
+    result = torch.full((len(costs),), -1, dtype=torch.long)
     result[torch.as_tensor(rows)] = torch.as_tensor(columns)
     return result

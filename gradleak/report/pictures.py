@@ -114,7 +114,9 @@ def _texts(title: str, shown: Shown, index: int, guess: int | None, scored: bool
     count = len(truth) if truth is not None else len(found)
     names = shown.names[:count] if shown.names else ()
     padded = (*found, *("–" for _ in range(count - len(found))))[:count]
-    return Values(title, (*names, *("" for _ in range(count - len(names)))) if names else (), truth, padded)
+    right = shown.found[index] if truth is not None and shown.found is not None and index < len(shown.found) else ()
+    right = right if len(right) == count else ()
+    return Values(title, (*names, *("" for _ in range(count - len(names)))) if names else (), truth, padded, right)
 
 
 def _table(title: str, guess: Array, truth: Array | None) -> Values:

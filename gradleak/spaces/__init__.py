@@ -2,9 +2,10 @@
 
 from gradleak.spaces.base import InputSpace
 from gradleak.spaces.images import ImageSpace
+from gradleak.spaces.tables import Category, Number, TableSpace
 from gradleak.spaces.tokens import TokenSpace
 from gradleak.spaces.vectors import TensorSpace
 
-__all__ = ["ImageSpace", "InputSpace", "TensorSpace", "TokenSpace"]
+__all__ = ["Category", "ImageSpace", "InputSpace", "Number", "TableSpace", "TensorSpace", "TokenSpace"]
 
 from gradleak.spaces.base import NullGuess as NullGuess

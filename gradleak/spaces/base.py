@@ -100,6 +100,13 @@ class InputSpace(ABC):
         """Return the nearest valid candidates."""
         return candidates
 
+    def plausible(self, candidates: Tensor, tolerance: float = 1e-2) -> Tensor:
+        """Return which of ``candidates`` (N, *shape) may be examples, (N,), up to ``tolerance`` in model-input units.
+
+        Where a space knows what its inputs look like, as one-hot groups of a table, a mixture of several is none.
+        """
+        return candidates.flatten(1).isfinite().all(1)
+
     def check(self, inputs: Tensor) -> None:
         """Check that model inputs (N, *shape) lie in this space, so that decoding them loses nothing.
 
@@ -134,6 +141,10 @@ class InputSpace(ABC):
 
         0 is identical; NaN says that there is no usable guess.
         """
+
+    def cells(self, guess: Tensor, truth: Tensor) -> Tensor | None:
+        """Return which pieces (N, K) of each example are right, one for each of :attr:`names`; None without pieces."""
+        return None
 
     def null_guesses(self, truth: Tensor, public: Tensor | None = None) -> tuple[NullGuess, ...]:
         """Return what could be guessed of decoded private inputs ``truth`` (N, *shape) without the update.
