@@ -25,13 +25,12 @@ import torch
 from torch import Tensor
 
 import gradleak as gl
-from gradleak import cohort
 from gradleak.attacks.matching import LBFGS, GradientMatching, SquaredError, TotalVariation
 from gradleak.errors import InvalidUpdate, NotApplicable
 from gradleak.papers.experiment import Estimate, Figure, Lab, Measured, Result, Row, median, share
 from gradleak.training import Adam
 
-from . import _shared  # noqa: TID252
+from . import _cohort, _shared  # noqa: TID252
 from ._published import published  # noqa: TID252
 
 NAME = "defenses"
@@ -131,10 +130,10 @@ def trained(lab: Lab, *, name: str, train: int, epochs: int) -> Mapping[str, Any
     test, labels = lab.images("cifar100", "test")
     x, test, model = x.float(), test.float(), gl.models.lenet(seed=0)
     try:
-        model = cohort.fit(model, x, y, client(name), epochs=epochs, batch_size=64, optimizer=Adam(lr=3e-3), seed=1)
+        model = _cohort.fit(model, x, y, client(name), epochs=epochs, batch_size=64, optimizer=Adam(lr=3e-3), seed=1)
     except InvalidUpdate:  # the defense destroyed training: what is left is the model before it
         return {"accuracy": 0.0, "right": 0, "n": len(test), "one": math.nan, "batch": math.nan, "diverged": True}
-    accuracy = cohort.accuracy(model, test, labels)
+    accuracy = _cohort.accuracy(model, test, labels)
     sizes = {k: rms(gl.FedSGD()(model, gl.Batch(x[:k], y[:k])).tensors) for k in (1, 64)}
     right = round(accuracy * len(test))
     return {

@@ -27,11 +27,10 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 import gradleak as gl
-from gradleak import cohort
 from gradleak.papers.experiment import Estimate, Figure, Lab, Measured, Result, Row, median
 from gradleak.training import Adam, gradient, parameters
 
-from . import _ours, _shared  # noqa: TID252
+from . import _cohort, _ours, _shared  # noqa: TID252
 from ._published import published  # noqa: TID252
 
 NAME = "property_inference"
@@ -105,8 +104,8 @@ def task(lab: Lab, *, epochs: int) -> tuple[Mapping[str, Tensor], Mapping[str, A
     """Train the shared model: the paper's LeNet, male or female."""
     own, test = faces(lab, 0), faces(lab, 1)
     model = gl.models.lenet(classes=2, seed=0)
-    model = cohort.fit(model, own.x, own.gender, epochs=epochs, batch_size=64, optimizer=Adam(lr=2e-3), seed=2)
-    return model.state_dict(), {"accuracy": cohort.accuracy(model, test.x, test.gender)}
+    model = _cohort.fit(model, own.x, own.gender, epochs=epochs, batch_size=64, optimizer=Adam(lr=2e-3), seed=2)
+    return model.state_dict(), {"accuracy": _cohort.accuracy(model, test.x, test.gender)}
 
 
 def shared_model(lab: Lab, epochs: int) -> tuple[nn.Module, float]:
@@ -123,7 +122,7 @@ def looks(lab: Lab, *, name: str, epochs: int) -> tuple[Mapping[str, Tensor], Ma
     kept = np.flatnonzero(own.properties[name] >= 0)
     x, y = own.x[kept], torch.from_numpy(own.properties[name][kept].astype(np.int64))
     x, y = torch.cat([x, x.flip(-1)]), torch.cat([y, y])
-    trained = cohort.fit(_looker(), x, y, epochs=epochs // 2 + 1, batch_size=64, optimizer=Adam(lr=1e-3), seed=3)
+    trained = _cohort.fit(_looker(), x, y, epochs=epochs // 2 + 1, batch_size=64, optimizer=Adam(lr=1e-3), seed=3)
     return trained.state_dict(), {"faces": len(x)}
 
 

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import gradleak as gl
-from gradleak import cohort
 from gradleak.metrics import mse, psnr, ssim
 from gradleak.papers.experiment import Figure, Lab, Measured, Result, Row, median, share
 from gradleak.training import Adam, gradient, parameters
 
-from . import _ours, _shared  # noqa: TID252
+from . import _cohort, _ours, _shared  # noqa: TID252
 from ._model_inversion import model_inversion  # noqa: TID252
 from ._published import published  # noqa: TID252
 
@@ -115,7 +114,7 @@ def federation(lab: Lab, *, digit: int, rounds: int) -> tuple[dict[str, Tensor],
         fooled = functional_call(model, params, (generated,)).argmax(-1) == digit
     test, truth = lab.images("mnist", "test")
     notes = {
-        "accuracy": cohort.accuracy(model, test.float(), truth),
+        "accuracy": _cohort.accuracy(model, test.float(), truth),
         "fooled": float(fooled.double().mean()),
     }
     return {**params, "generated": generated, "average": held[digit].mean(0)}, notes

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradleak.cohort import accuracy, fit
 from gradleak.papers.experiment import Figure, Lab, Measured, Result, Row, median, share
 from gradleak.training import Adam
 
-from . import _shared  # noqa: TID252
+from . import _cohort, _shared  # noqa: TID252
 
 NAME = "training_stage"
 NEEDS = ("mnist.npz",)
@@ -53,9 +52,9 @@ def trained(lab: Lab, *, examples: int, epochs: int) -> tuple[Mapping[str, Tenso
     def keep(epoch: int, model: nn.Module) -> None:
         if epoch in wanted:
             kept.update({f"{wanted[epoch]}/{k}": p.detach() for k, p in model.named_parameters()})
-            notes["accuracy"][str(wanted[epoch])] = accuracy(model, xt.float(), yt)
+            notes["accuracy"][str(wanted[epoch])] = _cohort.accuracy(model, xt.float(), yt)
 
-    fit(
+    _cohort.fit(
         data.lenet(0), x[:examples].float(), y[:examples], epochs=epochs, batch_size=64, optimizer=Adam(3e-3),
         callback=keep,
     )  # fmt: skip

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Affine", "Chain", "Elementwise", "Fixed", "Shape", "Step", "convolve"]
+__all__ = ["Affine", "Chain", "Elementwise", "Fixed", "Shape", "Step"]
 
 Tensors = Mapping[str, Tensor]
 Shape = tuple[int, ...]
@@ -118,10 +118,15 @@ class Affine(Step):
             return full[:, :, top : top + height, left : left + width].flatten(1)
         # Convolving phase by phase beats a transposed convolution, and small chunks stay in the cache.
         kernel, pads = self._phases(weight)
-        out = torch.empty(len(u), self.inputs, dtype=u.dtype, device=u.device)
-        for start in range(0, len(u), _CHUNK):
-            self._scatter(u[start : start + _CHUNK], kernel, pads, out[start : start + _CHUNK])
-        return out
+        found = u.new_empty(len(u), *self.in_shape)
+        for rows, target in zip(u.split(_CHUNK), found.split(_CHUNK), strict=True):
+            phases = F.conv2d(F.pad(rows, pads), kernel, groups=self.groups)
+            phases = phases.view(len(rows), -1, *self.stride, *phases.shape[2:])
+            # One phase after another: a single permuted copy takes twice as long.
+            for a, b in itertools.product(*map(range, self.stride)):
+                part = target[:, :, a :: self.stride[0], b :: self.stride[1]]
+                part.copy_(phases[:, :, a, b, : part.shape[2], : part.shape[3]])
+        return found.flatten(1)
 
     def _phases(self, weight: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
         """Return the adjoint's kernels, one per position modulo the stride, and how to pad for them.
@@ -147,20 +152,6 @@ class Affine(Step):
         outs, ins = weight.shape[0] // self.groups, weight.shape[1]
         kernel = kernel.reshape(self.groups, outs, ins, sh, dh, sw, dw).permute(0, 2, 3, 5, 1, 4, 6)
         return kernel.reshape(self.groups * ins * sh * sw, outs, dh, dw), (pads[0], pads[1], pads[2], pads[3])
-
-    def _scatter(self, u: Tensor, kernel: Tensor, pads: tuple[int, int, int, int], out: Tensor) -> None:
-        phases = convolve(u, kernel, pads, self.groups)
-        (sh, sw), (channels, height, width) = self.stride, self.in_shape
-        high, wide = phases.shape[2:]
-        phases = phases.view(-1, channels, sh, sw, high, wide)
-        fits = (sh * high, sw * wide) == (height, width)
-        whole = (out if fits else out.new_empty(len(out), phases[0].numel())).view(-1, channels, high, sh, wide, sw)
-        # One phase after another: a single permuted copy takes twice as long.
-        for a, b in itertools.product(range(sh), range(sw)):
-            whole[:, :, :, a, :, b] = phases[:, :, a, b]
-        if not fits:
-            whole = whole.view(-1, channels, sh * high, sw * wide)
-            out.view(-1, channels, height, width).copy_(whole[:, :, :height, :width])
 
     @property
     def positions(self) -> int:
@@ -214,19 +205,6 @@ class Affine(Step):
         rows = columns.reshape(1, -1, columns.shape[-1])
         full = F.fold(rows, size, tuple(weight.shape[2:]), self.dilation, 0, self.stride)
         return full[:, :, top : top + height, left : left + width].reshape(1, -1)
-
-
-def convolve(x: Tensor, kernel: Tensor, pads: tuple[int, int, int, int], groups: int = 1) -> Tensor:
-    """Return the convolution with zeros added (or, if negative, lines cut) at (left, right, top, bottom)."""
-    left, right, top, bottom = pads
-    if len(x) == groups == 1 and x.dtype == torch.float32 and max(kernel.shape[2:]) > 3 and x.device.type == "cpu":
-        # PyTorch would change the layout of so little for its optimized kernels, which takes longer than to convolve.
-        padded, taps = F.pad(x, pads), (kernel.shape[2], kernel.shape[3])
-        sizes = (padded.shape[2] - taps[0] + 1, padded.shape[3] - taps[1] + 1)
-        return (kernel.flatten(1) @ F.unfold(padded, taps)).view(1, -1, *sizes)
-    if (left, top) == (right, bottom) and min(pads) >= 0:
-        return F.conv2d(x, kernel, padding=(top, left), groups=groups)
-    return F.conv2d(F.pad(x, pads), kernel, groups=groups)
 
 
 @final

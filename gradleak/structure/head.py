@@ -123,14 +123,12 @@ def find_head(
     return None
 
 
-def features_and_logits(
-    model: nn.Module, params: Tensors, inputs: Tensor, head: Head, *, buffers: Tensors | None = None
-) -> tuple[Tensor, Tensor]:
+def features_and_logits(model: nn.Module, params: Tensors, inputs: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     """Return the head's inputs (N, d) and the logits (N, C) of ``inputs``; differentiable, traceable by torch.func."""
     seen: list[Tensor] = []
     handle = model.get_submodule(head.module).register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
     try:
-        logits = run_quietly(model, params, inputs, buffers)
+        logits = run_quietly(model, params, inputs)
     finally:
         handle.remove()
     return seen[-1].flatten(1), logits

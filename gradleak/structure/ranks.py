@@ -12,37 +12,7 @@ from torch import Tensor, nn
 from gradleak.structure.probe import probe_inputs, run_quietly
 from gradleak.training import output_tensors
 
-__all__ = ["RankBound", "in_span", "numerical_rank", "rank_bound"]
-
-
-def numerical_rank(matrix: Tensor, *, noise: float | None = None) -> int:
-    """Return the number of singular values of (..., m, n) above the noise; the smallest of a batch of matrices.
-
-    Args:
-        matrix: any real matrix.
-        noise: relative to the largest singular value; by default what rounding in the matrix's own format leaves,
-            eps · max(m, n).
-
-    """
-    noise = max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps if noise is None else noise
-    singular = torch.linalg.svdvals(matrix.double())
-    return int((singular > noise * singular[..., :1]).sum(-1).min())
-
-
-def in_span(vectors: Tensor, basis: Tensor, *, noise: float | None = None) -> Tensor:
-    """Return how far each of ``vectors`` (K, n) is from the row space of ``basis`` (m, n), relative to its length.
-
-    Directions of the row space below ``noise`` (relative to the largest singular value) are left out. A result near
-    the noise of the update means "in the span"; the zero vector is in every span.
-    """
-    noise = max(basis.shape) * torch.finfo(basis.dtype).eps if noise is None else noise
-    _, singular, vh = torch.linalg.svd(basis.double(), full_matrices=False)
-    rows = vh[singular > noise * singular[0]]
-    vectors = vectors.double()
-    rest = vectors - (vectors @ rows.T) @ rows
-    # A second pass removes what rounding of the first left behind.
-    rest = rest - (rest @ rows.T) @ rows
-    return rest.norm(dim=-1) / vectors.norm(dim=-1).clamp_min(1e-300)
+__all__ = ["RankBound", "rank_bound"]
 
 
 @dataclass(frozen=True)

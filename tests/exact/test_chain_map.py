@@ -14,7 +14,7 @@ from gradleak.exact.normal_matrix import normal_matrix
 from gradleak.exact.outer_product import read_outer_product
 from gradleak.solve.cholesky import Factor
 from gradleak.solve.conjugate_gradients import conjugate_gradients
-from gradleak.structure.chain import Affine, Chain, convolve
+from gradleak.structure.chain import Affine, Chain
 from gradleak.structure.reader import trace_chain
 
 CONVOLUTIONS = [
@@ -58,19 +58,6 @@ def test_convolution_parts(conv: nn.Conv2d) -> None:
     assert torch.allclose(by_delta.reshape(dw.shape), dw)
     columns = torch.randn(patches.shape, generator=draw, dtype=torch.float64)
     assert torch.allclose((columns * patches).sum(), step.folded(columns, weight)[0] @ x.flatten())
-
-
-@pytest.mark.parametrize("pads", [(2, 2, 2, 2), (0, 3, 1, 0), (-1, 2, 0, -2)], ids=str)
-@pytest.mark.parametrize("rows", [1, 3])
-def test_a_single_float32_image_is_convolved_like_any(pads: tuple[int, int, int, int], rows: int) -> None:
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, 3, 9, 7, generator=draw, dtype=torch.float64)
-    kernel = torch.randn(4, 3, 5, 4, generator=draw, dtype=torch.float64)
-    wanted = F.conv2d(F.pad(x, pads), kernel)
-    assert torch.allclose(convolve(x, kernel, pads), wanted)
-    found = convolve(x.float(), kernel.float(), pads)
-    assert found.shape == wanted.shape
-    assert torch.allclose(found.double(), wanted, atol=1e-4)
 
 
 def left_sides(whole: ChainMap, chain: Chain, params: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gradleak.cohort import accuracy, fit
 from gradleak.defenses import gaussian_noise, half_precision
 from gradleak.errors import InvalidInput, InvalidUpdate
+from gradleak.papers.workers import load_package
 from gradleak.training import SGD, FedAvg, LocalTraining
+
+load_package("experiments_under_test", Path(__file__).resolve().parents[2] / "experiments" / "2019_zhu_dlg")
+_cohort = importlib.import_module("experiments_under_test._cohort")
+accuracy, fit = _cohort.accuracy, _cohort.fit
 
 
 def blobs(n: int = 90) -> tuple[Tensor, Tensor]:
