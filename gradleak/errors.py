@@ -42,6 +42,21 @@ def clean(text: str, longest: int = _LONGEST) -> str:
     return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
 
 
+def reason(error: BaseException) -> str:
+    """Return the first line of what ``error`` says, or its type where it says nothing, for use inside a sentence."""
+    line = next(iter(str(error).strip().splitlines()), "").rstrip(".")
+    return clean(line or type(error).__name__, 400)
+
+
+def is_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out: torch's allocator on the CPU says so in a RuntimeError without a type of its own."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(
+        w in str(error) for w in ("DefaultCPUAllocator", "not enough memory")
+    )
+
+
 class GradleakError(Exception):
     """Base of all errors raised on purpose; the message is made printable by :func:`clean`."""
 

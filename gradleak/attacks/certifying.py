@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradleak.attacks.labeling import read_labels
 from gradleak.clock import Deadline
-from gradleak.errors import InvalidModel, NotApplicable
+from gradleak.errors import InvalidModel, NotApplicable, reason
 from gradleak.proof.certify import certify, unproved
 from gradleak.threat import Observation
 from gradleak.types import Certificate, Reconstruction, Shows, Status
@@ -79,11 +79,10 @@ def certified(
             )
             if best is None or better(proof, best):
                 best, simulated = proof, labels
-    except (InvalidModel, NotApplicable) as reason:
-        return replace(found, certificate=unproved(len(found), str(reason)))
+    except (InvalidModel, NotApplicable) as refusal:
+        return replace(found, certificate=unproved(len(found), str(refusal)))
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:  # of a user's model or loss
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        why = f"The update could not be re-simulated with this result ({first})."
+        why = f"The update could not be re-simulated with this result ({reason(error)})."
         return replace(found, certificate=unproved(len(found), why))
     if best is None:
         return replace(

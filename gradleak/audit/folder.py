@@ -25,7 +25,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from gradleak.audit.records import REFUSED, Curves, Record, Shown, from_json, to_json
-from gradleak.errors import InvalidFile
+from gradleak.errors import InvalidFile, reason
 from gradleak.files import check_writable, read_file, write_files
 
 __all__ = ["Folder", "check_writable", "read_folder", "write_files", "write_folder", "write_report"]
@@ -209,8 +209,7 @@ def _unpack(directory: Path, name: str, written: str | None) -> dict[str, Array]
     try:
         return dict(safetensors.numpy.load(data))
     except (SafetensorError, struct.error, json.JSONDecodeError, LookupError, ValueError, OverflowError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InvalidFile(f"{str(path)!r} is damaged ({reason}); {_AGAIN}.") from error
+        raise InvalidFile(f"{str(path)!r} is damaged ({reason(error)}); {_AGAIN}.") from error
 
 
 def _read(path: Path) -> bytes:

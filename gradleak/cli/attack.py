@@ -11,7 +11,6 @@ from gradleak.attacks.counting import count_examples
 from gradleak.audit.folder import check_writable
 from gradleak.capture_checks import check_capture
 from gradleak.cli.console import warn
-from gradleak.cli.failures import is_memory, reason
 from gradleak.cli.request import Request, read_request
 from gradleak.cli.running import Job, run
 from gradleak.cli.signals import Watch
@@ -19,7 +18,7 @@ from gradleak.cli.subject import Subject, load_subject
 from gradleak.cli.threads import choose_threads
 from gradleak.cli.truth import granted_labels, public_images, read_truth
 from gradleak.clock import Deadline
-from gradleak.errors import GradleakError, InvalidInput, InvalidModel
+from gradleak.errors import GradleakError, InvalidInput, InvalidModel, is_memory, reason
 from gradleak.structure.probe import probe_inputs
 from gradleak.threat import Knowledge, Observation, ThreatModel
 from gradleak.training import Loss, Simulator, TargetKind, relax, target_kind

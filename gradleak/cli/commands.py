@@ -17,8 +17,7 @@ import typer
 from typer.core import TyperCommand
 
 from gradleak.cli import values
-from gradleak.cli.failures import is_memory
-from gradleak.errors import GradleakError, InvalidInput, clean
+from gradleak.errors import GradleakError, InvalidInput, clean, is_memory
 
 __all__ = ["main"]
 

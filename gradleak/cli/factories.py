@@ -17,9 +17,8 @@ import gradleak.attacks
 import gradleak.defenses
 from gradleak.attacks.base import Attack
 from gradleak.attacks.sentences import ReadSentences
-from gradleak.cli.failures import is_memory, reason
 from gradleak.defenses import UpdateDefense, compose
-from gradleak.errors import GradleakError, InvalidInput, UnknownName
+from gradleak.errors import GradleakError, InvalidInput, UnknownName, is_memory, reason
 from gradleak.models import locate, parse_options
 from gradleak.models.loading import Option
 from gradleak.training import Loss

@@ -16,10 +16,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 
 import gradleak.models
-from gradleak.cli.failures import is_memory, reason
 from gradleak.cli.request import ModelChoice
 from gradleak.data.tensors import float64_bytes, named, read_tensors
-from gradleak.errors import GradleakError, InvalidFile, InvalidInput, InvalidModel, InvalidUpdate, clean
+from gradleak.errors import (
+    GradleakError,
+    InvalidFile,
+    InvalidInput,
+    InvalidModel,
+    InvalidUpdate,
+    clean,
+    is_memory,
+    reason,
+)  # fmt: skip
 from gradleak.models.loading import check_values, load
 from gradleak.spaces import InputSpace
 from gradleak.structure.probe import probe_inputs

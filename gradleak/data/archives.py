@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gradleak.errors import InvalidFile
+from gradleak.errors import InvalidFile, reason
 from gradleak.files import read_file
 
 __all__ = ["ENTRIES", "GENEROUS", "check_unpacked", "is_npz", "read_arrays", "unpack_arrays"]
@@ -97,8 +97,7 @@ def unpack_arrays(
         raise
     except Exception as error:  # a hostile archive can fail in any way
         pickled = "holds pickled Python objects, which gradleak does not load"
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        what = pickled if "allow_pickle" in str(error) else f"is a damaged .npz file, or none ({reason})"
+        what = pickled if "allow_pickle" in str(error) else f"is a damaged .npz file, or none ({reason(error)})"
         raise InvalidFile(
             f"{str(path)!r} {what}; save arrays of numbers by name with numpy.savez(path, **arrays)."
         ) from error

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from gradleak.data.archives import is_npz, unpack_arrays
-from gradleak.errors import GradleakError, InvalidFile, InvalidInput, UnknownName, clean
+from gradleak.errors import GradleakError, InvalidFile, InvalidInput, UnknownName, clean, reason
 from gradleak.files import read_file
 
 __all__ = ["Images", "demo_image", "is_picture", "load_images"]
@@ -365,9 +365,8 @@ def _optional(package: str, extra: str) -> Any:
             f"install it with pip install 'gradleak[{extra}]'."
         ) from error
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InvalidInput(
-            f"The package {package!r} is installed but cannot be imported ({reason}); "
+            f"The package {package!r} is installed but cannot be imported ({reason(error)}); "
             "install the build of it that fits this PyTorch."
         ) from error
 
@@ -429,9 +428,8 @@ def _fetched(call: Callable[[], Any], what: str) -> Any:
     try:
         return call()
     except Exception as error:  # other packages' downloads fail in their own ways
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InvalidInput(
-            f"{what[0].upper()}{what[1:]} could not be loaded ({type(error).__name__}: {reason}); "
+            f"{what[0].upper()}{what[1:]} could not be loaded ({type(error).__name__}: {reason(error)}); "
             "check the name, the split and the network, or pass the path of an .npz file."
         ) from error
 

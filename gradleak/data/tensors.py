@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gradleak.data.archives import ENTRIES, check_unpacked, is_npz, unpack_arrays
-from gradleak.errors import InvalidFile
+from gradleak.errors import InvalidFile, reason
 from gradleak.files import read_file, write_bytes
 
 __all__ = ["float64_bytes", "named", "read_tensors", "write_tensors"]
@@ -74,7 +74,7 @@ def read_tensors(path: str | Path, *, limit: int | None = None) -> dict[str, Ten
         try:
             tensors = safetensors.torch.load(data)
         except (SafetensorError, KeyError, ValueError, RuntimeError, MemoryError, OverflowError) as error:
-            raise InvalidFile(f"{str(path)!r} is a damaged safetensors file ({_first(error)}); {_REMEDY}.") from error
+            raise InvalidFile(f"{str(path)!r} is a damaged safetensors file ({reason(error)}); {_REMEDY}.") from error
     elif is_npz(data):
         tensors = {name: _tensor(name, a, path) for name, a in unpack_arrays(data, path, limit=limit).items()}
         size = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -238,8 +238,3 @@ def _shown(name: object) -> str:
     # Of what is no text only the type: nested tuples of a few bytes are exponentially long when written out.
     plain = isinstance(name, str) or (isinstance(name, int) and abs(name) < 1 << 63)
     return repr(name) if plain else f"under a {type(name).__name__}"
-
-
-def _first(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from gradleak.audit.scores import wilson
@@ -148,7 +149,7 @@ class Result:
     scaled: str = ""
 
 
-T = TypeVar("T")
+_NOTES = "notes of what was built"
 Measure = Callable[..., Mapping[str, Any]]
 Build = Callable[..., tuple[Mapping[str, Tensor], Mapping[str, Any]]]
 
@@ -185,7 +186,7 @@ class Lab:
         module, name = sys.modules[function.__module__], function.__name__
         folder = self.out / self.name
         sweep(folder)
-        paths = [store.place(folder, module, name, case, ".json") for case in cases]
+        paths = [store.place(folder, module, name, case) for case in cases]
         found = {path: store.read_case(path, case) for path, case in zip(paths, cases, strict=True)}
         waiting = [(path, dict(case)) for path, case in zip(paths, cases, strict=True) if found[path] is None]
         waiting = list({path: (path, case) for path, case in waiting}.values())
@@ -219,16 +220,19 @@ class Lab:
 
         """
         module, name = sys.modules[function.__module__], function.__name__
-        path = store.place(self.out / "artefacts", module, name, case, ".safetensors")
-        found = store.read_built(path)
-        if found is None:
+        path = store.place(self.out / store.BUILT, module, name, case)
+        found = store.read_case(path, case)
+        if found is None or _NOTES not in found.values:
             again = " again, because what was stored is damaged" if path.exists() else ""
             self._say(f"{self.name}: building {name} {store.short(case)}{again}")
             start = time.perf_counter()
             tensors, notes = function(self, **case)
-            store.write_built(path, tensors, notes, time.perf_counter() - start)
-            found = store.read_built(path)
-        return _present(found, path)
+            seconds = time.perf_counter() - start
+            store.write_case(path, name, case, {**tensors, _NOTES: {**notes, "seconds": seconds}}, seconds)
+            found = store.read_case(path, case)
+        values = dict(_present(found, path).values)
+        notes = values.pop(_NOTES)
+        return {k: torch.from_numpy(v) for k, v in values.items()}, notes
 
     def arrays(self, name: str, wanted: Collection[str]) -> dict[str, npt.NDArray[Any]]:
         """Return arrays of the data file ``name``, an ``.npz`` file, by name.
@@ -293,10 +297,10 @@ def _measure(lab: Lab, function: Measure, item: tuple[Path, dict[str, Any]]) -> 
     start = time.perf_counter()
     values = function(lab, **case)
     seconds = time.perf_counter() - start
-    store.write_case(path, sys.modules[function.__module__], function.__name__, case, values, seconds)
+    store.write_case(path, function.__name__, case, values, seconds)
 
 
-def _present(found: T | None, path: Path) -> T:
+def _present(found: Measured | None, path: Path) -> Measured:
     if found is None:
         raise InvalidFile(f"{str(path)!r} was damaged as soon as it was written; check the disk and run again.")
     return found

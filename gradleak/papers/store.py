@@ -1,13 +1,11 @@
-"""Where measured cases and built tensors are kept: one file under the hash of what was asked.
+"""Where measured cases and what was built are kept: under the hash of what was asked.
 
 What is damaged counts as not stored, so that it is measured again.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import inspect
 import io
 import json
 import os
@@ -22,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from gradleak.data.archives import read_arrays
@@ -30,10 +27,11 @@ from gradleak.errors import InvalidFile, InvalidInput
 from gradleak.files import read_file, write_bytes
 
 __all__ = [
-    "Measured", "count_measured", "hardware", "place", "read_built", "read_case", "short", "today",
-    "write_built", "write_case",
+    "Measured", "count_measured", "hardware", "place", "read_case", "short", "today", "write_case",
 ]  # fmt: skip
 
+BUILT = "artefacts"
+"""Folder of what was built for several cases."""
 _KEY = 24
 """Hexadecimal digits of a hash that name a file."""
 
@@ -45,7 +43,6 @@ class Measured:
     Attributes:
         values: what it returned; arrays come back as ``numpy.ndarray``.
         date: when, as YYYY-MM-DD.
-        source: fingerprint of the experiment's code at that time.
 
     """
 
@@ -54,14 +51,13 @@ class Measured:
     seconds: float
     hardware: str
     date: str
-    source: str
 
     def __getitem__(self, name: str) -> Any:
         """Return one value by name."""
         return self.values[name]
 
 
-def place(folder: Path, module: types.ModuleType, function: str, case: Mapping[str, Any], suffix: str) -> Path:
+def place(folder: Path, module: types.ModuleType, function: str, case: Mapping[str, Any]) -> Path:
     """Return the file of one case: its name is the hash of the experiment, its ``VERSION``, the function, the case.
 
     Raises:
@@ -80,14 +76,11 @@ def place(folder: Path, module: types.ModuleType, function: str, case: Mapping[s
         raise InvalidInput(
             f"The case {short(case)} of {function} is not plain JSON ({error}); use numbers, text, lists."
         ) from error
-    return folder / (hashlib.sha256(text.encode()).hexdigest()[:_KEY] + suffix)
+    return folder / (hashlib.sha256(text.encode()).hexdigest()[:_KEY] + ".json")
 
 
-def write_case(
-    path: Path, module: types.ModuleType, function: str, case: Mapping[str, Any], values: Mapping[str, Any],
-    seconds: float,
-) -> None:  # fmt: skip
-    """Store what ``function`` of ``module`` measured in ``seconds``: JSON values, and arrays or tensors by name.
+def write_case(path: Path, function: str, case: Mapping[str, Any], values: Mapping[str, Any], seconds: float) -> None:
+    """Store what ``function`` measured or built in ``seconds``: JSON values, and arrays or tensors by name.
 
     Arrays go to an ``.npz`` file beside ``path`` (see :func:`place`), which is written first.
 
@@ -106,7 +99,6 @@ def write_case(
         "seconds": seconds,
         "hardware": hardware(),
         "date": today(),
-        "source": _fingerprint(module),
         "values": {k: v for k, v in values.items() if k not in arrays},
         "arrays": sorted(arrays),
     }
@@ -126,39 +118,17 @@ def read_case(path: Path, case: Mapping[str, Any]) -> Measured | None:
         if names:
             arrays = read_arrays(path.with_suffix(".npz"), names)
             values |= {name: arrays[name] for name in names}
-        where = (str(record[key]) for key in ("hardware", "date", "source"))
+        where = (str(record[key]) for key in ("hardware", "date"))
         found = Measured(dict(record["case"]), values, float(record["seconds"]), *where)
     except (InvalidFile, ValueError, TypeError, LookupError, RecursionError, OverflowError):
         return None
     return found if found.case == json.loads(json.dumps(dict(case))) else None
 
 
-def write_built(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], seconds: float) -> None:
-    """Store built tensors with notes, JSON values.
-
-    Raises:
-        InvalidFile: they cannot be written there.
-
-    """
-    notes = {**notes, "seconds": seconds, "hardware": hardware(), "date": today()}
-    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, safetensors_torch.save(plain, {"notes": json.dumps(notes)}))
-
-
-def read_built(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Return the tensors and notes that :func:`write_built` stored, or None where they are absent or damaged."""
-    try:
-        raw = read_file(path)
-        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-        return safetensors_torch.load(raw), dict(json.loads(header["__metadata__"]["notes"]))
-    except Exception:  # noqa: BLE001  (a damaged file can fail in any way, and is then built again)
-        return None
-
-
 def count_measured(out: Path) -> int:
     """Return how many measured cases are stored under ``out``."""
-    return sum(re.fullmatch(f"[0-9a-f]{{{_KEY}}}", path.stem) is not None for path in out.glob("*/*.json"))
+    cases = (path for path in out.glob("*/*.json") if path.parent.name != BUILT)
+    return sum(re.fullmatch(f"[0-9a-f]{{{_KEY}}}", path.stem) is not None for path in cases)
 
 
 def hardware() -> str:
@@ -186,8 +156,3 @@ def _plain(value: Any) -> Any:
 def today() -> str:
     """Return the date as YYYY-MM-DD, UTC."""
     return datetime.now(UTC).date().isoformat()
-
-
-def _fingerprint(module: types.ModuleType) -> str:
-    """Return a hash of the module's code that comments and layout do not change."""
-    return hashlib.sha256(ast.dump(ast.parse(inspect.getsource(module))).encode()).hexdigest()[:16]

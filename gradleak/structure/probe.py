@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradleak.errors import NotApplicable
+from gradleak.errors import NotApplicable, reason
 
 __all__ = ["linear_inputs", "probe_inputs", "run_quietly"]
 
@@ -38,10 +38,9 @@ def run_quietly(model: nn.Module, params: Tensors, inputs: Tensor, buffers: Tens
         try:
             return functional_call(model, {**params, **own, **(buffers or {})}, (inputs,))
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise NotApplicable(
                 f"The model does not run on {len(inputs)} probing inputs of shape {tuple(inputs.shape[1:])} "
-                f"({reason}); describe what it takes, or use an attack that does not look into the model."
+                f"({reason(error)}); describe what it takes, or use an attack that does not look into the model."
             ) from error
 
 

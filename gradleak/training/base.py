@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import UninitializedParameter
 
-from gradleak.errors import GradleakError, InvalidInput, InvalidModel
+from gradleak.errors import GradleakError, InvalidInput, InvalidModel, reason
 from gradleak.training.losses import CrossEntropy, Loss
 from gradleak.types import Batch, Update, UpdateKind
 
@@ -193,18 +193,17 @@ def _explained(model: nn.Module, batch: Batch, loss: Loss) -> Iterator[None]:
 
 
 def _misfit(model: nn.Module, inputs: Tensor, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
     like = next(model.parameters(), inputs)
     shape, given, own = tuple(inputs.shape), str(inputs.dtype).split(".")[-1], str(like.dtype).split(".")[-1]
     if inputs.device != like.device:
         return f"The inputs are on {inputs.device}, the model is on {like.device}; pass batch.to({str(like.device)!r})."
     if inputs.dtype == torch.uint8:
-        return f"The model does not take bytes ({reason}); pass inputs.to(torch.{own}) / 255."
+        return f"The model does not take bytes ({reason(error)}); pass inputs.to(torch.{own}) / 255."
     if inputs.is_floating_point() and inputs.dtype != like.dtype:
         return f"The inputs are {given}, the model is {own}; pass batch.to(torch.{own})."
     return (
-        f"The model does not take {given} inputs of shape {shape} ({reason}); pass inputs of the type and shape that "
-        "it was made for, examples along the first axis."
+        f"The model does not take {given} inputs of shape {shape} ({reason(error)}); pass inputs of the type and shape "
+        "that it was made for, examples along the first axis."
     )
 
 

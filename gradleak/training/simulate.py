@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradleak.errors import NotApplicable
+from gradleak.errors import NotApplicable, reason
 from gradleak.training.base import LocalTraining, Tensors, check_repeatable, check_reproducible, parameters
 from gradleak.training.fedavg import FedAvg
 from gradleak.training.fedsgd import FedSGD
@@ -111,10 +111,10 @@ class Simulator:
         except RuntimeError as error:
             if dtype in (None, self.dtype) or isinstance(error, torch.OutOfMemoryError):
                 raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise NotApplicable(
-                f"The model does not compute in {str(dtype).removeprefix('torch.')} ({reason}); use x.to(weight.dtype) "
-                "instead of casts to one number type in its forward, or an attack that searches (dlg, idlg)."
+                f"The model does not compute in {str(dtype).removeprefix('torch.')} ({reason(error)}); use "
+                "x.to(weight.dtype) instead of casts to one number type in its forward, or an attack that "
+                "searches (dlg, idlg)."
             ) from error
 
     def update(self, inputs: Tensor, labels: Tensor, dtype: torch.dtype | None = torch.float64) -> dict[str, Tensor]:

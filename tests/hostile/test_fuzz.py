@@ -100,7 +100,7 @@ def test_arrays_that_do_not_fit_their_record(
 def test_broken_files_of_a_paper(hostile: ModuleType, tmp_path: Path) -> None:
     case = {"image": 3, "solver": "lbfgs"}
     path = tmp_path / "case.json"
-    store.write_case(path, reproduce, "run", case, {"mse": 0.5, "image": np.ones(3)}, 1.0)
+    store.write_case(path, "run", case, {"mse": 0.5, "image": np.ones(3)}, 1.0)
     record = path.read_bytes()
     assert store.read_case(path, case) is not None
     result = json.dumps(

@@ -17,7 +17,7 @@ from gradleak.attacks.matching.convolutions import LeanConvolutions
 from gradleak.attacks.matching.priors import Context
 from gradleak.attacks.matching.problem import Problem
 from gradleak.clock import Deadline
-from gradleak.errors import GradleakError, NotApplicable
+from gradleak.errors import GradleakError, NotApplicable, reason
 from gradleak.training import Tensors
 
 if TYPE_CHECKING:
@@ -241,11 +241,10 @@ def _explained() -> Iterator[None]:
     except (GradleakError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError, AttributeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise NotApplicable(
             "Matching differentiates the client's update with respect to the inputs, and this model or loss does not "
-            f"allow that ({lines[0].rstrip('.')[:200]}); use an attack that solves instead (gradleak list attacks), or "
-            "write the operation so that it can be differentiated twice."
+            f"allow that ({reason(error)}); use an attack that solves instead (gradleak list attacks), or write "
+            "the operation so that it can be differentiated twice."
         ) from error
 
 
@@ -335,8 +334,8 @@ class Evaluator:
             graph = backends.traced(self._function(), arguments)
             return backends.compiled(graph, arguments) if kind == "compile" else graph
         except Exception as error:  # noqa: BLE001 - whatever a compiler stumbles over, the eager gradient remains
-            reason = (str(error).strip().splitlines() or [""])[0][:200]
-            self.notes.append(f"The gradient could not be prepared ({type(error).__name__}: {reason}); it ran eagerly.")
+            why = f"{type(error).__name__}: {reason(error)}"
+            self.notes.append(f"The gradient could not be prepared ({why}); it ran eagerly.")
             return None
 
     def _function(self) -> backends.Function:
