@@ -20,6 +20,8 @@ _MULTIPLE = 0.01
 """Relative distance at which p − y counts as a multiple of that of one class."""
 _EXPLAINED = 0.01
 """Share of the head's gradient that solved labels may leave unexplained."""
+_LIKELY = 0.9
+"""Cosine of the seen update with that of a class, from which on an unknown loss is taken for one of classes."""
 _SAME = 1e-2
 """Difference between a solved and a granted number, relative to their size, that is taken for rounding."""
 
@@ -152,8 +154,10 @@ def _best(observation: Observation, inputs: Tensor) -> Tensor | None:
     loss = simulator.undefended.loss
     if not isinstance(outputs, Tensor) or target_kind(loss, outputs) is not TargetKind.CLASSES:
         return None
+    # A loss that does not say how its targets look may take others than classes.
+    least = -1.0 if hasattr(loss, "targets") else _LIKELY
     # Without the client's training, a weight delta has the opposite sign.
-    return try_classes(simulator, inputs, observation.update.tensors, signed=simulator.known)
+    return try_classes(simulator, inputs, observation.update.tensors, signed=simulator.known, least=least)
 
 
 def _from_gradient(observation: Observation, inputs: Tensor) -> Labels:
@@ -165,7 +169,8 @@ def _from_gradient(observation: Observation, inputs: Tensor) -> Labels:
     if targets is None:
         return None, None
     kind = target_kind(loss, targets)
-    if kind is TargetKind.VALUES:
+    guessed = not hasattr(loss, "targets") and float((targets.sum(1) - 1).abs().max()) > _HARD
+    if kind is TargetKind.VALUES or guessed:
         return None, targets
     if kind is TargetKind.BINARY:
         near = targets.round().clamp(0, 1)

@@ -273,7 +273,7 @@ class _Reader:
         size = self.size
         passed = [i for i in range(len(found)) if self._is_single(found[i], rows[i])]
         if not passed and size is not None:
-            passed = self._consistent(found, size)
+            passed = self._consistent(found, rows, size)
         if size is None or not passed:
             return self._undecided(found, rows, misfit)
         passed = passed[:size]
@@ -330,14 +330,18 @@ class _Reader:
                         return True
             if self.size is not None and outputs.shape[1] <= _CLASSES:
                 return False
+        active = self._activated(inputs)
+        if active is None or bool(active.all()):
+            return False  # Units that are never silent (tanh, sigmoid) see all examples of a batch.
         only = torch.zeros_like(self.db)
         only[rows] = self.db[rows]
         return len(rows) > 1 and tells_examples_apart(simulator, self.bias, only, inputs)
 
-    def _consistent(self, found: Tensor, size: int) -> list[int]:
+    def _consistent(self, found: Tensor, rows: list[Tensor], size: int) -> list[int]:
         """Return ``size`` of the inputs ``found`` (K, n) that explain all rows by the units they activate, if any do.
 
-        Mixtures explain the rows as well, but not by the units that the model says they activate.
+        Mixtures explain the rows as well, but not by the units that the model says they activate, nor with the rows
+        that agree on each of them left to it alone.
         """
         if size > len(found) or math.comb(len(found), size) > _SUBSETS:
             return []
@@ -349,6 +353,8 @@ class _Reader:
             if float((shares @ basis - whole).norm()) > 10 * self.close * float(whole.norm()):
                 continue
             used = shares.abs() > (10 * self.close * shares.abs().amax(1, keepdim=True)).clamp_min(1e-300)
+            if any(bool((used[rows[i]].sum(1) != 1).any()) for i in chosen):
+                continue
             if all(p is not None and torch.equal(used[:, j], p) for j, p in enumerate(patterns[i] for i in chosen)):
                 return list(chosen)
         return []

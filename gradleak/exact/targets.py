@@ -66,9 +66,11 @@ def fit_targets(simulator: Simulator, inputs: Tensor, seen: Tensors, *, scaled: 
         return None
     found = targets.view_as(outputs)
     if target_kind(simulator.undefended.loss, outputs) is TargetKind.CLASSES:
-        # Adding the same number to all classes changes nothing where the targets' sum drops out; they sum to one.
         axis = class_axis(simulator.undefended.loss)
-        found = found + (1 - found.sum(axis, keepdim=True)) / outputs.shape[axis]
+        shifted = columns @ torch.ones_like(zero)
+        if float(shifted.norm()) <= _AFFINE * float(columns.norm()):
+            # Adding the same number to all classes changes nothing; probabilities sum to one.
+            found = found + (1 - found.sum(axis, keepdim=True)) / outputs.shape[axis]
     return found
 
 
@@ -77,16 +79,19 @@ def _solve(columns: Tensor, right: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def try_classes(simulator: Simulator, inputs: Tensor, seen: Tensors, *, signed: bool) -> Tensor | None:
+def try_classes(
+    simulator: Simulator, inputs: Tensor, seen: Tensors, *, signed: bool, least: float = -1.0
+) -> Tensor | None:
     """Return the class (1,) of one example under which the update points most nearly as the seen one does.
 
-    None where the model has no classes, too many, or the loss takes no class indices.
+    None where the model has no classes, too many, the loss takes no class indices, or none gives a cosine of ``least``.
 
     Args:
         simulator: of the client.
         inputs: (1, *shape) model inputs.
         seen: the update by parameter name.
         signed: whether the sign of the update is known.
+        least: the cosine that a class must reach.
 
     """
     outputs = simulator.outputs(inputs)
@@ -102,4 +107,5 @@ def try_classes(simulator: Simulator, inputs: Tensor, seen: Tensors, *, signed: 
         ours = torch.cat([found[k].flatten() for k in seen])
         cosine = float(ours @ target / (ours.norm() * target.norm()).clamp(min=1e-30))
         scores.append(cosine if signed else abs(cosine))
-    return torch.tensor([max(range(len(scores)), key=scores.__getitem__)])
+    best = max(range(len(scores)), key=scores.__getitem__)
+    return torch.tensor([best]) if scores[best] >= least else None

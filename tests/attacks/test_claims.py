@@ -145,6 +145,35 @@ def test_one_output_of_unknown_value_shows_mixtures_and_none_is_called_an_input(
         assert float(torch.cdist(found.inputs[found.solved], x).min(1).values.max()) < 1e-4
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_units_that_are_never_silent_show_no_single_example(seed: int) -> None:
+    # Small weights make all slopes of tanh nearly one, so that several units show nearly the same mixture.
+    model = seeded(lambda: nn.Sequential(nn.Linear(50, 64), nn.Tanh(), nn.Linear(64, 1)), seed)
+    x, y = 0.1 * rows(2, 50, seed), torch.tensor([[3.0], [1.0]])
+    with contextlib.suppress(NotApplicable):
+        found = A.linear_inversion().reconstruct(observe(model, x, y, gl.FedSGD(nn.functional.poisson_nll_loss)))
+        assert found.status != "exact"
+        assert found.solved is None or not bool(found.solved.any())
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets"),
+    [
+        (lambda o, t: ((o - t) ** 2).mean(), [1.4, -0.3, 1.0]),
+        (lambda o, t: nn.functional.binary_cross_entropy_with_logits(o, t), [1.0, 0.0, 1.0]),
+    ],
+)
+def test_targets_of_a_function_are_solved_and_called_no_class(loss: gl.training.Loss, targets: list[float]) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 3)))
+    x = rows(1, 40)
+    found = A.linear_inversion().reconstruct(observe(model, x, torch.tensor([targets]), gl.FedSGD(loss)))
+    assert found.labels is None
+    assert found.label_probabilities is not None
+    assert found.label_probabilities[0].tolist() == pytest.approx(targets, abs=1e-3)
+    assert found.certificate is not None
+    assert found.certificate.verdict in ("matched", "proved")
+
+
 def test_without_the_number_of_examples_nothing_is_exact() -> None:
     model = seeded(lambda: nn.Sequential(nn.Linear(50, 512), nn.ReLU(), nn.Linear(512, 10)))
     seen = observe(model, rows(2, 50), torch.tensor([0, 1]), threat=ThreatModel(Knowledge.TRAINING))
