@@ -2,6 +2,7 @@
 
 from gradleak.attacks.auto import auto
 from gradleak.attacks.disaggregation import disaggregate
+from gradleak.attacks.entity_embeddings import entity_embeddings
 from gradleak.attacks.feature_matching import feature_matching
 from gradleak.attacks.gauss_newton import gauss_newton
 from gradleak.attacks.linear_inversion import linear_inversion
@@ -13,6 +14,7 @@ __all__ = [
     "auto",
     "disaggregate",
     "dlg",
+    "entity_embeddings",
     "feature_matching",
     "gauss_newton",
     "idlg",

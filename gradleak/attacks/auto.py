@@ -9,8 +9,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import final
 
+from torch import nn
+
 from gradleak.attacks.base import Attack, Callback, nothing_found
 from gradleak.attacks.certifying import better, certificate, certified
+from gradleak.attacks.entity_embeddings import EntityEmbeddings
 from gradleak.attacks.feature_matching import feature_matching
 from gradleak.attacks.findings import find_besides
 from gradleak.attacks.gauss_newton import GaussNewton, gauss_newton
@@ -23,6 +26,7 @@ from gradleak.attacks.sentences import read_sentences
 from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import InvalidInput, InvalidModel, MissingKnowledge, NotApplicable, ResourceLimit
 from gradleak.spaces import TokenSpace
+from gradleak.structure.lookups import Tail
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import FedSGD
 from gradleak.types import Attempt, Finding, Note, NoteKind, Reconstruction, Status, Verdict
@@ -123,6 +127,13 @@ def _values(case: Case) -> str | None:
     return "Sentences are read, not solved for." if case.sentences else None
 
 
+def _looked_up(case: Case) -> str | None:
+    if case.sentences or not any(isinstance(m, nn.Embedding) for m in case.observation.model.modules()):
+        return "The model looks nothing up in embeddings."
+    # From the first linear layer on, an attack of this kind sees plain numbers.
+    return "It was done already." if isinstance(case.observation.model, Tail) else None
+
+
 def _one_example(case: Case) -> str | None:
     if case.sentences or case.observation.batch_size != 1:
         return "All layers together are solved for one example; a batch is matched."
@@ -193,6 +204,7 @@ def _matching(factory: Callable[..., GradientMatching]) -> Callable[[Auto], Atta
 
 WAYS = (
     Way("read_sentences", lambda _: read_sentences(), _sentences),
+    Way("entity_embeddings", lambda options: EntityEmbeddings(options), _looked_up),
     Way("linear_inversion", lambda _: linear_inversion(), _values),
     Way("recursion", lambda _: recursion(), _values),
     Way("gauss_newton", lambda _: GaussNewton(layers_only=True), _one_example),

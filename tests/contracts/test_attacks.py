@@ -16,7 +16,7 @@ from gradleak.integrations.huggingface import TokenCrossEntropy
 from gradleak.spaces import TokenSpace
 
 SHAPE = (1, 8, 8)
-VICTIMS = ("images", "rows", "sentences")
+VICTIMS = ("images", "rows", "codes", "sentences")
 LIGHT = {"iterations": 6}
 
 
@@ -56,6 +56,19 @@ class Encoder(torch.nn.Module):
         return self.decoder(self.transform(x).tanh())
 
 
+class Coded(torch.nn.Module):
+    """A tabular model in miniature: two numbers beside a category that is looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = torch.nn.Embedding(5, 3)
+        self.body = torch.nn.Sequential(torch.nn.Linear(5, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.body(torch.cat([rows[:, :2], self.table(rows[:, 2].long())], 1))
+
+
 def client(victim: str = "images", n: int = 1, dtype: torch.dtype = torch.float64) -> gl.Client:
     generator = torch.Generator().manual_seed(0)
     if victim == "sentences":
@@ -63,6 +76,10 @@ def client(victim: str = "images", n: int = 1, dtype: torch.dtype = torch.float6
         labels = torch.full_like(ids, -100)
         labels[:, 3] = 11
         return gl.Client(Encoder().to(dtype), gl.Batch(ids, labels), gl.FedSGD(TokenCrossEntropy()))
+    if victim == "codes":
+        rows = torch.tensor([[0.5, -1.0, 3.0]], dtype=dtype).expand(n, -1)
+        with torch.random.fork_rng():
+            return gl.Client(Coded().to(dtype), gl.Batch(rows, torch.arange(n) % 3))
     if victim == "rows":
         model: torch.nn.Module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5))
         for p in model.parameters():
@@ -76,7 +93,11 @@ def client(victim: str = "images", n: int = 1, dtype: torch.dtype = torch.float6
 def observe(sender: gl.Client, knows: gl.Knowledge | None = None) -> gl.Observation:
     threat = gl.ThreatModel(~gl.Knowledge.NOTHING if knows is None else knows)
     model = sender.model
-    space = TokenSpace(model.words.detach(), len(model.places)) if isinstance(model, Encoder) else gl.ImageSpace(SHAPE)
+    space: gl.InputSpace = gl.ImageSpace(SHAPE)
+    if isinstance(model, Encoder):
+        space = TokenSpace(model.words.detach(), len(model.places))
+    elif isinstance(model, Coded):
+        space = gl.TensorSpace((3,))
     dtype = next(model.parameters()).dtype
     return threat.observe(
         model,
