@@ -1,72 +1,24 @@
-"""Activations and per-value maps: their inverses, and how they are read off a graph."""
+"""Activations: the functions that compute them, and their inverses."""
 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from gradleak.structure.chain import Elementwise, Shape
 
-__all__ = ["INVERSES", "MODULES", "OPTIONS", "POSITIONS", "Stop", "activation", "arithmetic", "batch_norm"]
+__all__ = ["ACTIVATIONS", "Stop", "activation"]
+
+Pointwise = Callable[[Tensor], Tensor]
 
 
 class Stop(Exception):
-    """Why the walk through the graph cannot pass a node."""
-
-
-def arithmetic(node: fx.Node, key: str, value: float, shape: Shape) -> Elementwise:
-    """Return the step of an addition, multiplication or division by the number ``value``."""
-    calls: dict[str, Callable[[Any, Any], Tensor]]
-    calls = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
-    call: Callable[[Any, Any], Tensor] = calls.get(key, operator.truediv)
-    left = isinstance(node.args[0], fx.Node)
-    if key in ("truediv", "div") and not left:
-        raise Stop(f"{node.name!r} divides by what is sought")
-
-    def function(x: Tensor) -> Tensor:
-        return call(x, value) if left else call(value, x)
-
-    shift = float(function(torch.tensor(0.0, dtype=torch.float64)))
-    scale = float(function(torch.tensor(1.0, dtype=torch.float64))) - shift
-    if scale == 0:
-        raise Stop(f"{node.name!r} multiplies by zero")
-    return Elementwise(node.name, shape, shape, function, lambda a: (a - shift) / scale, affine=True)
-
-
-def batch_norm(name: str, module: _BatchNorm, shape: Shape) -> Elementwise:
-    """Return BatchNorm with running statistics as a per-value map."""
-    if module.training or module.running_mean is None or module.running_var is None:
-        raise Stop(f"{name!r} is BatchNorm with batch statistics, which mix all values of a channel")
-    ones = (-1, *[1] * (len(shape) - 1))
-    scale = torch.rsqrt(module.running_var.detach().double() + module.eps)
-    scale = scale if module.weight is None else scale * module.weight.detach().double()
-    shift = -module.running_mean.detach().double() * scale
-    shift = shift if module.bias is None else shift + module.bias.detach().double()
-    if bool((scale == 0).any()):
-        raise Stop(f"{name!r} multiplies a channel by zero")
-    scale, shift = scale.reshape(ones), shift.reshape(ones)
-    return Elementwise(
-        name,
-        shape,
-        shape,
-        lambda x: x * scale.to(x) + shift.to(x),
-        lambda a: (a - shift.to(a)) / scale.to(a),
-        affine=True,
-    )
-
-
-OPTIONS = ("negative_slope", "alpha", "beta", "threshold")
-POSITIONS = {"leaky_relu": ("negative_slope",), "elu": ("alpha",), "softplus": ("beta", "threshold")}
-MODULES = (
-    nn.Sigmoid, nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU, nn.Softplus, nn.Softsign, nn.LogSigmoid,
-)  # fmt: skip
+    """Why the walk through the calls cannot pass one."""
 
 
 def _inside(a: Tensor, low: float, high: float) -> Tensor:
@@ -80,42 +32,60 @@ def _softplus_inverse(a: Tensor, beta: float) -> Tensor:
     return (scaled + torch.log(-torch.expm1(-scaled))) / beta
 
 
-def _elu_inverse(a: Tensor, alpha: float, scale: float = 1.0) -> Tensor:
-    a = a / scale
-    return torch.where(a > 0, a, torch.log1p(_inside(a.clamp(max=0) / alpha, -1.0, 1.0)))
+def _elu(function: Pointwise, alpha: float, scale: float = 1.0, slope: float = 1.0) -> tuple[Pointwise, Pointwise]:
+    """Return scale · (x above zero, alpha · (exp(slope · x) − 1) below) and its inverse."""
+
+    def inverse(a: Tensor) -> Tensor:
+        a = a / scale
+        return torch.where(a > 0, a, torch.log1p(_inside(a.clamp(max=0) / alpha, -1.0, 1.0)) / slope)
+
+    return function, inverse
+
+
+def _leaky(slope: float | Tensor) -> tuple[Pointwise, Pointwise]:
+    """Return the leaky ReLU and its inverse; a tensor holds the slopes of all channels."""
+    slope = slope.detach() if isinstance(slope, Tensor) else slope
+    if not bool(torch.as_tensor(slope > 0).all()):
+        raise ValueError("it has a slope that is not positive")
+
+    def of(x: Tensor) -> float | Tensor:
+        return slope.to(x).view(-1, *[1] * (x.ndim - 2)) if isinstance(slope, Tensor) else slope
+
+    return lambda x: torch.where(x > 0, x, x * of(x)), lambda a: torch.where(a > 0, a, a / of(a))
 
 
 _SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)
-INVERSES: dict[str, Callable[..., tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]] = {
+ACTIVATIONS: dict[str, Callable[..., tuple[Pointwise, Pointwise]]] = {
     "sigmoid": lambda: (torch.sigmoid, lambda a: torch.logit(_inside(a, 0.0, 1.0))),
     "tanh": lambda: (torch.tanh, lambda a: torch.atanh(_inside(a, -1.0, 1.0))),
     "relu": lambda: (F.relu, lambda a: a.clamp(min=0)),
-    "leakyrelu": lambda negative_slope=0.01: (
-        lambda x: F.leaky_relu(x, negative_slope),
-        lambda a: torch.where(a > 0, a, a / negative_slope),
-    ),
-    "elu": lambda alpha=1.0: (lambda x: F.elu(x, alpha), lambda a: _elu_inverse(a, alpha)),
-    "selu": lambda: (F.selu, lambda a: _elu_inverse(a, *_SELU)),
+    "leaky_relu": lambda negative_slope=0.01: _leaky(negative_slope),
+    "prelu": _leaky,
+    "elu": lambda alpha=1.0: _elu(lambda x: F.elu(x, alpha), alpha),
+    "celu": lambda alpha=1.0: _elu(lambda x: F.celu(x, alpha), alpha, slope=1 / alpha),
+    "selu": lambda: _elu(F.selu, *_SELU),
     "softplus": lambda beta=1.0, threshold=20.0: (
         lambda x: F.softplus(x, beta, threshold),
         lambda a: torch.where(a * beta > threshold, a, _softplus_inverse(a, beta)),
     ),
     "softsign": lambda: (F.softsign, lambda a: a / (1 - _inside(a, -1.0, 1.0).abs())),
-    "logsigmoid": lambda: (F.logsigmoid, lambda a: -_softplus_inverse(-a, 1.0)),
+    "log_sigmoid": lambda: (F.logsigmoid, lambda a: -_softplus_inverse(-a, 1.0)),
+    "exp": lambda: (torch.exp, lambda a: torch.log(_inside(a, 0.0, math.inf))),
+    "log": lambda: (torch.log, torch.exp),
+    "log1p": lambda: (torch.log1p, torch.expm1),
+    "sinh": lambda: (torch.sinh, torch.asinh),
+    "asinh": lambda: (torch.asinh, torch.sinh),
 }
-INVERSES["leaky_relu"] = INVERSES["leakyrelu"]
-_ACCEPTED = {
-    "leakyrelu": ("negative_slope",),
-    "leaky_relu": ("negative_slope",),
-    "elu": ("alpha",),
-    "softplus": ("beta", "threshold"),
-}
+"""By the name of torch's function: its options → the map and its inverse."""
 
 
-def activation(name: str, key: str, options: Mapping[str, Any], shape: Shape) -> Elementwise:
-    """Return the activation named ``key`` as a step."""
-    chosen = {k: float(v) for k, v in options.items() if k in _ACCEPTED.get(key, ())}
-    if key in ("leakyrelu", "leaky_relu") and chosen.get("negative_slope", 0.01) <= 0:
-        raise Stop(f"{name!r} is a leaky ReLU whose slope is not positive")
-    function, inverse = INVERSES[key](**chosen)
+def activation(name: str, key: str, args: Sequence[Any], options: Mapping[str, Any], shape: Shape) -> Elementwise:
+    """Return the activation that torch's function ``key`` computes as a step, without its option ``inplace``."""
+    make = ACTIVATIONS[key]
+    try:
+        function, inverse = make(*(a for a in args if not isinstance(a, bool)), **{
+            k: v for k, v in options.items() if k != "inplace"
+        })  # fmt: skip
+    except (TypeError, ValueError) as reason:
+        raise Stop(f"{name!r} ({key}) has no inverse: {reason}") from reason
     return Elementwise(name, shape, shape, function, inverse, key == "relu")

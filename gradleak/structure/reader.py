@@ -1,34 +1,38 @@
-"""Reading a model as a chain of operations off its traced graph.
+"""Reads the chain of operations off a model by running it once and recording every call of torch.
 
-What an operation is follows from the graph (``torch.fx``): which tensor enters, which parameters it multiplies, whether
-the path branches. Names of model classes play no part.
+What a call is follows from what it does: layers and activations are known by the function that computes them, and every
+other map is tried on random numbers. One that is linear is a linear map, whatever its name and wherever its constants
+come from; names of model classes play no part, and assertions or lengths in ``forward`` are no obstacle.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NoReturn, final
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradleak.errors import NotApplicable
-from gradleak.structure.chain import Affine, Chain, Fixed, Shape, Step
-from gradleak.structure.elementwise import (
-    INVERSES,
-    MODULES,
-    OPTIONS,
-    POSITIONS,
-    Stop,
-    activation,
-    arithmetic,
-    batch_norm,
-)
+from gradleak.structure.chain import Affine, Chain, Elementwise, Fixed, Shape, Step
+from gradleak.structure.elementwise import ACTIVATIONS, Stop, activation
+from gradleak.structure.probe import probe_inputs, run_quietly
+from gradleak.training import output_tensors
 
 __all__ = ["trace_chain"]
+
+_LAYERS = ("linear", "conv2d")
+_CASTS = ("to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda")
+_FAR = 64.0
+"""Spread of the random numbers: far beyond usual values, so that what clamps, rectifies or folds them shows."""
+_EXACT = 1e-9
+"""Relative deviation up to which float64 results agree."""
 
 
 def trace_chain(model: nn.Module, shape: Shape, *, anchor: str | None = None) -> Chain:
@@ -39,278 +43,380 @@ def trace_chain(model: nn.Module, shape: Shape, *, anchor: str | None = None) ->
     chain leads back from that layer instead, bias or not.
 
     Raises:
-        NotApplicable: the model cannot be traced, or has no such layer.
+        NotApplicable: the model does not run on such inputs, has no such layer, or does other things with other inputs.
 
     """
-    try:
-        graph = fx.Tracer().trace(model)
-    except Exception as error:
+    recorded = _record(model, shape, 2)
+    found, begin, end = _Reader(model, recorded).chain(anchor)
+    again = _record(model, shape, 3, keep=(begin, end))
+    params = {n: p.detach() for n, p in model.named_parameters()}
+    same = len(again.calls) == len(recorded.calls) and begin in again.kept and end in again.kept
+    if same:
+        seen, ours = again.kept[end].flatten(1), found.forward(again.kept[begin], params)
+        near = max(1e-3, 32 * torch.finfo(seen.dtype).eps) * float(seen.abs().max())
+        same = ours.shape == seen.shape and float((ours - seen).abs().max()) <= near
+    if not same:
         raise NotApplicable(
-            f"The graph of this model cannot be traced ({type(error).__name__}: {_first_line(error)}); "
-            "use matching, which needs no graph."
-        ) from error
-    reader = _Reader(model, graph, tuple(shape))
-    return reader.chain(anchor)
+            "The model does not treat all inputs alike: its layers depend on values or on the number of examples, so "
+            "they are no chain that could be solved; use matching."
+        )
+    return found
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or ["no message"])[0]
+@final
+@dataclass(frozen=True)
+class _Ref:
+    """Stands for a tensor that depends on the input: which output of which call; call 0 is the input itself."""
+
+    call: int
+    part: int
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """One call of torch, with references in place of the tensors that depend on the model's input.
+
+    Attributes:
+        label: the module's path, or the function's name.
+        kind: class of the module, "" outside of modules without parts.
+        uses: the parameters that it takes, or that its constants are made of.
+        out: shape of its output, None where that is no single tensor.
+
+    """
+
+    label: str
+    kind: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    uses: tuple[str, ...] = ()
+    out: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def key(self) -> str:
+        return _key(self.function)
+
+    @cached_property
+    def sources(self) -> list[_Ref]:
+        return [a for a in tree_leaves((self.args, dict(self.kwargs))) if isinstance(a, _Ref)]
+
+    @property
+    def mutates(self) -> bool:
+        raw = getattr(self.function, "__name__", "")
+        inplace = raw.endswith("_") and not raw.endswith("__")
+        return inplace or raw in ("__setitem__", "__set__") or bool(self.kwargs.get("inplace"))
+
+    def run(self, x: Tensor) -> Tensor:
+        """Return the output for ``x`` in place of the only tensor that depends on the input."""
+
+        def put(value: Any) -> Any:
+            if isinstance(value, _Ref):
+                return x.clone() if self.mutates else x
+            if isinstance(value, Tensor):
+                value = value.detach()
+                return value.to(x.dtype) if value.is_floating_point() else value
+            return value
+
+        args, kwargs = tree_map(put, (self.args, dict(self.kwargs)))
+        found = self.function(*args, **kwargs)
+        if not isinstance(found, Tensor):
+            raise TypeError("no single tensor")
+        return found
+
+
+def _key(function: Any) -> str:
+    name = str(getattr(function, "__name__", function))
+    # What is read off a tensor is named by the attribute (x.mT).
+    return str(function.__self__.__name__) if name == "__get__" else name.strip("_")
+
+
+@final
+class _Recorder(TorchFunctionMode):
+    """Keeps the calls that depend on the model's input."""
+
+    def __init__(self, model: nn.Module, inputs: Tensor, keep: Sequence[int]) -> None:
+        super().__init__()
+        self.calls = [_Call("the model's input", "", torch.Tensor, out=tuple(inputs.shape), dtype=inputs.dtype)]
+        self.refs = WeakTensorKeyDictionary()
+        self.refs[inputs] = _Ref(0, 0)
+        self.origins = WeakTensorKeyDictionary()
+        for name, parameter in model.named_parameters():
+            self.origins[parameter] = (name,)
+        self.keep, self.kept = keep, {0: inputs}
+        self.modules = {id(m): (n, type(m).__name__) for n, m in model.named_modules() if n and not any(m.children())}
+        self.inside: list[tuple[str, str]] = []
+        self.outputs: list[int] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        marked, options = tree_map(self._mark, (args, kwargs))
+        found = func(*args, **kwargs)
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        uses = tuple(n for t in given for n in self.origins.get(t, ()))
+        label, kind = self.inside[-1] if self.inside else (_key(func), "")
+        call = _Call(label, kind, func, marked, options, uses)
+        tensors = [t for t in tree_leaves(found) if isinstance(t, Tensor)]
+        if not call.sources or self._asks_only(call):
+            for tensor in tensors if uses else ():
+                self.origins[tensor] = uses
+            return found
+        single = args[0] if call.mutates and found is None else found  # What was written into is changed from here on.
+        if isinstance(single, Tensor):
+            tensors, call = [single], replace(call, out=tuple(single.shape), dtype=single.dtype)
+            if len(self.calls) in self.keep:
+                self.kept[len(self.calls)] = single.clone()
+        if not tensors:
+            return found
+        for part, tensor in enumerate(tensors):
+            self.refs[tensor] = _Ref(len(self.calls), part)
+        self.calls.append(call)
+        return found
+
+    def _mark(self, value: Any) -> Any:
+        return self.refs.get(value, value) if isinstance(value, Tensor) else value
+
+    @staticmethod
+    def _asks_only(call: _Call) -> bool:
+        """Whether a constant takes only its form from what depends on the input."""
+        like = call.key in _CASTS or call.key.endswith("_as")
+        return (
+            call.key.endswith("_like") or call.key.startswith("new_") or (like and not isinstance(call.args[0], _Ref))
+        )
+
+    def enter(self, module: nn.Module, _args: Any) -> None:
+        if id(module) in self.modules:
+            self.inside.append(self.modules[id(module)])
+
+    def leave(self, module: nn.Module, _args: Any, _out: Any) -> None:
+        if id(module) in self.modules:
+            self.inside.pop()
+
+
+def _record(model: nn.Module, shape: Shape, count: int, keep: Sequence[int] = ()) -> _Recorder:
+    inputs = probe_inputs(tuple(shape), count, next(model.parameters(), torch.zeros(())))
+    recorder = _Recorder(model, inputs, keep)
+    handles = []
+    for module in model.modules():
+        handles += [module.register_forward_pre_hook(recorder.enter), module.register_forward_hook(recorder.leave)]
+    try:
+        with torch.no_grad(), recorder:
+            found = run_quietly(model, dict(model.named_parameters()), inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    recorder.outputs = [recorder.refs[t].call for t in output_tensors(found) if t in recorder.refs]
+    return recorder
 
 
 @final
 class _Reader:
-    """Reads steps off a traced graph; shapes come from running single steps on zeros."""
+    """Makes steps of recorded calls."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, shape: Shape) -> None:
-        self.model, self.graph = model, graph
+    def __init__(self, model: nn.Module, recorded: _Recorder) -> None:
         self.names = {id(p): n for n, p in model.named_parameters()}
-        self.modules = dict(model.named_modules())
-        self.calls: dict[str, int] = {}
-        for node in graph.nodes:
-            for name in self._parameter_names(node):
-                self.calls[name] = self.calls.get(name, 0) + 1
-        self.shapes = self._propagate(shape)
-
-    def _parameter_names(self, node: fx.Node) -> list[str]:
-        if node.op == "call_module":
-            return [self.names[id(p)] for p in self.modules[str(node.target)].parameters() if id(p) in self.names]
-        if node.op == "get_attr":
-            value = _attribute(self.model, str(node.target))
-            return [self.names[id(value)]] if id(value) in self.names else []
-        return []
-
-    def _propagate(self, shape: Shape) -> dict[fx.Node, Shape]:
-        # Meta tensors: shapes only, no arithmetic, and no buffer of the model changes.
-        example = torch.zeros(1, *shape, dtype=next(self.model.parameters()).dtype, device="meta")
-        shapes: dict[fx.Node, Shape] = {}
-        values: dict[fx.Node, Any] = {}
-        state = {
-            n: torch.empty_like(t, device="meta")
-            for n, t in (*self.model.named_parameters(), *self.model.named_buffers())
-        }
-        for node in self.graph.nodes:
-            try:
-                values[node] = self._evaluate(node, values, example, state)
-            except Exception:  # noqa: BLE001 - a node whose shape is unknown is simply not passed
+        self.trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        self.calls, self.outputs = recorded.calls, recorded.outputs
+        self.users: list[list[int]] = [[] for _ in self.calls]
+        self.uses: dict[str, int] = {}
+        live = set(self.outputs) | {i for i, c in enumerate(self.calls) if c.mutates}
+        for index in range(len(self.calls) - 1, 0, -1):
+            if index not in live:
                 continue
-            if isinstance(values[node], Tensor):
-                shapes[node] = tuple(values[node].shape[1:])
-        return shapes
+            call = self.calls[index]
+            for source in {s.call for s in call.sources}:
+                live.add(source)
+                self.users[source].append(index)
+            for name in call.uses:
+                self.uses[name] = self.uses.get(name, 0) + 1
+        self.live = live
 
-    def _evaluate(self, node: fx.Node, values: dict[fx.Node, Any], example: Tensor, state: dict[str, Tensor]) -> Any:
-        def get(value: Any) -> Any:
-            return fx.node.map_arg(value, lambda n: values[n])
-
-        if node.op == "placeholder":
-            return example
-        if node.op == "get_attr":
-            return state.get(str(node.target), _attribute(self.model, str(node.target)))
-        if node.op == "call_module":
-            prefix = f"{node.target}."
-            own = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-            return torch.func.functional_call(self.modules[str(node.target)], own, get(node.args), get(node.kwargs))
-        if node.op == "call_function":
-            return node.target(*get(node.args), **get(node.kwargs))  # type: ignore[operator]
-        if node.op == "call_method":
-            first, *rest = get(node.args)
-            return getattr(first, str(node.target))(*rest, **get(node.kwargs))
-        return None
-
-    def chain(self, wanted: str | None = None) -> Chain:
-        shape = next(self.shapes[n] for n in self.graph.nodes if n.op == "placeholder")
-        anchor_node, anchor = self._anchor(wanted)
+    def chain(self, wanted: str | None) -> tuple[Chain, int, int]:
+        """Return the chain, the call whose output it begins with, and the one that the anchor sees."""
+        index, anchor = self._anchor(wanted)
+        end = begin = self._source(index)
         steps: list[Step] = []
-        node, stop = anchor_node, None
-        while True:
-            try:
-                node = self._source(node)
-                if node.op == "placeholder":
-                    break
-                steps.append(self._step(node))
-            except Stop as reason:
-                stop = str(reason)
-                break
-        head = all(u.op == "output" for u in anchor_node.users)
-        return Chain(shape, tuple(reversed(steps)), anchor, stop, head)
+        stop = None
+        try:
+            while begin != 0:
+                before = self._source(begin)
+                steps[:0] = self._steps(begin, before)
+                begin = before
+        except Stop as reason:
+            stop = str(reason)
+        shape = self.calls[0].out
+        assert shape is not None
+        head = bool(self.outputs) and all(self._same(o, index) for o in self.outputs)
+        return Chain(shape[1:], tuple(steps), anchor, stop, head), begin, end
 
-    def _anchor(self, wanted: str | None) -> tuple[fx.Node, Affine]:
-        reasons: list[str] = []
-        for node in self.graph.nodes:
+    def _same(self, index: int, wanted: int) -> bool:
+        """Whether the output of a call is that of another, at most shaped anew."""
+        while index > wanted and len(self.calls[index].sources) == 1:
+            before = self.calls[index].sources[0].call
             try:
-                step = self._step(node)
+                if not all(isinstance(s, Fixed) and s.reorders for s in self._steps(index, before)):
+                    return False
+            except Stop:
+                return False
+            index = before
+        return index == wanted
+
+    def _anchor(self, wanted: str | None) -> tuple[int, Affine]:
+        reasons: list[str] = []
+        for index, call in enumerate(self.calls):
+            if call.key != "linear" or index not in self.live:
+                continue
+            try:
+                before = self._source(index)
+                step = self._layer(call, *self._shapes(before, index))
             except Stop:
                 continue
-            if not (isinstance(step, Affine) and step.linear):
+            if step is None or (wanted is not None and step.weight_name != wanted):
                 continue
-            if wanted is not None and step.weight_name != wanted:
-                continue
-            if step.bias_name is None and wanted is None:
-                reasons.append(f"{step.name!r} has no bias")
+            if wanted is None and (step.bias_name is None or step.bias_name not in self.trained):
+                reasons.append(f"{step.name!r} has no bias that is trained")
             elif len(step.in_shape) != 1:
                 reasons.append(f"{step.name!r} sees several vectors per example")
-            elif len(self._source(node).users) > 1:
+            elif len(self.users[before]) > 1:
                 reasons.append(f"the input of {step.name!r} is used elsewhere, too")
             else:
-                return node, step
+                return index, step
         why = f" ({'; '.join(reasons[:3])})" if reasons else ""
         raise NotApplicable(
             f"The model has no linear layer with bias that sees one vector per example{why}, "
             "so no features can be read off exactly; use matching."
         )
 
-    def _source(self, node: fx.Node) -> fx.Node:
-        tensors = [n for n in node.all_input_nodes if n.op != "get_attr" and n in self.shapes]
-        if len(set(tensors)) != 1 or sum(a is tensors[0] for a in node.args) > 1:
-            raise Stop(f"{_label(node)} joins {max(len(tensors), 2)} paths")
-        return tensors[0]
+    def _source(self, index: int) -> int:
+        call = self.calls[index]
+        if len(call.sources) != 1:
+            raise Stop(f"{call.label!r} joins {max(len(call.sources), 2)} paths")
+        return call.sources[0].call
 
-    def _step(self, node: fx.Node) -> Step:
-        if node.op in ("placeholder", "output", "get_attr"):
-            raise Stop(f"{_label(node)} is no operation")
-        source = self._source(node)
-        if node not in self.shapes or source not in self.shapes:
-            raise Stop(f"{_label(node)} has no shape that can be told from the graph")
-        if len([u for u in source.users if u.op != "call_function" or u.target is not getattr]) > 1 and not _shape_only(
-            source, node
-        ):
-            others = ", ".join(_label(u) for u in source.users if u is not node)
-            raise Stop(f"the path branches before {_label(node)} (it also feeds {others})")
-        shapes = self.shapes[source], self.shapes[node]
-        if node.op == "call_module":
-            return self._module(str(node.target), self.modules[str(node.target)], *shapes)
-        return self._function(node, *shapes)
+    def _shapes(self, before: int, index: int) -> tuple[Shape, Shape]:
+        source, call = self.calls[before], self.calls[index]
+        for one in (source, call):
+            if one.out is None:
+                raise Stop(f"{one.label!r} ({one.kind or one.key}) has several outputs")
+        assert source.out is not None
+        assert call.out is not None
+        if source.out[:1] != (2,) or call.out[:1] != (2,):
+            raise Stop(f"{call.label!r} mixes the examples of a batch")
+        return source.out[1:], call.out[1:]
 
-    def _check_single(self, *names: str | None) -> None:
-        for name in names:
-            if name is not None and self.calls.get(name, 0) > 1:
-                raise Stop(f"parameter {name!r} is used {self.calls[name]} times, so its gradient is a sum")
+    def _steps(self, index: int, before: int) -> list[Step]:
+        call, shapes = self.calls[index], self._shapes(before, index)
+        if len(self.users[before]) > 1:
+            others = ", ".join(repr(self.calls[u].label) for u in self.users[before] if u != index)
+            raise Stop(f"the path branches before {call.label!r} (it also feeds {others})")
+        if call.key in _CASTS and call.dtype == self.calls[before].dtype:
+            return []
+        layer = self._layer(call, *shapes) if call.key in _LAYERS else None
+        if layer is not None:
+            return [layer]
+        if call.key in ACTIVATIONS:
+            return [activation(call.label, call.key, call.args[1:], call.kwargs, shapes[0])]
+        return _linear(call, *shapes)
 
-    def _module(self, name: str, module: nn.Module, source: Shape, target: Shape) -> Step:
-        if isinstance(module, nn.Linear):
-            return self._affine(name, module.weight, module.bias, source, target, linear=True)
-        if isinstance(module, nn.Conv2d):
-            if module.padding_mode != "zeros":
-                raise Stop(f"convolution {name!r} pads by {module.padding_mode!r} instead of zeros")
-            return self._affine(
-                name, module.weight, module.bias, source, target, stride=module.stride, padding=module.padding,
-                dilation=module.dilation, groups=module.groups,
-            )  # fmt: skip
-        if isinstance(module, _BatchNorm):
-            return batch_norm(name, module, source)
-        if isinstance(module, _DropoutNd):
-            if module.training and module.p > 0:
-                raise Stop(f"{name!r} is active dropout, whose mask is unknown")
-            return Fixed(name, source, target, lambda x: x, True)
-        if isinstance(module, nn.Identity | nn.Flatten | nn.Unflatten) or (
-            isinstance(module, nn.Sequential) and len(module) == 0
-        ):
-            return Fixed(name, source, target, _reshape(target), True)
-        if isinstance(module, nn.AvgPool2d | nn.AdaptiveAvgPool2d | nn.ZeroPad2d):
-            return Fixed(name, source, target, module)
-        options = {k: getattr(module, k) for k in OPTIONS if hasattr(module, k)}
-        key = type(module).__name__.lower()
-        if isinstance(module, tuple(MODULES)):
-            return activation(name, key, options, source)
-        raise Stop(f"{name!r} ({type(module).__name__}) has no inverse that is known here")
-
-    def _affine(
-        self, name: str, weight: Tensor, bias: Tensor | None, source: Shape, target: Shape, *,
-        stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1, linear: bool = False,
-    ) -> Affine:  # fmt: skip
-        weight_name = self.names.get(id(weight))
-        bias_name = None if bias is None else self.names.get(id(bias))
-        if weight_name is None or (bias is not None and bias_name is None):
-            raise Stop(f"the weights of {name!r} are no parameters of the model")
-        self._check_single(weight_name, bias_name)
-        step, spread = _pair(stride), _pair(dilation)
-        if padding == "valid":
-            padding = 0
-        if padding == "same":
-            total = [spread[i] * (weight.shape[2 + i] - 1) for i in (0, 1)]
-            pads = (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
-        else:
-            high, wide = _pair(padding)
-            pads = (high, high, wide, wide)
-        return Affine(name, source, target, weight_name, bias_name, step, pads, spread, groups, linear)
-
-    def _function(self, node: fx.Node, source: Shape, target: Shape) -> Step:
-        name = node.name
-        key = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        key = str(key).rstrip("_")
-        arguments = list(node.args[1:])
-        if key in ("flatten", "view", "reshape", "contiguous", "squeeze", "unsqueeze"):
-            if math.prod(source) != math.prod(target):
-                raise Stop(f"{_label(node)} mixes the examples of a batch")
-            return Fixed(name, source, target, _reshape(target), True)
-        if key == "dropout" and node.kwargs.get("training", arguments[1] if len(arguments) > 1 else True) is False:
-            return Fixed(name, source, target, lambda x: x, True)
-        if key in ("conv2d", "linear"):
-            return self._functional_affine(node, key, source, target)
-        constants = all(not isinstance(a, fx.Node) for a in arguments) and not any(
-            isinstance(v, fx.Node) for v in node.kwargs.values()
-        )
-        if key in ("avg_pool2d", "adaptive_avg_pool2d", "mean", "pad") and constants:
-            call = _bind(node)
-            if key == "mean" and call(torch.zeros(2, *source)).shape != (2, *target):
-                raise Stop(f"{_label(node)} mixes the examples of a batch")
-            if key == "pad" and float(call(torch.zeros(1, *source)).abs().sum()) != 0:
-                raise Stop(f"{_label(node)} pads by something else than zeros")
-            return Fixed(name, source, target, call)
-        scalar = next((a for a in node.args if isinstance(a, int | float)), None)
-        if scalar is not None and key in ("add", "sub", "mul", "truediv", "div") and len(node.args) == 2:
-            return arithmetic(node, key, float(scalar), source)
-        options = dict(node.kwargs)
-        for option, value in zip(POSITIONS.get(key, ()), arguments, strict=False):
-            options[option] = value
-        if key in INVERSES and constants:
-            return activation(name, key, options, source)
-        raise Stop(f"{_label(node)} has no inverse that is known here")
-
-    def _functional_affine(self, node: fx.Node, key: str, source: Shape, target: Shape) -> Affine:
+    def _layer(self, call: _Call, source: Shape, target: Shape) -> Affine | None:
+        """Return a layer whose weight and bias are parameters, None for others."""
         order = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-        given = dict(zip(order, node.args, strict=False)) | dict(node.kwargs)
-        tensors = {}
+        given = dict(zip(order, call.args, strict=False)) | dict(call.kwargs)
+        names: dict[str, str | None] = {}
         for part in ("weight", "bias"):
-            value = given.get(part)
-            if isinstance(value, fx.Node):
-                if value.op != "get_attr":
-                    raise Stop(f"the {part} of {_label(node)} is computed")
-                tensors[part] = _attribute(self.model, str(value.target))
-        if "weight" not in tensors:
-            raise Stop(f"{_label(node)} has no weight that is a parameter")
+            names[part] = self.names.get(id(given.get(part)))
+            if names[part] is None and given.get(part) is not None:
+                return None
+        for name in names.values():
+            if name is not None and self.uses.get(name, 0) > 1:
+                raise Stop(f"parameter {name!r} is used {self.uses[name]} times, so its gradient is a sum")
         options: dict[str, Any] = {k: given[k] for k in order[3:] if k in given}
-        return self._affine(
-            node.name, tensors["weight"], tensors.get("bias"), source, target, linear=key == "linear", **options
-        )
+        return _affine(call, names, given["weight"], source, target, **options)
 
 
-def _attribute(model: nn.Module, path: str) -> Any:
-    value: Any = model
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _label(node: fx.Node) -> str:
-    return f"'{node.target}'" if node.op == "call_module" else f"'{node.name}'"
-
-
-def _shape_only(source: fx.Node, node: fx.Node) -> bool:
-    # x.view(x.size(0), -1): asking for a shape is no second path.
-    return all(u is node or (u.op == "call_method" and u.target in ("size", "dim")) for u in source.users)
+def _affine(
+    call: _Call, names: dict[str, str | None], weight: Tensor, source: Shape, target: Shape, *,
+    stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+) -> Affine:  # fmt: skip
+    step, spread = _pair(stride), _pair(dilation)
+    linear = call.key == "linear"
+    if padding == "same":
+        total = [spread[i] * (weight.shape[2 + i] - 1) for i in (0, 1)]
+        pads = (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
+    else:
+        high, wide = _pair(0 if padding == "valid" else padding)
+        pads = (high, high, wide, wide)
+    assert names["weight"] is not None
+    return Affine(call.label, source, target, names["weight"], names["bias"], step, pads, spread, groups, linear)
 
 
 def _pair(value: Any) -> tuple[int, int]:
     return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[-1]))
 
 
-def _reshape(target: Shape) -> Callable[[Tensor], Tensor]:
-    return lambda x: x.reshape(x.shape[0], *target)
+def _linear(call: _Call, source: Shape, target: Shape) -> list[Step]:
+    """Return the steps of a map that random numbers show to be linear, up to a constant, for each example alone."""
+    draw = torch.Generator().manual_seed(0)
+    u, v = _FAR * torch.randn(2, 1, *source, generator=draw, dtype=torch.float64)
+    third = 2 * u - v
+    try:
+        first, second, last = (call.run(torch.cat(pair)) for pair in ((u, v), (v, third), (third, torch.zeros_like(u))))
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+        _refuse(call)
+    size = max(float(first.abs().max()), 1.0) if first.numel() and not first.is_complex() else math.nan
+
+    def apart(a: Tensor, b: Tensor) -> bool:
+        return not float((a - b).abs().max()) <= _EXACT * size  # NaN is apart.
+
+    zero = last[1:]
+    mixed = apart(first[1:], second[:1]) or apart(second[1:], last[:1])
+    if mixed or apart(second[1:], 2 * first[:1] - first[1:]) or apart(zero, zero.nan_to_num()):
+        _refuse(call, mixed=mixed)
+    name = call.label
+    if first.numel() == u.numel() * 2 and torch.equal(first.flatten(), torch.cat([u, v]).flatten()):
+        return [Fixed(name, source, target, lambda x: x.reshape(x.shape[0], *target), True)]
+    if source == target:
+        scale = call.run(torch.ones(2, *source, dtype=torch.float64))[:1] - zero
+        if not apart(first[:1], scale * u + zero):
+            return [_scaled(name, scale, zero, source)]
+    function = _each(call, torch.cat([u, v, third]), torch.cat([first, second[1:]]))
+    if not bool(zero.any()):
+        return [Fixed(name, source, target, function)]
+    return [
+        Fixed(name, source, target, lambda x: function(x) - zero.to(x)),
+        _scaled(name, torch.ones_like(zero), zero, target),
+    ]
 
 
-def _bind(node: fx.Node) -> Callable[[Tensor], Tensor]:
-    rest, options = node.args[1:], dict(node.kwargs)
-    if node.op == "call_method":
-        return lambda x: getattr(x, str(node.target))(*rest, **options)
-    call: Callable[..., Tensor] = node.target  # type: ignore[assignment]
-    return lambda x: call(x, *rest, **options)
+def _scaled(name: str, scale: Tensor, shift: Tensor, shape: Shape) -> Elementwise:
+    if bool((scale == 0).any()):
+        raise Stop(f"{name!r} multiplies by zero")
+    return Elementwise(
+        name,
+        shape,
+        shape,
+        lambda x: x * scale.to(x) + shift.to(x),
+        lambda a: (a - shift.to(a)) / scale.to(a),
+        affine=True,
+    )
+
+
+def _each(call: _Call, inputs: Tensor, wanted: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the call as a function of any number of examples; it may hold constants for two of them."""
+    try:
+        if torch.allclose(call.run(inputs), wanted):
+            return call.run
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        pass
+    return torch.vmap(lambda x: call.run(torch.stack([x, x]))[0])
+
+
+def _refuse(call: _Call, *, mixed: bool = False) -> NoReturn:
+    if call.key == "batch_norm":
+        raise Stop(f"{call.label!r} is BatchNorm with batch statistics, which mix all values of a channel")
+    if "dropout" in call.key:
+        raise Stop(f"{call.label!r} is active dropout, whose mask is unknown")
+    if mixed:
+        raise Stop(f"{call.label!r} mixes the examples of a batch, or treats them differently")
+    raise Stop(f"{call.label!r} ({call.kind or call.key}) has no inverse that is known here")

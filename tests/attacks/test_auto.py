@@ -21,17 +21,17 @@ from gradleak.models import lenet
 SHAPE = (1, 8, 8)
 
 
-class Flipped(nn.Module):
-    """The identity, by an operation that nothing before the features can be solved through."""
+class Joined(nn.Module):
+    """The identity, by a sum of two paths that nothing before the features can be solved through."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.flip(-1).flip(-1)
+        return (x + x) / 2
 
 
 def victim(
-    n: int = 1, dtype: torch.dtype = torch.float32, activation: str = "sigmoid", *, flips: bool = False
+    n: int = 1, dtype: torch.dtype = torch.float32, activation: str = "sigmoid", *, joins: bool = False
 ) -> gl.Client:
-    """Return a client; one whose model flips values twice, which changes nothing but ends every exact way."""
+    """Return a client; one whose model joins two paths, which changes nothing but ends every exact way."""
     model: nn.Module = lenet(
         width=6,
         classes=5,
@@ -40,9 +40,9 @@ def victim(
         seed=0,
         activation=activation,  # type: ignore[arg-type]
     )
-    if flips:
+    if joins:
         first, act, *rest = model.body.children()  # type: ignore[union-attr]
-        model = nn.Sequential(first, act, Flipped(), *rest, nn.Flatten(), model.fc)  # type: ignore[arg-type]
+        model = nn.Sequential(first, act, Joined(), *rest, nn.Flatten(), model.fc)  # type: ignore[arg-type]
     images = torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(1))
     return gl.Client(model.to(dtype), gl.Batch(images.to(dtype), torch.arange(n) % 5))
 
@@ -101,7 +101,7 @@ def test_a_first_linear_layer_is_divided_out() -> None:
 
 
 def test_a_batch_is_matched() -> None:
-    first = victim(2, flips=True)
+    first = victim(2, joins=True)
     clients = [first, gl.Client(first.model, gl.Batch(victim(4).batch.inputs[2:], torch.tensor([0, 1])))]
     results = auto().reconstruct_all([observe(c) for c in clients])
     for client, found in zip(clients, results, strict=True):
@@ -123,7 +123,7 @@ def test_a_batch_through_convolutions_is_solved(activation: str) -> None:
 
 
 def test_a_batch_with_granted_labels_is_matched_and_polished() -> None:
-    client = victim(2, flips=True)
+    client = victim(2, joins=True)
     threat = gl.ThreatModel(gl.Knowledge.LABELS | gl.Knowledge.BATCH_SIZE | gl.Knowledge.TRAINING)
     found = auto(iterations=300).reconstruct(observe(client, threat))
     assert found.attack == "idlg and gauss_newton"
@@ -133,7 +133,7 @@ def test_a_batch_with_granted_labels_is_matched_and_polished() -> None:
 
 
 def test_kinks_are_left_to_inverting_gradients() -> None:
-    found = auto(iterations=20).reconstruct(observe(victim(2, activation="relu", flips=True)))
+    found = auto(iterations=20).reconstruct(observe(victim(2, activation="relu", joins=True)))
     assert found.certificate is not None
     assert found.certificate.verdict == "unproved"
     assert found.attack == "inverting_gradients"
@@ -163,7 +163,7 @@ def test_budget_returns_the_best_so_far() -> None:
     begin = time.monotonic()
     seen: list[Progress] = []
     found = auto(budget=1.0, iterations=10**6).reconstruct(
-        observe(victim(4, activation="relu", flips=True)), callback=seen.append
+        observe(victim(4, activation="relu", joins=True)), callback=seen.append
     )
     assert time.monotonic() - begin < 20
     assert found.status == "budget"
@@ -179,7 +179,7 @@ def test_interruption_returns_the_best_so_far() -> None:
 
     # What is complete is not thrown away, and a search returns where it stands.
     assert auto().reconstruct(observe(victim()), callback=stop).status == "exact"
-    found = auto().reconstruct(observe(victim(2, flips=True)), callback=stop)
+    found = auto().reconstruct(observe(victim(2, joins=True)), callback=stop)
     assert found.status == "interrupted"
     assert found.certificate is not None
 
