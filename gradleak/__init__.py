@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradleak import attacks, defenses, errors, metrics, models
+    from gradleak import attacks, bounds, defenses, errors, metrics, models
     from gradleak.exchange import Client, Exchange, simulate
     from gradleak.spaces import ImageSpace, InputSpace, TableSpace, TensorSpace, TokenSpace
     from gradleak.threat import Knowledge, Observation, ThreatModel
@@ -41,6 +41,7 @@ __all__ = [
     "UpdateKind",
     "Verdict",
     "attacks",
+    "bounds",
     "defenses",
     "errors",
     "metrics",
@@ -50,7 +51,7 @@ __all__ = [
 
 # Public names are imported when they are first used: the command line answers --help, and reports are rendered,
 # without torch (PEP 562).
-_PACKAGES = ("attacks", "defenses", "errors", "metrics", "models")
+_PACKAGES = ("attacks", "bounds", "defenses", "errors", "metrics", "models")
 _HOMES = {
     "exchange": ("Client", "Exchange", "simulate"),
     "spaces": ("ImageSpace", "InputSpace", "TableSpace", "TensorSpace", "TokenSpace"),
