@@ -11,6 +11,8 @@ __all__ = ["FORMATS", "finest", "number_format", "storage_deviation"]
 
 FORMATS = {torch.bfloat16: (7, -133), torch.float16: (10, -24), torch.float32: (23, -149), torch.float64: (52, -1074)}
 """Format → stored mantissa bits, exponent of the smallest subnormal number; from the coarsest on."""
+_FIRST = 64
+"""Numbers of each tensor that are looked at first: mostly they settle the format."""
 
 
 def number_format(tensors: Mapping[str, Tensor]) -> torch.dtype:
@@ -19,12 +21,12 @@ def number_format(tensors: Mapping[str, Tensor]) -> torch.dtype:
     A float32 tensor whose numbers are all bfloat16 numbers was rounded to bfloat16, whatever its dtype says.
     """
     own = finest(tensors)
-    flat = torch.cat([t.detach().flatten() for t in tensors.values()])
-    flat = flat[flat != 0]
-    if flat.numel() < 8:  # so few numbers can be short by chance
+    flat = [t.detach().flatten() for t in tensors.values()]
+    if sum(int(t.count_nonzero()) for t in flat) < 8:  # so few numbers can be short by chance
         return own
     for dtype, (bits, _) in FORMATS.items():
-        if bits < FORMATS[own][0] and torch.equal(flat.to(dtype).to(flat.dtype), flat):
+        parts = (part for length in (_FIRST, None) for part in (t[:length] for t in flat))
+        if bits < FORMATS[own][0] and all(torch.equal(p.to(dtype).to(p.dtype), p) for p in parts):
             return dtype
     return own
 

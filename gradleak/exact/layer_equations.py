@@ -210,11 +210,8 @@ class LayerEquations:
 
     def change(self, values: Tensor, pulls: Tensor) -> Tensor:
         """Return the gradient's change at inputs (N, n) for changes (k, N, m) of the output gradients."""
-        found = pulls.new_zeros(len(pulls), *self.target.shape)
-        if self.shared:
-            pulls = self.behind.adjoint(pulls.flatten(0, 1)).view(*pulls.shape[:2], -1)
-            for i, own in enumerate(values):
-                patches = self.step.patches(own, self.weight)  # (g, c · t, L)
-                maps = pulls[:, i].reshape(len(pulls), self.step.groups, self.outs, -1)
-                found += self._equations(maps @ patches.mT)
-        return found
+        if not self.shared:
+            return pulls.new_zeros(len(pulls), *self.target.shape)
+        patches = torch.cat([self.step.patches(own, self.weight) for own in values], 2)  # (g, c · t, N · L)
+        maps = self.behind.adjoint(pulls.flatten(0, 1)).view(*pulls.shape[:2], self.step.groups, self.outs, -1)
+        return self._equations(maps.permute(0, 2, 3, 1, 4).flatten(3) @ patches.mT)

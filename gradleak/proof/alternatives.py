@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.errors import NotApplicable
-from gradleak.proof.explained import Explanation, Fit
+from gradleak.proof.explained import Explanation, Fit, Parts, times_noise
 from gradleak.solve.mapping import mapped
 from gradleak.structure.chain import Affine
 from gradleak.structure.first_layer import find_input_layer
@@ -51,22 +51,29 @@ def mean_of_several(explanation: Explanation, fit: Fit) -> bool:
     if not x.is_floating_point() or size == 0:
         return False
     draw = torch.Generator().manual_seed(explanation.seed + 3)
-    step = _STEPS[explanation.arithmetic]
-    rounding = 16 * 2.0**-52 / step**2  # What float64 leaves of a second difference.
+    step, here = _STEPS[explanation.arithmetic], explanation.update(x)
+    rounding = 16 * 2.0**-52 / step**2 * max(float(h.abs().max()) for h in here)  # What float64 leaves of a bend.
+    factors = list(fit.factors.values()) or [fit.factor] * len(here)
+    smallest = sorted(range(len(here)), key=lambda i: len(here[i]))
     groups = [[i] for i in range(len(x))] if 1 < len(x) <= _APART else [list(range(len(x)))]
-    factors: Tensor | float = explanation.spread(fit.factors) if fit.factors else fit.factor
-    for group in groups:
-        for _ in range(max(2, _DIRECTIONS // len(groups))):
-            move = torch.zeros_like(x)
-            move[group] = torch.randn((len(group), *x.shape[1:]), generator=draw, dtype=torch.float64).to(x) * size
-            around = explanation.simulate_all(torch.stack([x + step * move, x - step * move, x]))
-            bend = (around[0] + around[1] - 2 * around[2]) / (2 * step**2)
-            bend = torch.where(bend.abs() > rounding * around[2].abs().max(), bend, 0.0)
-            # The mean of x + d and x − d deviates from x by the bend; several examples of one label are more of the
-            # same. What the candidate leaves unexplained itself is not held against it.
-            other = explanation.compare(fit.simulated + factors * bend, fit.noise, factor=fit.factor)
-            if other.matched:
-                return True
+    for group in groups * math.ceil(_DIRECTIONS / len(groups)):
+        move = torch.zeros_like(x)
+        move[group] = torch.randn((len(group), *x.shape[1:]), generator=draw, dtype=torch.float64).to(x) * size
+        ends = explanation.update(x + step * move), explanation.update(x - step * move)
+
+        def bend(i: int, ends: tuple[Parts, Parts] = ends) -> Tensor:
+            found = (ends[0][i] + ends[1][i] - 2 * here[i]) / (2 * step**2)
+            return factors[i] * torch.where(found.abs() > rounding, found, 0.0)
+
+        # The mean of x + d and x − d deviates from x by the bend; several examples of one label are more of the same.
+        # What the candidate leaves unexplained itself is not held against it. One tensor that tells them apart will do.
+        if not explanation.simulator.defended and any(
+            times_noise(fit.left[i] + fit.noise.weights[i] * bend(i)) > fit.noise.most for i in smallest
+        ):
+            continue
+        moved = [s + bend(i) for i, s in enumerate(fit.simulated)]
+        if explanation.compare(moved, fit.noise, factor=fit.factor).matched:
+            return True
     return False
 
 

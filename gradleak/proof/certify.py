@@ -3,7 +3,8 @@
 *Proved* means three things at once: the update re-simulated from the result equals the seen one down to the noise that
 it must carry (:mod:`gradleak.proof.explained`); nothing nearby explains it as well, by construction or by the Jacobian
 (:mod:`gradleak.proof.unique`); and no mean or mixture of other examples does (:mod:`gradleak.proof.alternatives`).
-*Matched* is the first without the others; *unproved* is everything else. No truth is involved.
+*Matched* is the first without the others; *unproved* is everything else. No truth is involved. The questions are asked
+in the order of their cost, and no further than a proof is possible.
 """
 
 from __future__ import annotations
@@ -110,8 +111,8 @@ def certify(
         inputs: reconstructed model inputs, (N, *shape).
         labels: as the client's loss takes them; real numbers count as unknowns of their own unless ``granted``.
         construction: how the inputs were constructed, where that makes them unique.
-        uniqueness: whether to compute the Jacobian; None does so up to ``largest`` unknowns. The error bound of a
-            construction is checked against it in any case, where that is cheap.
+        uniqueness: whether to compute the Jacobian where a proof is possible; None does so up to ``largest`` unknowns.
+            The error bound of a construction is checked against it in any case, where that is cheap.
         stated: whether the number of examples was stated, not assumed.
         granted: whether the labels are known, not read off the update.
         unit: size of a typical input value; None takes the root mean square of ``inputs``.
@@ -126,7 +127,9 @@ def certify(
     """
     simulator.check(inputs)
     explanation = Explanation(simulator, update, inputs, labels, granted=granted, seed=seed)
-    fit = explanation.fit()
+    unknowns, built = inputs.numel(), construction is not None
+    asked = unknowns <= (_CHECKED if built else largest) if built or uniqueness is None else uniqueness
+    fit = explanation.fit(thorough=asked)
     if fit is None:
         return unproved(len(inputs), "The update is zero or not finite, so it proves nothing.")
     cause = f"rounding, {str(explanation.format).removeprefix('torch.')}"
@@ -145,8 +148,7 @@ def certify(
         return case.certificate(Verdict.MATCHED, "the time ended before it was asked whether anything else does")
     if construction is not None:
         return _constructed(case, construction)
-    unknowns = inputs.numel()
-    if uniqueness is False or (uniqueness is None and unknowns > largest) or not inputs.is_floating_point():
+    if not asked or not inputs.is_floating_point():
         why = "was not asked" if uniqueness is False else f"takes a Jacobian of {unknowns} columns"
         mixture = mean_of_several(explanation, fit)
         tail = f"whether it is the only explanation nearby is unknown, since that {why} (uniqueness=True)"
@@ -209,15 +211,17 @@ def _constructed(case: _Case, proof: Construction) -> Certificate:
 def _by_jacobian(case: _Case) -> Certificate:
     """Return the certificate of a candidate that was searched: unique nearby, or not."""
     explanation, fit = case.explanation, case.fit
+    doubt, mixture = case.doubt(alone=True)
+    if doubt is not None:  # Then nothing can be proved, and the Jacobian is not worth its time.
+        return replace(case.certificate(Verdict.MATCHED, doubt), mixture=mixture)
     own = by_jacobian(explanation, fit, unit=case.unit, tolerance=case.tolerance)
     if own is None:
         return case.certificate(
             Verdict.MATCHED, "whether anything else does is unknown, since its Jacobian is not finite"
         )
-    doubt, mixture = case.doubt(alone=True)
-    if doubt is None and own.few:
+    if own.few:
         doubt = own.why
-    if doubt is None and any(own.determined):
+    elif any(own.determined):
         doubt = shortage(explanation, fit)
         mixture = doubt is not None
     verdicts = tuple(Verdict.PROVED if good and doubt is None else Verdict.MATCHED for good in own.determined)

@@ -11,25 +11,29 @@ one factor for each tensor (clipping per tensor, step sizes per group), and the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import final
+from itertools import chain, islice
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from gradleak.formats import FORMATS, finest, number_format, storage_deviation
-from gradleak.solve.mapping import mapped
 from gradleak.training import FedAvg, Simulator, TargetKind, Tensors
 from gradleak.types import UpdateKind
 
-__all__ = ["Explanation", "Fit", "Noise"]
+__all__ = ["Explanation", "Fit", "Noise", "Parts", "times_noise"]
 
-_SAMPLES = 6
-"""Realizations of the client's rounding; all of one update's errors may share one factor, so one is not enough."""
-_TOGETHER = 1 << 20
-"""Parameters up to which these are simulated together."""
+Parts = list[Tensor]
+"""An update, one vector (n,) for each of its tensors."""
+
+_SAMPLES = (1, 3, 6)
+"""Realizations of the client's rounding. One tells what no noise explains; three what it does, since all of one
+update's errors may share one factor; six go into bounds of errors."""
+_FAR = 1000.0
+"""Residual, in floors by one realization, from which on no other would explain it."""
 _ROUNDING = 4.0
 """Whitened root mean square residual up to which an update counts as explained, where rounding is measured."""
 _STATED = 1.5
@@ -48,18 +52,22 @@ class Noise:
     """What the noise of an update is like, coordinate by coordinate.
 
     Attributes:
-        weight: one over the deviation (m,), zero where it has none.
-        deviations: measured rounding (k, m).
-        extra: deviation of what comes beside rounding (m,).
+        weights: one over the deviation, zero where it has none: for each tensor one number (), or (n,).
+        deviations: measured rounding of the update without its factors, k samples.
+        centered: whether what the samples have in common is no noise.
+        factors: by which each tensor was multiplied.
+        extra: deviation of what comes beside rounding, None where nothing does.
         relative: norm of the deviations relative to the update.
         allowed: whitened root mean square residual that counts as noise.
         seed: of the samples.
 
     """
 
-    weight: Tensor
-    deviations: Tensor
-    extra: Tensor
+    weights: Parts
+    deviations: list[Parts]
+    centered: bool
+    factors: list[float]
+    extra: Parts | None
     relative: float
     allowed: float
     seed: int
@@ -69,13 +77,28 @@ class Noise:
         """Relative residual up to which the update is explained."""
         return self.allowed * self.relative
 
+    @property
+    def most(self) -> float:
+        """Deviations, root mean square, up to which a single tensor is explained."""
+        return _TENSOR * self.allowed
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """One over the deviation (m,)."""
+        return torch.cat([w.expand(d.shape) for w, d in zip(self.weights, self.deviations[0], strict=True)])
+
     @cached_property
     def samples(self) -> Tensor:
         """Whitened samples of the noise, (k, m)."""
-        draw = torch.Generator().manual_seed(self.seed)
-        draws = torch.randn(self.deviations.shape, generator=draw, dtype=torch.float64).to(self.weight)
-        known = torch.where(torch.isfinite(self.extra), self.extra, 0.0)
-        return self.deviations * self.weight + draws * known * self.weight
+        samples = torch.stack([torch.cat(_each(torch.mul, sample, self.factors)) for sample in self.deviations])
+        if self.centered:
+            samples = (samples - samples.mean(0)) * _grown(len(samples))
+        if self.extra is not None:
+            draw = torch.Generator().manual_seed(self.seed)
+            known = torch.cat(self.extra)
+            draws = torch.randn(samples.shape, generator=draw, dtype=torch.float64).to(samples)
+            samples = samples + draws * torch.where(torch.isfinite(known), known, 0.0)
+        return samples * self.weight
 
 
 @final
@@ -85,10 +108,10 @@ class Fit:
 
     Attributes:
         noise: of the update.
-        simulated: the candidate's update, times the factors (m,).
-        whitened: the residual over its deviation (m,).
+        simulated: the candidate's update, times the factors.
+        left: the residual over its deviation.
         residual: relative norm of the residual.
-        excess: root mean square of ``whitened``; 1 is the expected noise.
+        excess: root mean square of ``left``; 1 is the expected noise.
         matched: whether the residual is noise.
         worst: the tensor that differs most.
         times: by how many deviations it does.
@@ -99,8 +122,8 @@ class Fit:
     """
 
     noise: Noise
-    simulated: Tensor
-    whitened: Tensor
+    simulated: Parts
+    left: Parts
     residual: float
     excess: float
     matched: bool
@@ -109,6 +132,11 @@ class Fit:
     factor: float = 1.0
     factors: dict[str, float] = field(default_factory=dict)
     free: bool = False
+
+    @cached_property
+    def whitened(self) -> Tensor:
+        """The residual over its deviation (m,)."""
+        return torch.cat(self.left)
 
     @property
     def hidden(self) -> bool:
@@ -123,6 +151,8 @@ class Explanation:
         simulator: of the client.
         names: the tensors compared, in order.
         observed: the update in float64.
+        seen: the same as vectors.
+        norm: its norm.
         inputs: (N, *shape) candidate model inputs.
         labels: as the client's loss takes them; floating-point ones count as unknowns unless ``granted``.
         granted: whether the threat model grants the labels.
@@ -142,9 +172,10 @@ class Explanation:
     ) -> None:
         self.simulator, self.seed, self.granted = simulator, seed, granted
         params = simulator.params()
-        self.names = [k for k in params if k in update]
+        self.names = [k for k in params if k in update and update[k].numel()]
         self.observed = {k: update[k].detach().double() for k in self.names}
-        self.sizes = [t.numel() for t in self.observed.values()]
+        self.seen = self.parts(self.observed)
+        self.norm = math.hypot(*map(_norm, self.seen))
         self.inputs = inputs.detach().double() if inputs.is_floating_point() else inputs.detach()
         self.labels = labels.detach().double() if labels.is_floating_point() else labels.detach()
         self.format = number_format({k: update[k].detach() for k in self.names})
@@ -171,55 +202,86 @@ class Explanation:
         """Root mean square of the inputs."""
         return float(self.inputs.square().mean().sqrt())
 
-    def flat(self, tensors: Tensors) -> Tensor:
-        """Return tensors by name as one vector (m,)."""
-        return torch.cat([tensors[k].flatten() for k in self.names])
+    def parts(self, tensors: Tensors) -> Parts:
+        """Return tensors by name as vectors in float64."""
+        return [tensors[k].flatten().double() for k in self.names]
 
-    def spread(self, values: Mapping[str, float]) -> Tensor:
-        """Return one value per tensor as one per coordinate (m,)."""
-        like = self.observed[self.names[0]]
-        return torch.cat([like.new_full((n,), values[k]) for k, n in zip(self.names, self.sizes, strict=True)])
+    def update(self, inputs: Tensor, dtype: torch.dtype = torch.float64) -> Parts:
+        """Return the update of ``inputs``, computed in ``dtype``."""
+        return self.parts(self.simulator.update(inputs, self.labels, dtype))
 
-    def simulate(self, inputs: Tensor, labels: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return the flat update (m,) of ``inputs`` in float64, computed in ``dtype``."""
-        found = self.simulator.update(inputs, self.labels if labels is None else labels, dtype)
-        return self.flat(found).to(torch.float64)
-
-    def simulate_all(self, near: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return the flat updates (k, m) of inputs (k, N, *shape), together where that is quicker."""
-        if sum(self.sizes) <= _TOGETHER:
-            return mapped(lambda x: self.simulate(x, dtype=dtype), near)
-        return torch.stack([self.simulate(x, dtype=dtype) for x in near])
+    def simulate(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the update of ``inputs`` and ``labels`` as one vector (m,)."""
+        return torch.cat(self.parts(self.simulator.update(inputs, labels)))
 
     @torch.no_grad()
-    def fit(self) -> Fit | None:
-        """Compare, with the scale that the training tells, then with free ones; None where nothing is finite."""
-        seen = self.flat(self.observed)
-        norm = float(seen.norm())
-        deviations = self._deviations() if 0 < norm < math.inf else None
-        if deviations is None:
+    def fit(self, *, thorough: bool = False) -> Fit | None:
+        """Compare, with the scale that the training tells, then with free ones; None where nothing is finite.
+
+        The cheap question comes first: whether the residual is far above any noise. ``thorough`` measures the noise as
+        bounds of errors need it.
+        """
+        if not 0 < self.norm < math.inf:
             return None
-        simulated = self.simulate(self.inputs)
-        if self.arithmetic is not torch.float64:
+        simulated, rounding = self.update(self.inputs), self._rounding()
+        deviations: list[Parts] = []
+        fit: Fit | None = None
+        for count in (_SAMPLES[0], _SAMPLES[-1]) if thorough else _SAMPLES:
+            deviations.extend(islice(rounding, count - len(deviations)))
+            fit = self._fitted(simulated, deviations)
+            if fit is None or (fit.residual > _FAR * fit.noise.floor if count == 1 else fit.matched):
+                break
+        return fit
+
+    def _rounding(self) -> Iterator[Parts]:
+        """Yield samples of the client's rounding around the candidate."""
+        draw = torch.Generator().manual_seed(self.seed)
+        scale = 2.0**-29 if self.arithmetic is torch.float64 else 1.0
+        while True:
+            jitter = torch.randn(self.inputs.shape, generator=draw, dtype=torch.float64).to(self.inputs)
+            near = (self.inputs + 1e-6 * self.size * jitter).float()
+            pairs = zip(self.update(near, torch.float32), self.update(near), strict=True)
+            yield [single.sub_(double).mul_(scale) for single, double in pairs]
+
+    def _fitted(self, simulated: Parts, deviations: list[Parts]) -> Fit | None:
+        """Return the comparison of an update by samples of its rounding; None where these are not finite."""
+        count, eps = len(deviations), torch.finfo(self.arithmetic).eps
+        centered = count > 1 and self.arithmetic is not torch.float64
+        shift, grown = [p.new_zeros(()) for p in simulated], _grown(count) if centered else 1.0
+        if centered:
             # Where p − y nearly cancels, single precision is off in the same way every time: that is no noise, but what
             # the client computes.
-            shift, count = deviations.mean(0), len(deviations)
-            simulated, deviations = simulated + shift, (deviations - shift) * math.sqrt(count / max(count - 1, 1))
-        fits: list[Fit | None] = []
+            shift = [_mean(samples) for samples in zip(*deviations, strict=True)]
+            simulated = _each(torch.add, simulated, shift)
+        norms = [[grown * _norm(d - h) for d, h in zip(sample, shift, strict=True)] for sample in deviations]
+        if not all(map(math.isfinite, chain(*norms))):
+            return None
+        rms = [
+            max(*measured, 0.5 * eps * _norm(p)) / math.sqrt(len(p))
+            for p, *measured in zip(simulated, *norms, strict=True)
+        ]
+        least = 1e-6 * eps * self.norm / math.sqrt(sum(map(len, self.seen)))
+
+        def noise(factors: list[float]) -> Noise:
+            tau = [p.new_full((), max(abs(f) * r, least)) for p, f, r in zip(simulated, factors, rms, strict=True)]
+            return self._noise(tau, deviations, centered, factors)
+
+        tried: list[Fit] = []
         if self.simulator.known:
-            plain = self.compare(simulated, self._noise(deviations, simulated))
-            if plain.matched:
-                return plain
-            fits.append(plain)
-        factor = _ratio(simulated, seen)
+            tried.append(self.compare(simulated, noise([1.0] * len(rms))))
+            if tried[0].matched:
+                return tried[0]
+        factor = _ratio(simulated, self.seen)
         if factor != 0 and math.isfinite(factor):
-            noise = self._noise(abs(factor) * deviations, factor * simulated)
-            factor = _ratio(simulated * noise.weight, seen * noise.weight)
-            common = self.compare(factor * simulated, noise, factor=factor)
-            fits.append(common)
-            if not common.matched and len(self.sizes) > 1 and not self.simulator.defended:
-                fits.append(self._by_tensor(deviations, simulated, seen))
-        tried = [f for f in fits if f is not None]
+            common = noise([factor] * len(rms))
+            factor = _ratio(*(_each(torch.mul, u, common.weights) for u in (simulated, self.seen)))
+            tried.append(self.compare([factor * p for p in simulated], common, factor=factor))
+            if not tried[-1].matched and len(rms) > 1 and not self.simulator.defended:
+                each = [_ratio([ours], [theirs]) for ours, theirs in zip(simulated, self.seen, strict=True)]
+                if len({f > 0 for f in each if f != 0}) == 1 and all(map(math.isfinite, each)):
+                    scaled = [f * p for f, p in zip(each, simulated, strict=True)]
+                    by_name = dict(zip(self.names, each, strict=True))
+                    tried.append(self.compare(scaled, noise(each), factor=1.0, factors=by_name))
         matched = next((f for f in tried if f.matched), None)
         if matched is not None or not tried:
             return matched
@@ -227,36 +289,28 @@ class Explanation:
         free = min(tried, key=lambda f: f.residual)
         return free if free.residual <= _MUCH * tried[0].residual else tried[0]
 
-    def _by_tensor(self, deviations: Tensor, simulated: Tensor, seen: Tensor) -> Fit | None:
-        """Return the comparison with a factor for each tensor; None where a factor is not positive."""
-        pairs = zip(simulated.split(self.sizes), seen.split(self.sizes), strict=True)
-        factors = {k: _ratio(ours, theirs) for k, (ours, theirs) in zip(self.names, pairs, strict=True)}
-        signs = {f > 0 for f in factors.values() if f != 0}
-        if len(signs) != 1 or not all(map(math.isfinite, factors.values())):
-            return None
-        each = self.spread(factors)
-        noise = self._noise(deviations * each.abs(), simulated * each)
-        return self.compare(simulated * each, noise, factor=1.0, factors=factors)
-
     def compare(
-        self, simulated: Tensor, noise: Noise, *, factor: float | None = None, factors: dict[str, float] | None = None
+        self, simulated: Parts, noise: Noise, *, factor: float | None = None, factors: dict[str, float] | None = None
     ) -> Fit:
-        """Return how well an update (m,), which was scaled by ``factor`` or ``factors``, explains the seen one."""
-        parts = simulated.split(self.sizes)
-        ours = {k: p.view_as(self.observed[k]) for k, p in zip(self.names, parts, strict=True)}
-        residual = self.flat(self.simulator.residual(ours, self.observed))
-        whitened, live = residual * noise.weight, noise.weight > 0
-        excess = float((whitened.square().sum() / live.sum().clamp(min=1)).sqrt())
-        relative = float((residual * live).norm() / self.flat(self.observed).norm())
-        # A handful of numbers has a heavier tail than thousands.
-        ratios = [float(p.square().mean().sqrt()) / (1 + 2 / math.sqrt(len(p))) for p in whitened.split(self.sizes)]
+        """Return how well an update, which was scaled by ``factor`` or ``factors``, explains the seen one."""
+        if self.simulator.defended:
+            shaped = {k: p.view_as(self.observed[k]) for k, p in zip(self.names, simulated, strict=True)}
+            residual = self.parts(self.simulator.residual(shaped, self.observed))
+        else:
+            residual = _each(torch.sub, simulated, self.seen)
+        left = _each(torch.mul, residual, noise.weights)
+        live = sum(int(w.count_nonzero()) * len(r) // w.numel() for r, w in zip(residual, noise.weights, strict=True))
+        excess = math.hypot(*map(_norm, left)) / math.sqrt(max(1, live))
+        seen = (r if w.ndim == 0 else r * (w > 0) for r, w in zip(residual, noise.weights, strict=True))
+        relative = math.hypot(*map(_norm, seen)) / self.norm
+        ratios = [times_noise(p) for p in left]
         times = max(ratios)
-        matched = excess <= noise.allowed and times <= _TENSOR * noise.allowed and relative <= noise.floor
+        matched = excess <= noise.allowed and times <= noise.most and relative <= noise.floor
         matched = matched and noise.floor < _HIDDEN
         return Fit(
             noise,
             simulated,
-            whitened,
+            left,
             relative,
             excess,
             matched,
@@ -267,48 +321,66 @@ class Explanation:
             factor is not None,
         )
 
-    def _deviations(self) -> Tensor | None:
-        """Measure the client's rounding around the candidate, (k, m); None where it is not finite."""
-        draw = torch.Generator().manual_seed(self.seed)
-        jitter = torch.randn((_SAMPLES, *self.inputs.shape), generator=draw, dtype=torch.float64).to(self.inputs)
-        near = (self.inputs + 1e-6 * self.size * jitter).float()
-        deviations = self.simulate_all(near, torch.float32) - self.simulate_all(near, torch.float64)
-        if self.arithmetic is torch.float64:
-            deviations.mul_(2.0**-29)
-        # A sum is not finite where one of its terms is not.
-        return deviations if math.isfinite(float(deviations.sum())) else None
+    def _noise(self, rounding: Parts, deviations: list[Parts], centered: bool, factors: list[float]) -> Noise:
+        """Return the noise of an update whose rounding has these deviations (), as measured by samples."""
+        extra, stated = self._extra
+        tau = rounding if extra is None else _each(torch.hypot, extra, rounding)
+        norm = math.hypot(
+            *(
+                float(t) * math.sqrt(len(p)) if t.ndim == 0 else _norm(t[t.isfinite()])
+                for t, p in zip(tau, self.seen, strict=True)
+            )
+        )
+        allowed = _STATED if stated >= 0.95 * norm > 0 else _ROUNDING
+        # What is infinitely uncertain weighs nothing.
+        return Noise(
+            [1 / t for t in tau], deviations, centered, factors, extra, norm / self.norm, allowed, self.seed + 1
+        )
 
-    def _noise(self, deviations: Tensor, simulated: Tensor) -> Noise:
-        """Return the noise of an update that is expected to be ``simulated`` (m,)."""
-        seen = self.flat(self.observed)
-        norm, eps = float(seen.norm()), torch.finfo(self.arithmetic).eps
-        parts = []
-        for part, value in zip(deviations.split(self.sizes, 1), simulated.split(self.sizes), strict=True):
-            rms = max(float(part.square().mean(1).sqrt().max()), 0.5 * eps * float(value.square().mean().sqrt()))
-            parts.append(torch.full((part.shape[1],), rms, dtype=torch.float64, device=seen.device))
-        tau = torch.cat(parts).clamp(min=1e-6 * eps * norm / math.sqrt(len(seen)))
-        extra = torch.zeros_like(tau)
-        training = self.simulator.training
+    @cached_property
+    def _extra(self) -> tuple[Parts | None, float]:
+        """What comes beside rounding: its deviations, None without any; the norm of what a known defense states."""
+        extra, stated, training = [torch.zeros_like(p) for p in self.seen], 0.0, self.simulator.training
         if self.simulator.defended:
-            extra = self.flat({k: v.double() for k, v in training.deviation(self.observed).items()})
-        stated = torch.where(torch.isfinite(extra), extra, 0.0)
+            extra = self.parts(training.deviation(self.observed))
+            stated = math.hypot(*(_norm(e[e.isfinite()]) for e in extra))
         if training.kind is UpdateKind.WEIGHT_DELTA:
             # A captured delta is a difference of weights, each rounded to the model's format.
             params, undefended = self.simulator.params(), self.simulator.undefended
             steps = undefended.count(len(self.inputs)) if isinstance(undefended, FedAvg) else 1
-            spacing = self.flat({k: storage_deviation(params[k].double(), self.own) for k in self.names})
-            extra = torch.hypot(extra, spacing * math.sqrt(2 * steps))
+            spacing = self.parts({k: storage_deviation(params[k].double(), self.own) for k in self.names})
+            extra = [torch.hypot(e, s * math.sqrt(2 * steps)) for e, s in zip(extra, spacing, strict=True)]
         if FORMATS[self.format][0] < FORMATS[self.arithmetic][0]:
-            extra = torch.maximum(extra, storage_deviation(seen, self.format))
-        tau = torch.hypot(tau, extra)
-        finite = torch.where(torch.isfinite(tau), tau, 0.0)
-        weight = torch.where(torch.isfinite(tau), 1 / tau, 0.0)
-        told = float(stated.norm()) >= 0.95 * float(finite.norm()) > 0
-        allowed = _STATED if told else _ROUNDING
-        return Noise(weight, deviations, extra, float(finite.norm()) / norm, allowed, self.seed + 1)
+            extra = [torch.maximum(e, storage_deviation(s, self.format)) for e, s in zip(extra, self.seen, strict=True)]
+        return extra if any(bool(e.any()) for e in extra) else None, stated
 
 
-def _ratio(ours: Tensor, seen: Tensor) -> float:
+def times_noise(left: Tensor) -> float:
+    """Return the root mean square of a tensor's residual in deviations; few numbers have a heavier tail than many."""
+    return _norm(left) / (math.sqrt(len(left)) + 2)
+
+
+def _norm(vector: Tensor) -> float:
+    return float(vector.norm())
+
+
+def _mean(vectors: Sequence[Tensor]) -> Tensor:
+    total = vectors[0].clone()
+    for vector in vectors[1:]:
+        total.add_(vector)
+    return total.div_(len(vectors))
+
+
+def _grown(count: int) -> float:
+    """Return by how much a sample's deviation from the mean of ``count`` falls short of that from the truth."""
+    return math.sqrt(count / (count - 1))
+
+
+def _each(function: Callable[[Tensor, Any], Tensor], one: Parts, other: Sequence[Tensor | float]) -> Parts:
+    return [function(a, b) for a, b in zip(one, other, strict=True)]
+
+
+def _ratio(ours: Parts, seen: Parts) -> float:
     """Return the factor by which ``ours`` comes nearest to ``seen``, zero where there is none."""
-    power = float(ours.square().sum())
-    return float(ours @ seen) / power if power > 0 else 0.0
+    power = sum(float(a @ a) for a in ours)
+    return sum(float(a @ b) for a, b in zip(ours, seen, strict=True)) / power if power > 0 else 0.0
