@@ -9,6 +9,7 @@ from gradleak.attacks.linear_inversion import linear_inversion
 from gradleak.attacks.matching import dlg, idlg, inverting_gradients
 from gradleak.attacks.recursion import recursion
 from gradleak.attacks.sentences import read_sentences
+from gradleak.attacks.spear import spear
 
 __all__ = [
     "auto",
@@ -22,4 +23,5 @@ __all__ = [
     "linear_inversion",
     "read_sentences",
     "recursion",
+    "spear",
 ]

@@ -23,6 +23,7 @@ from gradleak.attacks.linear_inversion import linear_inversion
 from gradleak.attacks.matching import GradientMatching, dlg, idlg, inverting_gradients
 from gradleak.attacks.recursion import recursion
 from gradleak.attacks.sentences import read_sentences
+from gradleak.attacks.spear import spear
 from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import InvalidInput, InvalidModel, MissingKnowledge, NotApplicable, ResourceLimit
 from gradleak.spaces import TokenSpace
@@ -134,6 +135,12 @@ def _looked_up(case: Case) -> str | None:
     return "It was done already." if isinstance(case.observation.model, Tail) else None
 
 
+def _batch(case: Case) -> str | None:
+    if not case.sentences and case.observation.batch_size == 1:
+        return "One example has no others to be taken apart from."
+    return _values(case)
+
+
 def _one_example(case: Case) -> str | None:
     if case.sentences or case.observation.batch_size != 1:
         return "All layers together are solved for one example; a batch is matched."
@@ -206,6 +213,7 @@ WAYS = (
     Way("read_sentences", lambda _: read_sentences(), _sentences),
     Way("entity_embeddings", lambda options: EntityEmbeddings(options), _looked_up),
     Way("linear_inversion", lambda _: linear_inversion(), _values),
+    Way("spear", lambda _: spear(), _batch),
     Way("recursion", lambda _: recursion(), _values),
     Way("gauss_newton", lambda _: GaussNewton(layers_only=True), _one_example),
     Way("feature_matching", _matching(feature_matching), _separable),  # type: ignore[arg-type]
@@ -330,13 +338,13 @@ def auto(
 ) -> Auto:
     """Take the exact way where there is one, matching where there is none, and prove what came out.
 
-    The ways and their order are :data:`WAYS`: sentences are read; other inputs are read off a first linear layer,
-    solved backward layer by layer or for all layers together; what is left is searched, ``feature_matching`` for a
-    batch whose features separate, ``idlg`` or ``dlg`` on smooth models otherwise, ``inverting_gradients`` where there
-    are kinks; then Gauss–Newton steps follow where they fit. Rows that one way solves stay, and the next ones search
-    the rest around them. The first result that the update proves or matches ends the search; among others the
-    certificate decides, then the rows that are solved, then the residual. ``attempts`` and notes say why each way was
-    taken or not.
+    The ways and their order are :data:`WAYS`: sentences are read; other inputs are read off a first linear layer, a
+    batch taken apart by the zeros of a ReLU, solved backward layer by layer or for all layers together; what is left
+    is searched, ``feature_matching`` for a batch whose features separate, ``idlg`` or ``dlg`` on smooth models
+    otherwise, ``inverting_gradients`` where there are kinks; then Gauss–Newton steps follow where they fit. Rows that
+    one way solves stay, and the next ones search the rest around them. The first result that the update proves or
+    matches ends the search; among others the certificate decides, then the rows that are solved, then the residual.
+    ``attempts`` and notes say why each way was taken or not.
 
     Args:
         budget: seconds for all observations together; the best so far is returned.

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gradleak.structure.probe import linear_inputs, probe_inputs
+from gradleak.structure.probe import linear_inputs, probe_inputs, run_quietly
+from gradleak.training import output_tensors
 
-__all__ = ["InputLayer", "find_input_layer", "sees_input"]
+__all__ = ["InputLayer", "find_input_layer", "find_rectified_layer", "reached_units", "sees_input"]
 
 _FAR = 64.0
 """Spread of the probe: far beyond usual inputs, so that what clamps, rectifies or folds them shows."""
@@ -61,6 +62,43 @@ def sees_input(model: nn.Module, params: Mapping[str, Tensor], layer: InputLayer
     around = torch.cat([inputs, inputs + step, inputs - step])
     seen = linear_inputs(model, params, around).get(layer.module, [])
     return len(seen) == 1 and _is_flat(seen[0], around)
+
+
+def find_rectified_layer(
+    model: nn.Module, params: Mapping[str, Tensor], layer: InputLayer, shape: tuple[int, ...]
+) -> str | None:
+    """Return the weight of a linear layer that sees max(z, 0) of the outputs z of ``layer``, None if none does."""
+    names = {id(p): k for k, p in model.named_parameters()}
+    probe = _FAR * (probe_inputs(shape, 2, next(iter(params.values()))) - 0.5)
+    bias = None if layer.bias_name is None else params[layer.bias_name]
+    wanted = torch.nn.functional.linear(probe.flatten(1), params[layer.weight_name], bias).clamp_min(0)
+    for name, values in linear_inputs(model, params, probe).items():
+        weight = names.get(id(model.get_submodule(name).weight), "")
+        uses = sum(p is model.get_submodule(name).weight for m in model.modules() for p in m.parameters(recurse=False))
+        same = len(values) == 1 and values[0].shape == wanted.shape
+        if same and weight in params and uses == 1 and torch.allclose(values[0], wanted, rtol=1e-4, atol=1e-4):
+            return weight
+    return None
+
+
+def reached_units(model: nn.Module, params: Mapping[str, Tensor], layer: InputLayer, inputs: Tensor) -> Tensor:
+    """Return which outputs (N, m) of ``layer`` the model's own outputs depend on at ``inputs`` (N, *shape), nearby."""
+    kept: list[Tensor] = []
+
+    def cut(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+        kept.append(output.detach().requires_grad_())
+        return kept[-1]
+
+    handle = model.get_submodule(layer.module).register_forward_hook(cut)
+    draw = torch.Generator().manual_seed(0)
+    try:
+        with torch.enable_grad():
+            outputs = output_tensors(run_quietly(model, params, inputs))
+            total = sum((o * torch.randn(o.shape, generator=draw, dtype=torch.float64).to(o)).sum() for o in outputs)
+            (slopes,) = torch.autograd.grad(torch.as_tensor(total), kept[-1])
+    finally:
+        handle.remove()
+    return slopes != 0
 
 
 def _is_flat(value: Tensor, inputs: Tensor) -> bool:

@@ -16,7 +16,7 @@ from gradleak.integrations.huggingface import TokenCrossEntropy
 from gradleak.spaces import TokenSpace
 
 SHAPE = (1, 8, 8)
-VICTIMS = ("images", "rows", "codes", "sentences")
+VICTIMS = ("images", "rows", "rectified", "codes", "sentences")
 LIGHT = {"iterations": 6}
 
 
@@ -80,8 +80,9 @@ def client(victim: str = "images", n: int = 1, dtype: torch.dtype = torch.float6
         rows = torch.tensor([[0.5, -1.0, 3.0]], dtype=dtype).expand(n, -1)
         with torch.random.fork_rng():
             return gl.Client(Coded().to(dtype), gl.Batch(rows, torch.arange(n) % 3))
-    if victim == "rows":
-        model: torch.nn.Module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5))
+    if victim in ("rows", "rectified"):
+        hidden = () if victim == "rows" else (torch.nn.Linear(64, 64), torch.nn.ReLU())
+        model: torch.nn.Module = torch.nn.Sequential(torch.nn.Flatten(), *hidden, torch.nn.Linear(64, 5))
         for p in model.parameters():
             torch.nn.init.uniform_(p, -0.5, 0.5, generator=generator)
     else:

@@ -190,6 +190,7 @@ ATTACKS = {
     "gauss_newton by layers": (gl.attacks.gauss_newton(), lenet, 1, 8, None),
     "gauss_newton": (gl.attacks.gauss_newton(iterations=2), perceptron, 2, 4, None),
     "linear_inversion": (gl.attacks.linear_inversion(), lambda: perceptron("relu"), 1, 4, None),
+    "spear": (gl.attacks.spear(), lambda: perceptron("relu"), 3, 4, None),
     "dlg": (gl.attacks.dlg(iterations=8), lenet, 1, 8, None),
     "dlg with restarts": (gl.attacks.dlg(iterations=8, restarts=3), lenet, 1, 8, None),
     "idlg": (gl.attacks.idlg(iterations=8), lenet, 1, 8, None),

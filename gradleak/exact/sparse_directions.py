@@ -1,0 +1,334 @@
+"""Taking a layer's gradient apart into examples by the zeros that an activation leaves.
+
+The weight gradient of a linear layer is ``G = Σ_i δ_i x_iᵀ`` over the examples of a batch, here with the bias gradient
+as one more column (and a one as one more input). Its column space holds every δ_i, and where the activation after the
+layer is flat, δ_i is zero: in about half of the units after a ReLU. Vectors of the column space with so many zeros are
+found by minimizing ``Σ_j log((U q)_j² + ε²)`` from random kernels, ε falling (iteratively reweighted least squares).
+
+Where the next linear layer sees h_i = ReLU(z_i) itself, its gradient's row space holds every h_i, and one δ_i suffices
+to find x_i: its zeros say which units are active, and then ``h_i = D_i (W x_i + b)`` lies in that space for one x_i
+only. An example that is found is taken out, so the rest is an easier problem. Otherwise all δ together give the inputs.
+
+In coordinates: G = U S Vᵀ, δ_i = U q_i, x_i = V a_i, and Σ_i q_i a_iᵀ = S, so that ``q_k · S⁻¹ a_i`` is zero for k ≠ i.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from gradleak.errors import NotApplicable
+
+__all__ = ["Factors", "Separated", "separate", "together"]
+
+_GAP = 30.0
+"""Ratio of neighboring singular values that counts as the step from signal to noise."""
+_STEPS, _FALL = 40, 0.8
+"""Reweighting steps from one start, and by what factor ε falls in each."""
+_WIDEST, _FINEST = (-1.3, -0.3), 1e-6
+"""Powers of ten between which ε starts, for rows of length one, and where it ends: wide starts find what has most zeros
+from anywhere, narrow ones find each what is near."""
+_COARSE, _FINE = 300.0, 60.0
+"""Multiples of the noise below which an entry counts as zero, of a direction as searched and as solved."""
+_SPARE = 2
+"""Zeros beyond those that any direction can have, from which on a direction is looked at."""
+_EDGE = 1e-4
+"""Size of a unit's output, relative to the mean, below which noise decides whether the unit is active."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The gradient of a layer up to its noise: ``left · diag(singular) · rightᵀ``.
+
+    Attributes:
+        left: U (m, r).
+        singular: S (r,).
+        right: V (n, r).
+        noise: (m,) standard deviation of the noise in one entry of each row, as what the rank leaves shows it.
+        live: (m,) rows that are not zero.
+    """
+
+    left: Tensor
+    singular: Tensor
+    right: Tensor
+    noise: Tensor
+    live: Tensor
+
+    @property
+    def rank(self) -> int:
+        """The number of examples that the gradient shows."""
+        return len(self.singular)
+
+    @classmethod
+    def of(cls, gradient: Tensor, eps: float) -> Factors:
+        """Return the factors of ``gradient`` (m, n), whose numbers are rounded to ``eps``, relative.
+
+        Raises:
+            NotApplicable: no gap parts the singular values from noise, or the gradient is zero.
+        """
+        gradient = gradient.double()
+        u, s, vh = torch.linalg.svd(gradient, full_matrices=False)
+        floor = eps * float(s[0])
+        values = torch.cat([s, s.new_zeros(1)]).clamp_min(1e-2 * floor)
+        gaps = values[:-1] / values[1:]
+        rank = int(gaps[:-1].argmax()) + 1 if len(s) > 1 else 1
+        if float(s[0]) == 0 or len(s) < 2 or float(gaps[rank - 1]) < _GAP:
+            raise NotApplicable(
+                "The singular values of the layer's gradient fall without a gap, so it has noise on it (or was pruned, "
+                f"or comes from {len(s)} examples or more) and does not show how many examples there are; use matching."
+            )
+        left = gradient - (u[:, :rank] * s[:rank]) @ vh[:rank]
+        live = gradient.abs().amax(1) > 1e-6 * gradient.abs().max()
+        rows = left.square().sum(1) / max(gradient.shape[1] - rank, 1)
+        noise = (rows + rows[live].mean() + (1e-2 * floor) ** 2 / gradient.numel()).sqrt()
+        return cls(u[:, :rank], s[:rank], vh[:rank].T, noise, live)
+
+    def zeros(self, q: Tensor, times: float) -> Tensor:
+        """Return which entries (K, m) of ``U q`` are zero within the noise, for directions q (K, r)."""
+        reach = times * self.noise * (q / self.singular).norm(dim=1, keepdim=True)
+        return ((q @ self.left.T).abs() <= reach) | ~self.live
+
+    def solve(self, off: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the direction (r,) whose entries ``off`` (m,) are zero, and its covariance in units of its length."""
+        rows = self.left[off] * self.singular / self.noise[off, None]
+        values, vectors = torch.linalg.eigh(rows.T @ rows)
+        q = self.singular * vectors[:, 0]
+        spread = self.singular[:, None] * vectors[:, 1:] / values[1:].clamp_min(1e-300).sqrt()
+        length = q.norm()
+        return q / length, (spread @ spread.T) / length**2
+
+    def search(self, within: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Return ``count`` directions (K, r) in the span of ``within`` (r, k) with as many zeros as others nearby."""
+        k = within.shape[1]
+        if k == 1:
+            return within.T
+        rows = self.left[self.live] @ within
+        size = rows.norm(dim=1, keepdim=True)
+        rows = (rows / size)[size[:, 0] > 1e-6 * size.max()]
+        draw = torch.rand(count, len(rows), generator=generator, dtype=torch.float64).argsort(1)[:, : k - 1]
+        q = torch.linalg.svd(rows[draw.to(rows.device)], full_matrices=True)[2][:, -1]
+        low, high = _WIDEST
+        power = low + (high - low) * torch.rand(count, 1, generator=generator, dtype=torch.float64)
+        eps = (10**power).to(rows)
+        for _ in range(_STEPS):
+            weights = 1 / ((q @ rows.T).square() + eps**2)
+            q = torch.linalg.eigh((weights[:, :, None] * rows).transpose(1, 2) @ rows)[1][:, :, 0]
+            eps = (_FALL * eps).clamp_min(_FINEST)
+        return q @ within.T
+
+    def candidates(self, q: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return the directions of ``q`` (K, r), solved, with their active units (m,); most zeros first."""
+        off = self.zeros(q, _COARSE)
+        count = (off & self.live).sum(1)
+        found: list[tuple[Tensor, Tensor]] = []
+        seen: set[bytes] = set()
+        for i in count.argsort(descending=True, stable=True).tolist():
+            if int(count[i]) < self.rank + _SPARE and len(q) > 1:
+                break
+            key = off[i].cpu().numpy().tobytes()
+            if key not in seen:
+                seen.add(key)
+                solved, _ = self.solve(off[i])
+                found.append((solved, ~self.zeros(solved[None], _FINE)[0]))
+        return found
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Separated:
+    """Examples taken out of a layer's gradient.
+
+    Attributes:
+        inputs: (k, n) their inputs to the layer, the column of the bias included, scaled to a one there.
+        active: (k, m) the units that each reaches.
+        error: estimated root mean square error of the inputs; NaN unless all were found.
+        starts: directions that were searched from.
+    """
+
+    inputs: Tensor
+    active: Tensor
+    error: float
+    starts: int
+
+
+def separate(
+    factors: Factors,
+    weight: Tensor,
+    seen: Tensor,
+    *,
+    patience: int,
+    generator: torch.Generator,
+    going: Callable[[int], bool] = lambda found: True,
+) -> Separated:
+    """Return the examples of a layer before a ReLU whose outputs lie in a known space, one after another.
+
+    Args:
+        factors: of the layer's gradient, the bias gradient as last column.
+        weight: (m, n) the layer's weight, the bias as last column.
+        seen: (m, r) orthonormal basis of a space that holds what the next layer sees of every example.
+        patience: starts without a new example after which the search ends.
+        generator: draws the starts.
+        going: (examples found) → whether to go on, asked between searches.
+    """
+    project = weight.double() @ factors.right
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    starts = idle = 0
+    while len(found) < factors.rank and idle < patience and going(len(found)):
+        within = _outside(factors, [a for _, a, _ in found])
+        count = min(_ROUND, patience - idle)
+        before = len(found)
+        for q, active in factors.candidates(factors.search(within, count, generator)):
+            if len(found) == factors.rank:
+                break
+            if any(float((q @ known).abs()) > 1 - 1e-9 for known, _, _ in found):
+                continue
+            a = _from_outputs(factors, project, seen, active)
+            if a is not None:
+                found.append((q, a, active))
+        starts += count
+        idle = 0 if len(found) > before else idle + count
+    if not found:
+        return _nothing(factors, starts)
+    if len(found) == factors.rank:
+        inputs, error = _complete(factors, torch.stack([active for _, _, active in found]))
+    else:
+        inputs, error = torch.stack([a for _, a, _ in found]) @ factors.right.T, math.nan
+    return Separated(inputs / inputs[:, -1:], torch.stack([active for _, _, active in found]), error, starts)
+
+
+_ROUND = 64
+"""Starts that advance together."""
+
+
+def together(
+    factors: Factors,
+    reached: Callable[[Tensor], Tensor],
+    back: Tensor | None = None,
+    *,
+    patience: int,
+    generator: torch.Generator,
+    going: Callable[[int], bool] = lambda found: True,
+) -> Separated:
+    """Return all examples of a layer at once, from its sparse directions alone; none where they are not all found.
+
+    Args:
+        factors: of the layer's gradient, the bias gradient as last column.
+        reached: layer inputs (r, n) → which units (r, m) they reach, by the model.
+        back: (m, k) spans what comes back to the layer's units before the activation's zeros, where that is known.
+        patience: starts without a better set of directions after which the search ends.
+        generator: draws the starts.
+        going: (examples that agree) → whether to go on, asked between searches.
+    """
+    pool: list[tuple[Tensor, Tensor]] = []
+    starts = idle = best = 0
+    everything = torch.eye(factors.rank, dtype=torch.float64, device=factors.left.device)
+    while idle < patience and going(best):
+        for q, active in factors.candidates(factors.search(everything, _ROUND, generator)):
+            new = all(float((q @ known).abs()) < 1 - 1e-9 for known, _ in pool)
+            if new and (back is None or _comes_back(factors.left[active] @ q, back[active])):
+                pool.append((q, active))
+        pool.sort(key=lambda pair: int(pair[1].sum()))
+        starts, idle = starts + _ROUND, idle + _ROUND
+        chosen = _independent(pool, factors.rank)
+        if len(chosen) > best:
+            best, idle = len(chosen), 0
+        if len(chosen) < factors.rank:
+            continue
+        active = torch.stack([active for _, active in chosen])
+        inputs, error = _complete(factors, active)
+        inputs = inputs / inputs[:, -1:]
+        if torch.equal(reached(inputs[:, :-1]), active):
+            return Separated(inputs, active, error, starts)
+    return _nothing(factors, starts)
+
+
+def _nothing(factors: Factors, starts: int) -> Separated:
+    return Separated(factors.right.T[:0], factors.live[None][:0], math.nan, starts)
+
+
+def _comes_back(delta: Tensor, back: Tensor) -> bool:
+    """Tell whether ``delta`` (k,), what is not zero of a direction, lies in the span of ``back`` (k, c)."""
+    basis = torch.linalg.qr(back)[0]
+    return float((delta - basis @ (basis.T @ delta)).norm()) <= _SAME * float(delta.norm())
+
+
+_SAME = 1e-3
+"""Distance from a span, relative, that is taken for noise."""
+
+
+def _independent(pool: list[tuple[Tensor, Tensor]], rank: int) -> list[tuple[Tensor, Tensor]]:
+    """Return the first directions of ``pool`` that do not depend on those before, ``rank`` of them at most."""
+    chosen: list[tuple[Tensor, Tensor]] = []
+    basis: list[Tensor] = []
+    for q, active in pool:
+        rest = q
+        for b in (*basis, *basis):
+            rest = rest - (b @ rest) * b
+        if float(rest.norm()) > 1e-4:
+            basis.append(rest / rest.norm())
+            chosen.append((q, active))
+        if len(chosen) == rank:
+            break
+    return chosen
+
+
+def _outside(factors: Factors, found: list[Tensor]) -> Tensor:
+    """Return an orthonormal basis (r, k) of the directions q that examples besides those ``found`` can have."""
+    if not found:
+        return torch.eye(factors.rank, dtype=torch.float64, device=factors.left.device)
+    taken = torch.stack(found, 1) / factors.singular[:, None]
+    taken = taken / taken.norm(dim=0)
+    return torch.linalg.svd(taken, full_matrices=True)[0][:, len(found) :]
+
+
+def _from_outputs(factors: Factors, project: Tensor, seen: Tensor, active: Tensor) -> Tensor | None:
+    """Return the coordinates a (r,) of the input that activates ``active`` alone, None where there is none.
+
+    Its outputs at these units, and zeros elsewhere, must lie in the space ``seen``.
+    """
+    rows = project * active[:, None]
+    rest = rows - seen @ (seen.T @ rows)
+    a = torch.linalg.eigh(rest.T @ rest)[1][:, 0]
+    one = a @ factors.right[-1]
+    if float(one.abs()) < 1e-12:
+        return None
+    z = project @ (a / one)
+    wrong = ((z > 0) != active) & factors.live & (z.abs() > _EDGE * z.abs().mean())
+    return None if bool(wrong.any()) else a / one
+
+
+def _complete(factors: Factors, active: Tensor) -> tuple[Tensor, float]:
+    """Return all inputs (r, n) from the units ``active`` (r, m) that each example reaches, and their error.
+
+    Directions are solved one by one first, then directions and inputs in turn until both fit the whole gradient.
+    """
+    solved = [factors.solve(~on) for on in active]
+    q = torch.stack([s for s, _ in solved], 1)
+    a = torch.diag(factors.singular) @ torch.linalg.inv(q).T
+    whole = factors.left * factors.singular
+    delta = factors.left @ q * active.T
+    for _ in range(_TURNS):
+        a = torch.linalg.lstsq(delta, whole).solution.T
+        for j in range(len(delta)):
+            on = active[:, j]
+            if bool(on.any()):
+                delta[j, on] = torch.linalg.lstsq(a[:, on], whole[j, :, None]).solution[:, 0]
+    inputs = (factors.right @ a).T
+    one = inputs[:, -1].abs().clamp_min(1e-300)
+    # Noise of the gradient directly, and through the directions that it turns: dA = −A dQᵀ Q⁻ᵀ.
+    level = float(factors.noise[factors.live].square().mean().sqrt())
+    direct = level**2 * torch.linalg.inv(delta.T @ delta).diagonal()
+    dual = torch.linalg.inv(q)
+    size = inputs.square().mean(1)
+    turned = sum(size[k] * torch.einsum("ir,rs,is->i", dual, cov, dual) for k, (_, cov) in enumerate(solved))
+    return inputs, float(((direct + turned) / one**2).mean().sqrt())
+
+
+_TURNS = 5
+"""Turns of solving inputs and directions."""
