@@ -423,6 +423,8 @@ class Reconstruction:
         findings: what was found besides.
         shows: what ``inputs`` are.
         attempts: the ways that were tried, in order.
+        confidence: (N, K) in [0, 1], how sure the attack is of each piece of each example, such as a cell of a row;
+            its own estimate, which proves nothing. None where it has none.
     """
 
     inputs: Tensor
@@ -443,6 +445,7 @@ class Reconstruction:
     findings: tuple[Finding, ...] = ()
     shows: Shows = Shows.INPUTS
     attempts: tuple[Attempt, ...] = ()
+    confidence: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "status", Status(self.status))

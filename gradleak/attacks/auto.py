@@ -20,13 +20,14 @@ from gradleak.attacks.gauss_newton import GaussNewton, gauss_newton
 from gradleak.attacks.labeling import estimate_labels
 from gradleak.attacks.least_squares import is_smooth
 from gradleak.attacks.linear_inversion import linear_inversion
-from gradleak.attacks.matching import GradientMatching, dlg, idlg, inverting_gradients
+from gradleak.attacks.matching import GradientMatching, dlg, idlg, inverting_gradients, tableak
+from gradleak.attacks.matching.papers.tableak import TabLeak
 from gradleak.attacks.recursion import recursion
 from gradleak.attacks.sentences import read_sentences
 from gradleak.attacks.spear import spear
 from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import InvalidInput, InvalidModel, MissingKnowledge, NotApplicable, ResourceLimit
-from gradleak.spaces import TokenSpace
+from gradleak.spaces import Category, TableSpace, TokenSpace
 from gradleak.structure.lookups import Tail
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import FedSGD
@@ -189,6 +190,13 @@ def _kinked(case: Case) -> str | None:
     return "The model is smooth." if why is None and case.smooth else why
 
 
+def _pooled(case: Case) -> str | None:
+    space = case.observation.space
+    if not isinstance(space, TableSpace) or any(isinstance(c, Category) and not c.one_hot for c in space.columns):
+        return "The inputs are no rows with one-hot groups."
+    return _kinked(case)
+
+
 def _polishable(case: Case) -> str | None:
     if not case.options.polish or case.best is None or case.sentences:
         return "There is nothing to polish."
@@ -199,6 +207,10 @@ def _polishable(case: Case) -> str | None:
             "give auto a budget."
         )
     return None
+
+
+def _voting(options: Auto) -> Attack:
+    return tableak() if options.iterations is None else tableak(iterations=options.iterations)
 
 
 def _matching(factory: Callable[..., GradientMatching]) -> Callable[[Auto], Attack]:
@@ -219,6 +231,7 @@ WAYS = (
     Way("feature_matching", _matching(feature_matching), _separable),  # type: ignore[arg-type]
     Way("idlg", _matching(idlg), _labeled),
     Way("dlg", _matching(dlg), _unlabeled),
+    Way("tableak", _voting, _pooled),
     Way("inverting_gradients", _matching(inverting_gradients), _kinked),
     Way("gauss_newton", lambda _: gauss_newton(), _polishable, continues=True),
 )
@@ -291,7 +304,12 @@ class Auto(Attack):
             attack = replace(attack, budget=None if left == float("inf") else left)
             found = attack.polish(observation, best, seed=seed, callback=callback)
             found = replace(found, evaluations=found.evaluations + best.evaluations, trace=best.trace)
-        elif isinstance(attack, GradientMatching) and case.rows and best is not None and best.solved is not None:
+        elif (
+            isinstance(attack, (GradientMatching, TabLeak))
+            and case.rows
+            and best is not None
+            and best.solved is not None
+        ):
             return attack.around(observation, best.inputs, best.solved, seed=seed, callback=callback, deadline=deadline)
         else:
             found = attack.reconstruct(observation, seed=seed, callback=callback, deadline=deadline)

@@ -323,7 +323,9 @@ def _shown(
     space = observation.space
     if reconstruction.shows is not Shows.INPUTS or (guess := space.texts(reconstruction.inputs)) is None:
         return None
-    return Shown(space.names, guess, None if truth is None else space.texts(truth.inputs), found)
+    sure = reconstruction.confidence
+    told = None if sure is None else tuple(tuple(round(v, 3) for v in row) for row in sure.tolist())
+    return Shown(space.names, guess, None if truth is None else space.texts(truth.inputs), found, told)
 
 
 def _device(observation: Observation) -> torch.device:

@@ -233,6 +233,7 @@ class Shown:
     guess: tuple[tuple[str, ...], ...]
     truth: tuple[tuple[str, ...], ...] | None = None
     found: tuple[tuple[bool, ...], ...] | None = None
+    confidence: tuple[tuple[float, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -279,6 +280,7 @@ class Values:
         names: what the pieces are, empty for a sentence.
         truth: the private ones, None without ground truth.
         found: which pieces are right, empty where that was not decided piece by piece.
+        confidence: how sure the attack is of each piece, empty where it does not say.
 
     """
 
@@ -287,6 +289,7 @@ class Values:
     truth: tuple[str, ...] | None
     guess: tuple[str, ...]
     found: tuple[bool, ...] = ()
+    confidence: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,11 @@ def _texts(title: str, shown: Shown, index: int, guess: int | None, scored: bool
     padded = (*found, *("–" for _ in range(count - len(found))))[:count]
     right = shown.found[index] if truth is not None and shown.found is not None and index < len(shown.found) else ()
     right = right if len(right) == count else ()
-    return Values(title, (*names, *("" for _ in range(count - len(names)))) if names else (), truth, padded, right)
+    told = shown.confidence or ()
+    sure = told[guess] if guess is not None and guess < len(told) and len(told[guess]) == count else ()
+    return Values(
+        title, (*names, *("" for _ in range(count - len(names)))) if names else (), truth, padded, right, sure
+    )
 
 
 def _table(title: str, guess: Array, truth: Array | None) -> Values:

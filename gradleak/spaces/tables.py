@@ -32,6 +32,10 @@ _FINE = 1e-3
 """Part of a column's range, or of its std, up to which numbers are the same where no decimals are stated."""
 
 
+_EDGE = 1e-3
+"""Least distance of a mean from the ends of a range, as a part of it, for a sigmoid to start from."""
+
+
 @dataclass(frozen=True)
 class Number:
     """A column of numbers, which the model sees as (number − mean) / std.
@@ -217,15 +221,18 @@ class TableSpace(InputSpace):
     def relax(self, z: Tensor) -> Tensor:
         """Return model inputs (..., D) that a search may take at any ``z`` (..., D): softmax of each one-hot group.
 
-        Numbers whose range is known stay in it by a sigmoid; other numbers and codes are taken as they are.
+        Numbers whose range is known stay in it by a sigmoid that has their mean at 0, and there one std for each unit;
+        other numbers and codes are taken as they are.
         """
         parts = []
         for column, part in self.parts(z):
+            low, high = _bounds(column)
             if isinstance(column, Category):
                 parts.append(part.softmax(-1) if column.one_hot else part)
-            elif math.isfinite(column.high - column.low):
-                span = (column.high - column.low) / column.std
-                parts.append((column.low - column.mean) / column.std + span * part.sigmoid())
+            elif math.isfinite(high - low) and high > low:
+                at = min(max(-low / (high - low), _EDGE), 1 - _EDGE)
+                slope = 1 / ((high - low) * at * (1 - at))
+                parts.append(low + (high - low) * (slope * part + math.log(at / (1 - at))).sigmoid())
             else:
                 parts.append(part)
         return torch.cat(parts, -1)

@@ -13,11 +13,12 @@ import gradleak as gl
 from gradleak.attacks.base import Attack
 from gradleak.errors import InvalidInput, MissingKnowledge, NotApplicable
 from gradleak.integrations.huggingface import TokenCrossEntropy
-from gradleak.spaces import TokenSpace
+from gradleak.spaces import Category, Number, TokenSpace
 
 SHAPE = (1, 8, 8)
-VICTIMS = ("images", "rows", "rectified", "codes", "sentences")
-LIGHT = {"iterations": 6}
+TABLE = gl.TableSpace((Number("age"), Category("job", ("clerk", "nurse", "cook"))))
+VICTIMS = ("images", "rows", "rectified", "codes", "table", "sentences")
+LIGHT = {"iterations": 6, "members": 2}
 
 
 def build(name: str) -> Attack:
@@ -80,6 +81,11 @@ def client(victim: str = "images", n: int = 1, dtype: torch.dtype = torch.float6
         rows = torch.tensor([[0.5, -1.0, 3.0]], dtype=dtype).expand(n, -1)
         with torch.random.fork_rng():
             return gl.Client(Coded().to(dtype), gl.Batch(rows, torch.arange(n) % 3))
+    if victim == "table":
+        rows = TABLE.encode(torch.tensor([[1.0, 2.0]], dtype=dtype)).expand(n, -1)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return gl.Client(torch.nn.Linear(4, 3).to(dtype), gl.Batch(rows, torch.arange(n) % 3))
     if victim in ("rows", "rectified"):
         hidden = () if victim == "rows" else (torch.nn.Linear(64, 64), torch.nn.ReLU())
         model: torch.nn.Module = torch.nn.Sequential(torch.nn.Flatten(), *hidden, torch.nn.Linear(64, 5))
@@ -97,6 +103,8 @@ def observe(sender: gl.Client, knows: gl.Knowledge | None = None) -> gl.Observat
     space: gl.InputSpace = gl.ImageSpace(SHAPE)
     if isinstance(model, Encoder):
         space = TokenSpace(model.words.detach(), len(model.places))
+    elif isinstance(model, torch.nn.Linear):
+        space = TABLE
     elif isinstance(model, Coded):
         space = gl.TensorSpace((3,))
     dtype = next(model.parameters()).dtype

@@ -3,7 +3,7 @@
 from gradleak.attacks.matching.coordinates import Coordinates, NaturalImages
 from gradleak.attacks.matching.engine import GradientMatching
 from gradleak.attacks.matching.objectives import BalancedError, Cosine, Objective, SquaredError
-from gradleak.attacks.matching.papers import dlg, idlg, inverting_gradients
+from gradleak.attacks.matching.papers import dlg, idlg, inverting_gradients, tableak
 from gradleak.attacks.matching.priors import Context, GroupPrior, Prior, TotalVariation
 from gradleak.solve import LBFGS, Adam, Constant, CosineDecay, GradientDescent, Schedule, Solver, StepDecay
 
@@ -30,4 +30,5 @@ __all__ = [
     "dlg",
     "idlg",
     "inverting_gradients",
+    "tableak",
 ]

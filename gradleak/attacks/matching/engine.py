@@ -162,7 +162,7 @@ class GradientMatching(Attack):
     def _reconstruct(
         self, observations: list[Observation], seed: int, callback: Callback | None
     ) -> list[Reconstruction]:
-        if self.fixed is not None and len(observations) > 1:
+        if self.fixed is not None and any(o is not observations[0] for o in observations):
             raise InvalidInput("Known examples belong to one observation; call around() for each.")
         groups: dict[object, list[int]] = {}
         deadline = Deadline(self.budget)

@@ -3,5 +3,6 @@
 from gradleak.attacks.matching.papers.dlg import dlg
 from gradleak.attacks.matching.papers.idlg import idlg
 from gradleak.attacks.matching.papers.inverting_gradients import inverting_gradients
+from gradleak.attacks.matching.papers.tableak import tableak
 
-__all__ = ["dlg", "idlg", "inverting_gradients"]
+__all__ = ["dlg", "idlg", "inverting_gradients", "tableak"]
