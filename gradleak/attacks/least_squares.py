@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradleak.attacks.base import Callback, Progress
 from gradleak.attacks.labeling import estimate_labels
-from gradleak.clock import Deadline
+from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import NotApplicable
 from gradleak.formats import number_format, storage_deviation
 from gradleak.solve.conjugate_gradients import conjugate_gradients
@@ -30,6 +30,8 @@ _DENSE = 2e7
 """Numbers of a Jacobian that is kept whole; larger ones are sampled and only precondition."""
 LARGEST = 4096
 """Unknowns up to which the normal matrix is factorized."""
+_SHARE = 1024
+"""Rows after which a sum over rows asks whether to go on."""
 _OVERSAMPLED = 4
 """Sampled rows per unknown."""
 _POINTS = 9
@@ -104,22 +106,25 @@ def search(
     See :func:`gradleak.solve.least_squares.minimize`. The end of ``deadline``, or a ``KeyboardInterrupt`` from
     ``callback``, returns the best so far.
     """
-    before = -1
+    told = Progress(0, iterations, math.inf)
+
+    def alive() -> bool:
+        if callback is not None:
+            callback(told)
+        return (deadline is None or not deadline.over) and (problem.going is None or problem.going())
 
     def going(state: State, damping: float) -> bool:
-        nonlocal before
-        if callback is not None and state.steps > before >= 0:
-            callback(Progress(state.steps, iterations, problem.relative(state.cost), f"damping {damping:.0e}"))
-        before = state.steps
-        return deadline is None or not deadline.over
+        nonlocal told
+        told = Progress(state.steps, iterations, problem.relative(state.cost), f"damping {damping:.0e}")
+        return alive()
 
-    return minimize(problem, z, iterations=iterations, going=going)
+    return minimize(replace(problem, going=alive), z, iterations=iterations, going=going)
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """The weighted residual of one observation as a function of the inputs."""
+    """The weighted residual of one observation as a function of the inputs; ``going`` says whether to go on."""
 
     observation: Observation
     labels: Tensor
@@ -234,7 +239,13 @@ class Problem:
 
     def columns(self, z: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Return the Jacobian's ``rows``, transposed: (n, len(rows))."""
-        return jacobian(self.residual if rows is None else lambda v: self.residual(v)[rows], z, dtype)
+        chosen = self.residual if rows is None else lambda v: self.residual(v)[rows]
+        return jacobian(chosen, z, dtype, going=self.going)
+
+    def raise_if_over(self) -> None:
+        """Raise :class:`TimeSpent` where the search is not to go on."""
+        if self.going is not None and not self.going():
+            raise TimeSpent
 
     def result(self, state: State, evaluations: int, seconds: float) -> Reconstruction:
         """Return where a search ended as a reconstruction."""
@@ -312,6 +323,7 @@ class _Products:
     evaluations = 0
 
     def __init__(self, problem: Problem, z: Tensor) -> None:
+        self.going = problem.going
         with torch.enable_grad():
             self.leaf = z.detach().clone().requires_grad_()
             self.left = problem.residual(self.leaf)
@@ -341,7 +353,6 @@ class Iterated(_Products):
 
     def __init__(self, problem: Problem, z: Tensor) -> None:
         super().__init__(problem, z)
-        self.going = problem.going
         signs = torch.randint(0, 2, z.shape, generator=torch.Generator().manual_seed(problem.seed))
         self.mean = float(self._push((2 * signs - 1).to(z)).square().sum()) / len(z)  # of the normal matrix' diagonal
 
@@ -396,8 +407,12 @@ class Sampled(_Products):
             scales.append(torch.full((count,), math.sqrt(n / count)))
             offset += n
         index, scale = torch.cat(rows).to(z.device), torch.cat(scales).to(z.device)
-        columns = problem.columns(z, index, torch.float32) * scale
-        return columns @ columns.T
+        columns = problem.columns(z, index, torch.float32).mul_(scale)
+        gram = columns.new_zeros(len(z), len(z))
+        for part in columns.split(_SHARE, 1):
+            problem.raise_if_over()
+            gram.addmm_(part, part.T)
+        return gram
 
     def step(self, damping: float) -> Tensor:
         """Return the damped step by preconditioned conjugate gradients."""
@@ -420,6 +435,7 @@ class Sampled(_Products):
             lambda r: torch.cholesky_solve(r.to(lower).mT, lower).mT.to(r),
             tolerance=1e-4,
             limit=_INNER,
+            going=lambda _: self.going is None or self.going(),
         )
         self.slow = steps > _INNER // 2 + 1
         return x[0]

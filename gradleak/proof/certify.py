@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from gradleak.clock import Deadline
+from gradleak.clock import Deadline, TimeSpent
 from gradleak.proof.alternatives import has_free_directions, mean_of_several, reversed_sign, shortage
 from gradleak.proof.explained import Explanation, Fit
 from gradleak.proof.unique import SAFETY
@@ -118,7 +118,7 @@ def certify(
         unit: size of a typical input value; None takes the root mean square of ``inputs``.
         tolerance: largest error bound, relative to ``unit``, that is still called a proof.
         largest: see ``uniqueness``.
-        deadline: where it is over, uniqueness is not asked.
+        deadline: when to stop asking for uniqueness.
         seed: of the random moves by which noise and curvature are measured.
 
     Raises:
@@ -144,8 +144,9 @@ def certify(
         told += f", up to a common factor of {fit.factor:.4g}"
     size = explanation.size if unit is None else unit
     case = _Case(explanation, fit, told, size, tolerance, stated)
+    late = case.certificate(Verdict.MATCHED, "the time ended before it was asked whether anything else does")
     if deadline is not None and deadline.over:
-        return case.certificate(Verdict.MATCHED, "the time ended before it was asked whether anything else does")
+        return late
     if construction is not None:
         return _constructed(case, construction)
     if not asked or not inputs.is_floating_point():
@@ -153,7 +154,10 @@ def certify(
         mixture = mean_of_several(explanation, fit)
         tail = f"whether it is the only explanation nearby is unknown, since that {why} (uniqueness=True)"
         return replace(case.certificate(Verdict.MATCHED, _MIXTURE if mixture else tail), mixture=mixture)
-    return _by_jacobian(case)
+    try:
+        return _by_jacobian(case, deadline)
+    except TimeSpent:
+        return late
 
 
 def unproved(count: int, reason: str, residual: float = math.nan, floor: float = 0.0) -> Certificate:
@@ -208,13 +212,14 @@ def _constructed(case: _Case, proof: Construction) -> Certificate:
     )
 
 
-def _by_jacobian(case: _Case) -> Certificate:
+def _by_jacobian(case: _Case, deadline: Deadline | None) -> Certificate:
     """Return the certificate of a candidate that was searched: unique nearby, or not."""
     explanation, fit = case.explanation, case.fit
     doubt, mixture = case.doubt(alone=True)
     if doubt is not None:  # Then nothing can be proved, and the Jacobian is not worth its time.
         return replace(case.certificate(Verdict.MATCHED, doubt), mixture=mixture)
-    own = by_jacobian(explanation, fit, unit=case.unit, tolerance=case.tolerance)
+    going = None if deadline is None else lambda: not deadline.over
+    own = by_jacobian(explanation, fit, unit=case.unit, tolerance=case.tolerance, going=going)
     if own is None:
         return case.certificate(
             Verdict.MATCHED, "whether anything else does is unknown, since its Jacobian is not finite"

@@ -58,7 +58,13 @@ class Uniqueness:
 
 
 def uniqueness(
-    explanation: Explanation, fit: Fit, *, unit: float, tolerance: float = 0.1, folds: bool = True
+    explanation: Explanation,
+    fit: Fit,
+    *,
+    unit: float,
+    tolerance: float = 0.1,
+    folds: bool = True,
+    going: Callable[[], bool] | None = None,
 ) -> Uniqueness | None:
     """Return what the Jacobian at a matched candidate tells; None where it is not finite, or cannot be computed.
 
@@ -68,10 +74,14 @@ def uniqueness(
         unit: size of a typical input value.
         tolerance: largest error bound, relative to ``unit``, that still counts as determined.
         folds: whether directions along which the map folds count as free.
+        going: says whether to go on, asked now and then.
+
+    Raises:
+        TimeSpent: ``going`` said no.
 
     """
     try:
-        J, whitened, rows, live = _linear(explanation, fit)
+        J, whitened, rows, live = _linear(explanation, fit, going)
     except (RuntimeError, NotImplementedError):  # an operation without second derivatives
         return None
     count, unknowns = len(explanation.inputs), explanation.inputs.numel()
@@ -122,7 +132,9 @@ def uniqueness(
     return Uniqueness(rank, shown, tuple(bool(g) for g in good), weakest, few, why)
 
 
-def _linear(explanation: Explanation, fit: Fit) -> tuple[Tensor, Callable[[Tensor], Tensor], int, Tensor]:
+def _linear(
+    explanation: Explanation, fit: Fit, going: Callable[[], bool] | None
+) -> tuple[Tensor, Callable[[Tensor], Tensor], int, Tensor]:
     """Return the whitened Jacobian (m, n), nuisances projected out; the map; equations; chosen coordinates."""
     shape, count = explanation.inputs.shape, explanation.inputs.numel()
     live = (fit.noise.weight > 0).nonzero().flatten()
@@ -140,10 +152,10 @@ def _linear(explanation: Explanation, fit: Fit) -> tuple[Tensor, Callable[[Tenso
         return simulated(z, labels)
 
     z = explanation.inputs.flatten()
-    J = jacobian(whitened, z).T
+    J = jacobian(whitened, z, going=going).T
     nuisance = [whitened(z)[:, None]] if fit.free or explanation.simulator.defended else []
     if explanation.free_labels:
-        own = jacobian(lambda y: simulated(z, y.reshape(labels.shape)), labels.flatten()).T.contiguous()
+        own = jacobian(lambda y: simulated(z, y.reshape(labels.shape)), labels.flatten(), going=going).T.contiguous()
         own = own.view(len(own), *labels.shape)
         if explanation.probabilities:
             own = own[:, :, 1:] - own[:, :, :1]  # they keep their sum

@@ -12,6 +12,8 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from gradleak.clock import TimeSpent
+
 __all__ = ["Linear", "Problem", "State", "minimize"]
 
 
@@ -109,6 +111,6 @@ def minimize(
                 return state
             if gain < 0.9:
                 system = None  # What was lent no longer fits.
-    except KeyboardInterrupt:
-        state.status = "interrupted"
+    except KeyboardInterrupt as end:
+        state.status = "budget" if isinstance(end, TimeSpent) else "interrupted"
     return state

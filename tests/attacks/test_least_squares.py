@@ -52,6 +52,19 @@ def test_they_end_when_they_are_told_to(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(search(problem, start, iterations=3).z, start)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_step_is_left_when_the_time_is_over(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not whole:
+        monkeypatch.setattr(importlib.import_module("gradleak.attacks.least_squares"), "_DENSE", 0)
+    seen, batch = observe(torch.float64, "sigmoid")
+    asked = iter([True, False])  # before the step, within it
+    problem = replace(Problem.of(seen, batch.labels, 0), going=lambda: next(asked))
+    start = batch.inputs.flatten() + 1e-4
+    found = search(problem, start, iterations=3)
+    assert (found.status, found.steps) == ("budget", 0)
+    assert torch.equal(found.z, start)
+
+
 def test_kinks_are_admitted_only_where_the_caller_knows_the_pattern() -> None:
     seen, batch = observe(torch.float64, "relu")
     with pytest.raises(NotApplicable, match="kinks"):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradleak import defenses
+from gradleak.clock import Deadline
 from gradleak.errors import InvalidModel
 from gradleak.formats import number_format, storage_deviation
 from gradleak.models import lenet
@@ -203,6 +204,16 @@ def test_number_formats() -> None:
         whitened = (rounded - x) / storage_deviation(rounded, dtype)
         assert float(whitened.square().mean().sqrt()) == pytest.approx(1, abs=0.05)
     assert number_format({"w": torch.ones(3)}) is torch.float32
+
+
+def test_the_jacobian_ends_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = victim()
+    over = iter([False, True])  # before the Jacobian, within it
+    monkeypatch.setattr(Deadline, "over", property(lambda _: next(over)))
+    update = FedSGD()(model, batch).tensors
+    found = certify(model, update, batch.inputs, batch.labels, training=FedSGD(), deadline=Deadline())
+    assert found.verdict == "matched"
+    assert "the time ended" in found.reason
 
 
 def test_jacobian() -> None:
