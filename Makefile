@@ -27,7 +27,7 @@ demo: $(STAMP) ## leak a real photograph from one gradient and write report.html
 	$(BIN)/gradleak demo
 
 test: $(STAMP) ## fast tests (under three minutes on two cores)
-	$(PYTEST) -n $(WORKERS)
+	$(PYTEST) -n $(WORKERS) --dist loadgroup
 
 test-slow: $(STAMP) ## slow tests, on their own
 	$(PYTEST) -n $(WORKERS) -m 'slow and not gpu and not network'

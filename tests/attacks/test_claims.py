@@ -113,9 +113,10 @@ def test_a_first_layer_behind_a_limit_shows_no_inputs(limit: Callable[[Tensor], 
 
 @pytest.mark.parametrize("first", [nn.ReLU, nn.Tanh], ids=["relu", "saturated"])
 def test_the_recursion_does_not_look_behind_a_first_activation(first: type[nn.Module]) -> None:
-    model = seeded(lambda: nn.Sequential(first(), nn.Linear(300, 60), nn.Sigmoid(), nn.Linear(60, 10)))
-    for x in (8 * rows(1, 300), 8 * rows(3, 300)):
-        seen = observe(model, x, torch.arange(len(x)))
+    for count, width in ((1, 300), (3, 60)):
+        model = seeded(lambda: nn.Sequential(first(), nn.Linear(width, 60), nn.Sigmoid(), nn.Linear(60, 10)))  # noqa: B023
+        x = 8 * rows(count, width)
+        seen = observe(model, x, torch.arange(count))
         with contextlib.suppress(NotApplicable):
             assert A.recursion().reconstruct(seen).status != "exact"
         assert verdict(A.auto(iterations=5), seen)[1] != "proved"

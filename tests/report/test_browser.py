@@ -18,6 +18,7 @@ BROWSER = os.environ.get("GRADLEAK_CHROMIUM") or shutil.which("chromium") or shu
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="playwright is not installed"),
     pytest.mark.skipif(BROWSER is None, reason="there is no chromium on this machine"),
+    pytest.mark.xdist_group("browser"),  # one worker, and so one start
 ]
 
 ARGUMENTS = [

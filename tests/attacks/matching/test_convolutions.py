@@ -115,7 +115,8 @@ def test_a_search_sees_the_same_gradient(training: gl.LocalTraining) -> None:
 
 def test_a_large_model_is_searched_with_fewer_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven for each layer instead of eight: one forward, two back, three through those, and one back to the input."""
-    client = gl.Client(resnet18(seed=0).eval(), gl.Batch(torch.rand(1, 3, 8, 8), torch.tensor([1])))
+    client = gl.Client(resnet18(width=8, seed=0).eval(), gl.Batch(torch.rand(1, 3, 8, 8), torch.tensor([1])))
+    monkeypatch.setattr(evaluate, "_VMAP_LIMIT", 0)  # so that it counts as large
     seen = gl.ThreatModel().observe(
         client.model, client.send(), space=gl.ImageSpace((3, 8, 8)), training=client.training, batch_size=1
     )

@@ -154,7 +154,7 @@ def test_an_attacker_who_knows_the_pruning_beats_one_who_does_not() -> None:
     client = gl.Client(small(6, 12), batch, gl.defenses.prune(ratio=0.3).wrap(gl.FedSGD()))
     errors = []
     for knows in (gl.ThreatModel().knows, gl.ThreatModel().knows | gl.Knowledge.DEFENSE):
-        exchange = gl.simulate(client, gl.attacks.dlg(iterations=800), threat=gl.ThreatModel(knows))
+        exchange = gl.simulate(client, gl.attacks.dlg(iterations=300), threat=gl.ThreatModel(knows))
         errors.append(float((exchange.reconstruction.inputs - batch.inputs).square().mean()))
     assert errors[1] < 0.1 * errors[0]
 
