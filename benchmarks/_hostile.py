@@ -34,7 +34,7 @@ from gradleak.audit.records import (
     Threat,
     Verdict,
 )  # fmt: skip
-from gradleak.data import load_images, read_batch, read_tensors
+from gradleak.data import load_images, read_batch, read_rows, read_schema, read_tensors
 from gradleak.errors import InvalidFile, InvalidInput
 from gradleak.papers.expected import read_expected
 from gradleak.report import picture, render
@@ -98,6 +98,17 @@ def batch_files() -> dict[str, bytes]:
     return {"t.safetensors": safetensors.torch.save(arrays), "t.npz": npz({k: v.numpy() for k, v in arrays.items()})}
 
 
+SCHEMA = """{"columns": [{"name": "age", "range": [17, 90], "mean": 40, "std": 10, "decimals": 0},
+{"name": "job", "values": ["clerk", "nurse", "cook"]}], "target": {"name": "income", "values": ["low", "high"]}}
+"""
+ROWS = "age,job,income\n" + "".join(f"{20 + i},{('clerk', 'nurse', 'cook')[i % 3]},high\n" for i in range(9))
+
+
+def table_files() -> dict[str, bytes]:
+    """Return the content of a valid schema of a table, and of a file of its rows, by name."""
+    return {"s.json": SCHEMA.encode(), "r.csv": ROWS.encode()}
+
+
 def result() -> Folder:
     """Return a result that uses every field of a record."""
     inputs = np.random.default_rng(0).random((2, *SHAPE))
@@ -140,6 +151,11 @@ def read(folder: Path, name: str) -> None:
         load_images(path, shape=(3, 4, 4))
     elif name.startswith("t."):
         read_batch(path, SHAPE, count=2)
+    elif name.startswith("s."):
+        read_schema(path)
+    elif name.startswith("r."):
+        (folder / "s.json").write_text(SCHEMA)
+        read_rows(path, read_schema(folder / "s.json"))
     elif name == "expected.toml":
         read_expected(folder)
     elif name == "result":

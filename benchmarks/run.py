@@ -38,6 +38,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "disaggregate": ("--batches", "1", "--large", "0"),
     "recursion_batches": ("--batches", "1", "--largest", "8", "--lenets", "1"),
     "resnet_batches": ("--size", "4", "--batches", "1", "--steps", "4"),
+    "tables": ("--batches", "1", "--largest", "2"),
     "certificate": ("--trials", "20"),
     "fedavg_memory": ("--steps", "4"),
     "cost": ("--repeats", "1", "--largest", "16"),
@@ -73,6 +74,7 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "inverting_gradients": (("`inverting_gradients()`, ResNet-18: one iteration against a minimal loop", "≤ 1.0 ×"),),
     "breaching": (("`inverting_gradients()`, ResNet-18: one iteration against `breaching` 0.1.2", "≤ 0.85 ×"),),
+    "tables": (("rows of Adult, perceptron and entity embeddings: rows exact", "≥ 95 % up to 8, ≥ 80 % at 16"),),
     "certificate": (("certificates: wrong proofs in 5,000 random trials", "0"),),
     "fedavg_memory": (
         ("`FedAvg(checkpoint=True)`, 20 local steps: peak memory", "≤ 4 × one step"),

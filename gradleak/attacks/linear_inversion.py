@@ -271,6 +271,9 @@ class _Reader:
                 "one activates (ReLU, more units, fewer examples)."
             )
         size = self.size
+        fits = self.observation.space.plausible(self._shaped(found))
+        if bool(fits.any()):  # Mixtures have no one-hot groups. Where nothing fits, the space is described wrongly.
+            found, rows = found[fits], [r for r, fit in zip(rows, fits.tolist(), strict=True) if fit]
         passed = [i for i in range(len(found)) if self._is_single(found[i], rows[i])]
         if not passed and size is not None:
             passed = self._consistent(found, rows, size)

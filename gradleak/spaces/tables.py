@@ -18,14 +18,12 @@ from gradleak.spaces.base import InputSpace, NullGuess
 
 __all__ = ["Category", "Column", "Number", "TableSpace"]
 
-_PHRASES = (
-    "The row did not come back.",
-    "Half of its cells are right.",
-    "Most of its cells are right.",
-    "Nearly every cell is right.",
-    "Every cell is right.",
-)
-_LEVELS = (0.5, 0.75, 0.9, 1.0)
+_WORDS = {
+    0: "The row did not come back.",
+    1: "Most of its cells are right.",
+    2: "Nearly every cell is right.",
+    4: "Every cell is right.",
+}
 _VALID = 1e-2
 """How far a row that was solved may be from one-hot groups and its range, in model-input units."""
 _FINE = 1e-3
@@ -323,10 +321,10 @@ class TableSpace(InputSpace):
         return (NullGuess(said, torch.where(numbers, middle, commonest).expand_as(truth), oracle=public is None),)
 
     def closeness(self, values: Mapping[str, float | None]) -> tuple[int, str]:
-        """Return 1 where half of the cells are right, 2 from three quarters on, 3 from nine tenths on, 4 for all."""
-        share = values.get("cells_found")
-        level = 0 if share is None else sum(share >= limit - 1e-9 for limit in _LEVELS)
-        return level, _PHRASES[level]
+        """Return 1 where three quarters of the cells are right, 2 from nine tenths on, 4 for all."""
+        share = values.get("cells_found") or 0.0
+        level = 4 if share >= 1 - 1e-9 else int(share >= 0.75) + int(share >= 0.9)
+        return level, _WORDS[level]
 
     def texts(self, inputs: Tensor) -> tuple[tuple[str, ...], ...]:
         """Return rows as people write them."""

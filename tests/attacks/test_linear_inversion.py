@@ -10,6 +10,7 @@ import gradleak as gl
 from gradleak.attacks import linear_inversion
 from gradleak.errors import NotApplicable
 from gradleak.models import lenet
+from gradleak.spaces import Category, Number, TableSpace
 from gradleak.training import SGD, CrossEntropy, FedAvg, FedSGD, LocalTraining
 
 SHAPE = (3, 8, 8)
@@ -128,3 +129,25 @@ def test_a_noised_update_is_not_called_exact() -> None:
     found = linear_inversion().reconstruct(seen)
     assert found.status == "stalled"
     assert any("noised" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mixtures_of_rows_are_told_from_rows_by_their_groups(seed: int) -> None:
+    """One output: units with the same active examples show the same mixture, whatever their number."""
+    columns = (*(Category(str(i), tuple("abcdefgh")) for i in range(4)), Number("age", decimals=0, mean=40, std=10))
+    space = TableSpace(columns)
+    draw = torch.Generator().manual_seed(seed)
+    codes, age = torch.randint(0, 8, (6, 4), generator=draw), torch.randint(20, 80, (6, 1), generator=draw)
+    rows = torch.cat([codes, age], 1).double()
+    model = nn.Sequential(nn.Linear(33, 128), nn.ReLU(), nn.Linear(128, 1))
+    for p in model.parameters():
+        nn.init.uniform_(p, -0.3, 0.3, generator=draw)
+    targets = torch.randn(6, 1, generator=draw)
+    client = gl.Client(model, gl.Batch(space.encode(rows).float(), targets), gl.FedSGD(nn.functional.mse_loss))
+
+    def mixtures(space: gl.InputSpace) -> int:
+        found = gl.simulate(client, gl.attacks.linear_inversion(), space=space).reconstruction
+        near = torch.cdist(space.encode(found.inputs.double()), TableSpace(columns).encode(rows)) < 1e-3
+        return int((~near.any(1)).sum())
+
+    assert mixtures(space) < mixtures(gl.TensorSpace((33,)))

@@ -22,7 +22,7 @@ TIMES = 40
 """Ways in which each file is broken."""
 
 
-@pytest.mark.parametrize("kind", ["tensor_files", "image_files", "batch_files"])
+@pytest.mark.parametrize("kind", ["tensor_files", "image_files", "batch_files", "table_files"])
 def test_broken_bytes_are_read_or_refused_in_one_sentence(hostile: ModuleType, tmp_path: Path, kind: str) -> None:
     for name, data in getattr(hostile, kind)().items():
         path = tmp_path / name
@@ -209,6 +209,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "labels": SEVERAL, "class_weights": SEVERAL, "budget": (*REAL, "0", "-1s", "1e400h", "s"), "model": NAME,
     "kind": NAME, "mode": NAME, "reduction": NAME, "dtype": NAME, "device": NAME, "attack": NAME, "loss": NAME,
     "optimizer": NAME, "input_kind": NAME, "update": NAME, "weights": NAME, "truth": NAME, "data": NAME,
+    "table": NAME,
     "defense": (*NAME, "gaussian_noise:sigma=nan", "gaussian_noise:x=1", "gaussian_noise:", "pruning:share=2"),
     "attack_option": (*NAME, "iterations=-1", "iterations=nan", "iterations=1e400", "iterations=", "=3", "x=1",
                       "iterations=" + "9" * 5000, "restarts=0", "restarts=-1", "solver=x"),

@@ -116,7 +116,7 @@ def test_verdict_and_report_speak_of_rows_and_cells() -> None:
     assert scores.successes == 1
     folder = build_record(observation, found, attack="auto", scores=scores, truth=truth)
     record = from_json(to_json(folder.record))
-    assert record.verdict.headline == "Both private rows came back."
+    assert record.verdict.headline == "1 of 2 private rows came back."
     assert "7 of 8 cells are right" in record.verdict.reason
     html = render(record, picture(record, folder.inputs, folder.truth))
     assert '<td>cook</td><td><span class="soft">clerk</span> ✗</td>' in html
