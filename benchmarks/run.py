@@ -75,6 +75,7 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
     "inverting_gradients": (("`inverting_gradients()`, ResNet-18: one iteration against a minimal loop", "≤ 1.0 ×"),),
     "breaching": (("`inverting_gradients()`, ResNet-18: one iteration against `breaching` 0.1.2", "≤ 0.85 ×"),),
     "tables": (("rows of Adult, perceptron and entity embeddings: rows exact", "≥ 95 % up to 8, ≥ 80 % at 16"),),
+    "backbones": (("`prior_matching()`, modern backbones", "≥ best of `breaching` 0.1.2 at equal time, > gray"),),
     "certificate": (("certificates: wrong proofs in 5,000 random trials", "0"),),
     "fedavg_memory": (
         ("`FedAvg(checkpoint=True)`, 20 local steps: peak memory", "≤ 4 × one step"),

@@ -6,7 +6,7 @@ from gradleak.attacks.entity_embeddings import entity_embeddings
 from gradleak.attacks.feature_matching import feature_matching
 from gradleak.attacks.gauss_newton import gauss_newton
 from gradleak.attacks.linear_inversion import linear_inversion
-from gradleak.attacks.matching import dlg, idlg, inverting_gradients, tableak
+from gradleak.attacks.matching import dlg, idlg, inverting_gradients, prior_matching, tableak
 from gradleak.attacks.recursion import recursion
 from gradleak.attacks.sentences import read_sentences
 from gradleak.attacks.spear import spear
@@ -21,6 +21,7 @@ __all__ = [
     "idlg",
     "inverting_gradients",
     "linear_inversion",
+    "prior_matching",
     "read_sentences",
     "recursion",
     "spear",

@@ -20,7 +20,7 @@ from gradleak.attacks.gauss_newton import GaussNewton, gauss_newton
 from gradleak.attacks.labeling import estimate_labels
 from gradleak.attacks.least_squares import is_smooth
 from gradleak.attacks.linear_inversion import linear_inversion
-from gradleak.attacks.matching import GradientMatching, dlg, idlg, inverting_gradients, tableak
+from gradleak.attacks.matching import GradientMatching, dlg, idlg, prior_matching, tableak
 from gradleak.attacks.matching.papers.tableak import TabLeak
 from gradleak.attacks.recursion import recursion
 from gradleak.attacks.sentences import read_sentences
@@ -232,7 +232,7 @@ WAYS = (
     Way("idlg", _matching(idlg), _labeled),
     Way("dlg", _matching(dlg), _unlabeled),
     Way("tableak", _voting, _pooled),
-    Way("inverting_gradients", _matching(inverting_gradients), _kinked),
+    Way("prior_matching", _matching(prior_matching), _kinked),
     Way("gauss_newton", lambda _: gauss_newton(), _polishable, continues=True),
 )
 """In the order in which they are tried: solving before searching, polishing last."""
@@ -359,7 +359,7 @@ def auto(
     The ways and their order are :data:`WAYS`: sentences are read; other inputs are read off a first linear layer, a
     batch taken apart by the zeros of a ReLU, solved backward layer by layer or for all layers together; what is left
     is searched, ``feature_matching`` for a batch whose features separate, ``idlg`` or ``dlg`` on smooth models
-    otherwise, ``inverting_gradients`` where there are kinks; then Gauss–Newton steps follow where they fit. Rows that
+    otherwise, ``prior_matching`` where there are kinks; then Gauss–Newton steps follow where they fit. Rows that
     one way solves stay, and the next ones search the rest around them. The first result that the update proves or
     matches ends the search; among others the certificate decides, then the rows that are solved, then the residual.
     ``attempts`` and notes say why each way was taken or not.

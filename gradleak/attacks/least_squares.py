@@ -151,7 +151,7 @@ class Problem:
         if not kinks and not is_smooth(model, tuple(space.shape)):
             raise NotApplicable(
                 "Gauss–Newton linearizes the update, which jumps with the activation pattern of a model with kinks "
-                "(ReLU, max-pooling); use recursion() for one example or inverting_gradients() for a batch."
+                "(ReLU, max-pooling); use recursion() for one example or prior_matching() for a batch."
             )
         params = {k: p.double() for k, p in observation.params.items()}
         others = {k: p.detach() for k, p in model.named_parameters() if not p.requires_grad}

@@ -132,11 +132,11 @@ def test_a_batch_with_granted_labels_is_matched_and_polished() -> None:
     assert error(client, found) < 1e-11
 
 
-def test_kinks_are_left_to_inverting_gradients() -> None:
+def test_kinks_are_left_to_prior_matching() -> None:
     found = auto(iterations=20).reconstruct(observe(victim(2, activation="relu", joins=True)))
     assert found.certificate is not None
     assert found.certificate.verdict == "unproved"
-    assert found.attack == "inverting_gradients"
+    assert found.attack == "prior_matching"
     assert [(a.attack, a.taken) for a in found.attempts][-1] == ("gauss_newton", False)
 
 

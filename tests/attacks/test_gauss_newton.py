@@ -199,7 +199,7 @@ def test_polish_keeps_what_was_found() -> None:
 
 
 def test_kinks_are_refused_with_a_remedy() -> None:
-    with pytest.raises(NotApplicable, match=r"recursion\(\).*inverting_gradients\(\)"):
+    with pytest.raises(NotApplicable, match=r"recursion\(\).*prior_matching\(\)"):
         gauss_newton().reconstruct(observe(client(activation="relu")))
 
 

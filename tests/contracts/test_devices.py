@@ -198,6 +198,7 @@ ATTACKS = {
     "dlg with restarts": (gl.attacks.dlg(iterations=8, restarts=3), lenet, 1, 8, None),
     "idlg": (gl.attacks.idlg(iterations=8), lenet, 1, 8, None),
     "inverting_gradients": (gl.attacks.inverting_gradients(iterations=2), resnet, 2, 32, None),
+    "prior_matching": (gl.attacks.prior_matching(iterations=2), resnet, 2, 32, None),
     "dlg through local steps": (
         gl.attacks.dlg(iterations=6),
         perceptron,

@@ -3,14 +3,15 @@
 from gradleak.attacks.matching.coordinates import Coordinates, NaturalImages
 from gradleak.attacks.matching.engine import GradientMatching
 from gradleak.attacks.matching.objectives import BalancedError, Cosine, Objective, SquaredError
-from gradleak.attacks.matching.papers import dlg, idlg, inverting_gradients, tableak
-from gradleak.attacks.matching.priors import Context, GroupPrior, Prior, TotalVariation
+from gradleak.attacks.matching.papers import dlg, idlg, inverting_gradients, prior_matching, tableak
+from gradleak.attacks.matching.priors import ColorVariation, Context, GroupPrior, Prior, TotalVariation
 from gradleak.solve import LBFGS, Adam, Constant, CosineDecay, GradientDescent, Schedule, Solver, StepDecay
 
 __all__ = [
     "LBFGS",
     "Adam",
     "BalancedError",
+    "ColorVariation",
     "Constant",
     "Context",
     "Coordinates",
@@ -30,5 +31,6 @@ __all__ = [
     "dlg",
     "idlg",
     "inverting_gradients",
+    "prior_matching",
     "tableak",
 ]

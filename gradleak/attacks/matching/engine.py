@@ -23,7 +23,7 @@ from gradleak.attacks.matching.race import Race
 from gradleak.attacks.matching.trace import Recorder, write_trace
 from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import InvalidInput, UnknownName
-from gradleak.solve import LBFGS, Outcome, Project, Referee, Solver
+from gradleak.solve import LBFGS, Adam, GradientDescent, Outcome, Project, Referee, Schedule, Solver
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import TargetKind, harden
 from gradleak.types import Note, NoteKind, Reconstruction, Status
@@ -113,6 +113,8 @@ class GradientMatching(Attack):
                 "A penalty across restarts changes while others move, which a line search does not allow; use Adam or "
                 "GradientDescent as the solver."
             )
+        if any(p.fades for p in self.priors) and isinstance(self.solver, LBFGS):
+            raise InvalidInput("A prior that fades takes a solver with a schedule; use Adam or GradientDescent.")
 
     def around(
         self,
@@ -192,6 +194,24 @@ def _solve(
     return [_result(group, i, outcome, recorder, seconds, notes, deadline) for i in range(len(problems))]
 
 
+@dataclass(frozen=True)
+class _Told(Schedule):
+    """A schedule that also tells priors how much of the run is over."""
+
+    schedule: Schedule
+    progress: Tensor
+
+    def __call__(self, progress: float) -> float:
+        self.progress.fill_(progress)
+        return self.schedule(progress)
+
+
+def _telling(solver: Solver, progress: Tensor) -> Solver:
+    if not isinstance(solver, Adam | GradientDescent):  # L-BFGS has no steps that follow a schedule.
+        return solver
+    return replace(solver, schedule=_Told(solver.schedule, progress))
+
+
 def _projection(group: Group) -> Project | None:
     if not group.attack.box:
         return None
@@ -249,7 +269,7 @@ def _search(
         )
         evaluate = Evaluator(stage, slots if turn > 1 and stage.vectorize else 1, deadline)
         referee: Referee | None = race if race.on or race.share is not None else None
-        found = solver.minimize(
+        found = _telling(solver, stage.progress).minimize(
             evaluate,
             x,
             tolerance=tolerance,

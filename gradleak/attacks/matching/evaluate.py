@@ -46,6 +46,7 @@ class Given(NamedTuple):
     scale: Any
     targets: Any
     known: Any
+    progress: Any
 
 
 def _stack(items: Sequence[Tensors]) -> tuple[Tensors, int | None]:
@@ -89,10 +90,10 @@ class Group:
         weight = sum(v.numel() for v in p.params.values()) * p.size
         self.small = weight <= _VMAP_LIMIT  # Bound by starting operations, not by arithmetic.
         targets_axis, known_axis = None if self.given is None else 0, None if self.known is None else 0
-        self.axes = Given(params_axis, buffers_axis, observed_axis, 0, targets_axis, known_axis)
+        self.axes = Given(params_axis, buffers_axis, observed_axis, 0, targets_axis, known_axis, None)
         self.batched: Callable[..., tuple[Tensor, Tensor]] = vmap(self.gradient, in_dims=(0, self.axes))
         self.workspace: list[Tensor] = []
-        self._tried = False
+        self.progress = self.like.new_zeros(())  # Written in place, by the solver's schedule; priors may fade with it.
 
     @property
     def unknowns(self) -> int:
@@ -165,7 +166,7 @@ class Group:
         simulated = self.undefended.tensors(p.model, given.params, x, targets, buffers=given.buffers)
         value = self.compare(simulated, given, workspace)
         if self.attack.priors:
-            context = Context(p.model, given.params, given.buffers, x, targets)
+            context = Context(p.model, given.params, given.buffers, x, targets, given.progress)
             for prior in self.attack.priors:
                 value = value + prior(x, context)
         return value, simulated, x
@@ -189,6 +190,7 @@ class Group:
             self.scales[index],
             None if self.given is None else self.given[index, rows % self.targets.alternatives],
             None if self.known is None else self.known[index],
+            self.progress,
         )
 
     def looped(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

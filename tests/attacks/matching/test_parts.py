@@ -14,11 +14,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gradleak as gl
-from gradleak.attacks.matching import LBFGS, Adam, Context, Coordinates, GradientMatching, GroupPrior, Prior
+from gradleak.attacks.matching import (
+    LBFGS,
+    Adam,
+    ColorVariation,
+    Context,
+    Coordinates,
+    GradientMatching,
+    GroupPrior,
+    Prior,
+)
 from gradleak.attacks.matching.evaluate import Evaluator, Group
 from gradleak.attacks.matching.problem import Problem
 from gradleak.clock import Deadline
 from gradleak.errors import InvalidInput
+from gradleak.metrics import psnr
 from gradleak.spaces import InputSpace
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -226,3 +236,62 @@ def test_a_new_paper_is_one_file_and_one_line(run_extended: Callable[[str, str, 
     told = run_extended("gradleak.attacks.matching.papers.smooth_dlg", block, "smooth_dlg", code)
     assert told.startswith("5\n")
     assert "smooth_dlg" in told.split()
+
+
+def test_color_variation_counts_edges_of_colors_and_of_their_differences() -> None:
+    gray = torch.zeros(1, 3, 2, 2, dtype=torch.float64)
+    gray[..., 1] = 1.0
+    red = gray * torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1)
+    prior = ColorVariation(2.0, 2.0, epsilon=0.0)
+    assert float(prior(gray)) == pytest.approx(2 * 0.5 * 3 / 6)  # One of two columns; no color has an edge of its own.
+    assert float(prior(red)) == pytest.approx(2 * 0.5 * 3 / 6)  # Red, and its differences to green and to blue.
+    assert float(prior(gray[:, :1])) == pytest.approx(2 * 0.5)
+    assert float(prior(torch.rand(4, 7))) == 0
+
+
+def test_a_prior_fades_along_the_run_and_with_the_budget() -> None:
+    heard: list[float] = []
+
+    @dataclass(frozen=True)
+    class Listening(Prior):
+        fades = True
+
+        def __call__(self, inputs: Tensor, context: Context) -> Tensor:
+            heard.append(float(context.progress))
+            return inputs.new_zeros(())
+
+    seen = observe(normalized(), draw(1, *SHAPE), torch.tensor([1]))
+    attack = GradientMatching(solver=Adam(iterations=40), labels="recovered", priors=(Listening(),), trace=False)
+    attack.reconstruct(seen)
+    assert heard[:41] == sorted(heard[:41])
+    assert heard[0] == 0
+    assert heard[40] == pytest.approx(39 / 40)
+    heard.clear()
+    slow = dataclasses.replace(attack, solver=Adam(iterations=10**6), budget=0.3)
+    slow.reconstruct(seen)
+    assert heard == sorted(heard)
+    assert heard[-1] > 0.8
+    x, model = draw(1, 3, 4, 4), normalized()
+    context = [Context(model, {}, {}, x, x, progress=p) for p in (0.0, 0.5, 1.0)]
+    start, middle, end = (float(ColorVariation(0.1, 0.001)(x, c)) for c in context)
+    assert middle == pytest.approx(start / 10)
+    assert end == pytest.approx(start / 100)
+    with pytest.raises(InvalidInput, match="fades"):
+        GradientMatching(priors=(Listening(),))
+
+
+def test_on_kinks_a_strong_prior_that_fades_beats_the_published_weight() -> None:
+    gains = []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        x = F.interpolate(torch.rand(1, 3, 3, 3, generator=generator), size=16, mode="bilinear")
+        model = gl.models.lenet(width=12, classes=10, image_size=16, activation="relu", init="he", seed=seed)
+        client = gl.Client(model, gl.Batch(x, torch.tensor([seed])))
+        threat, space = gl.ThreatModel(), gl.ImageSpace((3, 16, 16))
+        seen = threat.observe(model, client.send(), space=space, training=client.training, batch_size=1)
+        weak, strong = (
+            make(iterations=80, trace=False).reconstruct(seen, seed=seed)
+            for make in (gl.attacks.inverting_gradients, gl.attacks.prior_matching)
+        )
+        gains.append(float(psnr(strong.inputs, x) - psnr(weak.inputs, x)))
+    assert sum(gains) / len(gains) > 3

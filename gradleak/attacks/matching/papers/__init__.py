@@ -3,6 +3,7 @@
 from gradleak.attacks.matching.papers.dlg import dlg
 from gradleak.attacks.matching.papers.idlg import idlg
 from gradleak.attacks.matching.papers.inverting_gradients import inverting_gradients
+from gradleak.attacks.matching.papers.prior_matching import prior_matching
 from gradleak.attacks.matching.papers.tableak import tableak
 
-__all__ = ["dlg", "idlg", "inverting_gradients", "tableak"]
+__all__ = ["dlg", "idlg", "inverting_gradients", "prior_matching", "tableak"]
