@@ -29,10 +29,9 @@ def exchange(attack, knows: gl.Knowledge = gl.Knowledge.LABELS):
 
 def test_the_ensemble_finds_the_rows() -> None:
     found = exchange(gl.attacks.tableak(members=3, iterations=400)).reconstruction
-    assert SPACE.cells(found.inputs, ROWS)[:, 1:].all()
-    assert torch.allclose(found.inputs[:, 0], ROWS[:, 0], atol=3)
+    assert torch.equal(found.inputs, ROWS)  # numbers too: with the right categories they are solved
     assert found.confidence.shape == (2, 3)
-    assert found.certificate is not None
+    assert found.certificate.verdict in ("matched", "proved")
 
 
 def test_equal_seeds_give_equal_rows() -> None:

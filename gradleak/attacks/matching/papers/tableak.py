@@ -17,8 +17,8 @@ from gradleak.attacks.matching.problem import Fixed
 from gradleak.clock import Deadline
 from gradleak.errors import InvalidInput, NotApplicable
 from gradleak.metrics.assignment import cheapest
-from gradleak.solve import Adam
-from gradleak.spaces import Category, InputSpace, TableSpace
+from gradleak.solve import LBFGS, Adam
+from gradleak.spaces import Category, InputSpace, Number, TableSpace
 from gradleak.threat import Knowledge, Observation, ThreatModel
 from gradleak.types import Note, Reconstruction
 
@@ -26,6 +26,9 @@ __all__ = ["TabLeak", "tableak"]
 
 _OTHER = 1e3
 """Cost of taking a row for one of another class, above that of all cells."""
+_NEAR, _EXPLAINED = 0.5, 1e-3
+"""Relative distance of the rows' update up to which finishing their numbers is tried, and at which it has succeeded."""
+_STEPS = 200
 
 
 @final
@@ -49,6 +52,29 @@ class Relaxed(Coordinates):
         """Return the model inputs (N, D) of a table at coordinates ``z`` (N, D)."""
         assert isinstance(space, TableSpace)
         return space.relax(z)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Numbers(Coordinates):
+    """The numbers of ``rows`` (N, D), at ``places`` (D,); their categories stay."""
+
+    rows: Tensor
+    places: Tensor
+
+    def shape(self, space: InputSpace) -> tuple[int, ...]:
+        """Return how many numbers a row has."""
+        return (int(self.places.sum()),)
+
+    def start(self, count: int, space: InputSpace, generator: torch.Generator, std: float) -> Tensor:
+        """Return the numbers of the rows."""
+        return self.rows[:, self.places].cpu().double()
+
+    def inputs(self, z: Tensor, space: InputSpace) -> Tensor:
+        """Return the rows with the numbers ``z``."""
+        rows, places = self.rows.to(z), self.places.to(z.device)
+        back = torch.eye(len(places), dtype=z.dtype, device=z.device)[places]
+        return torch.where(places, z @ back, rows)
 
 
 @final
@@ -104,15 +130,7 @@ class TabLeak(Attack):
             raise NotApplicable("Only rows of a table are pooled cell by cell; give observe() a TableSpace.")
         if any(isinstance(c, Category) and not c.one_hot for c in space.columns):
             raise NotApplicable("Integer codes cannot be searched by gradients; use entity_embeddings().")
-        soft = ThreatModel(observation.knows & ~Knowledge.PUBLIC_DATA).observe(
-            observation.model,
-            observation.update,
-            space=_Soft(space.columns),
-            training=observation.training,
-            batch_size=observation.batch_size,
-            labels=observation.labels,
-            batch_size_stated=observation.batch_size_stated,
-        )
+        soft = _softly(observation, space, observation.labels)
         search, fixed = self.search, self.fixed
         if fixed is not None:
             search = replace(search, fixed=replace(fixed, inputs=space.encode(fixed.inputs)))
@@ -124,18 +142,56 @@ class TabLeak(Attack):
         rows = space.decode(pooled)
         if fixed is not None:  # bit for bit
             rows[known] = fixed.inputs[fixed.mask].to(rows)
-        sure = _confidence(space, aligned)
+        sure, explained = _confidence(space, aligned), _finished(observation, space, best, rows, seed, callback)
         agreed = float((sure >= 0.9).double().mean())
         told = Note(f"Pooled from {len(members)} searches, which are sure of {agreed:.0%} of the cells.")
         return replace(
             best,
-            inputs=rows,
+            inputs=rows if explained is None else explained,
             evaluations=sum(m.evaluations for m in members),
             seconds=0.0,
             notes=(*best.notes, told),
             confidence=sure,
             trace=None,
         )
+
+
+def _softly(observation: Observation, space: TableSpace, labels: Tensor | None) -> Observation:
+    """Return the observation of a table that decodes nothing, with these labels."""
+    knows = observation.knows & ~Knowledge.PUBLIC_DATA
+    return ThreatModel(knows if labels is None else knows | Knowledge.LABELS).observe(
+        observation.model,
+        observation.update,
+        space=_Soft(space.columns),
+        training=observation.training,
+        batch_size=observation.batch_size,
+        labels=labels,
+        batch_size_stated=observation.batch_size_stated,
+    )
+
+
+def _finished(
+    observation: Observation, space: TableSpace, best: Reconstruction, rows: Tensor, seed: int, callback: Callback
+) -> Tensor | None:
+    """Return ``rows`` with numbers that explain the update, where their categories allow it; None where they do not."""
+    given = (observation.labels, best.labels, best.label_probabilities)
+    labels = next((y for y in given if y is not None), None)
+    simulator, seen = observation.simulator, observation.update.tensors
+    if labels is None or not simulator.relative(space.encode(rows), labels, seen) <= _NEAR:
+        return None
+    places = torch.cat([torch.full((c.width,), isinstance(c, Number)) for c in space.columns])
+    finer = GradientMatching(
+        solver=LBFGS(iterations=_STEPS), coordinates=_Numbers(space.encode(rows), places), trace=False
+    )
+    solved = space.decode(finer._reconstruct([_softly(observation, space, labels)], seed, callback)[0].inputs)
+    written = solved.clone()
+    for i, column in enumerate(space.columns):
+        if isinstance(column, Number) and column.decimals is not None:
+            written[:, i] = solved[:, i].round(decimals=column.decimals).clamp(column.low, column.high)
+    for found in (written, solved):
+        if simulator.relative(space.encode(found), labels, seen) <= _EXPLAINED:
+            return found
+    return None
 
 
 def _aligned(space: TableSpace, member: Reconstruction, best: Reconstruction, known: Tensor) -> Tensor:
@@ -185,7 +241,8 @@ def tableak(
     method, median pooling, entropy as confidence.
 
     Deviations: the sigmoid has the column's mean, not the middle of its range, at its center; starts are normal, not
-    uniform; each member returns its best iterate; rows of different classes are never pooled.
+    uniform; each member returns its best iterate; rows of different classes are never pooled; where the categories
+    allow it, numbers are solved to explain the update, and rounded as people write them.
 
     ``members`` is the size of the ensemble, ``iterations`` the steps of each; the other options are those of
     :func:`inverting_gradients`. Members advance together, along the batch axis.
