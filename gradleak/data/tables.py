@@ -33,7 +33,8 @@ def read_schema(path: str | Path) -> TableSpace:
 
     It has ``columns``, a list in the order in which the model sees them, and perhaps ``target``. A column of numbers
     has a ``name`` and, as far as known, ``unit``, ``range`` [low, high], ``mean`` and ``std`` of its standardization,
-    ``decimals`` and ``tolerance``; a category has ``name``, ``values`` and perhaps ``coding``, "one-hot" or "integer".
+    ``decimals`` and ``tolerance``; a category has ``name``, ``values`` and perhaps ``coding``, "one-hot" or "integer",
+    and ``dropped``, the value that a one-hot group leaves out.
 
     Raises:
         InvalidFile: it is absent, no JSON, or describes no table.
@@ -192,17 +193,16 @@ def _transformed(step: Any, names: Sequence[str]) -> list[Column]:
         ends = zip(names, step.data_min_, step.data_max_, step.min_, step.scale_, strict=True)
         return [Number(n, "", float(a), float(b), float(-m / s), float(1 / s)) for n, a, b, m, s in ends]
     if kind in ("OneHotEncoder", "OrdinalEncoder"):
-        if getattr(step, "drop_idx_", None) is not None or any(
-            found is not None for found in getattr(step, "infrequent_categories_", None) or ()
-        ):
+        if any(joined is not None for joined in getattr(step, "infrequent_categories_", None) or ()):
             raise InvalidInput(
-                "The OneHotEncoder drops or joins categories, so its groups are not one-hot; fit it with drop=None and "
-                "without min_frequency, or describe the model's inputs as plain numbers with TensorSpace."
+                "The OneHotEncoder joins rare categories, which cannot be told apart; fit it without min_frequency and "
+                "max_categories, or describe the columns in a schema."
             )
-        one_hot = kind == "OneHotEncoder"
+        drops = getattr(step, "drop_idx_", None)
+        drops = [None] * len(names) if drops is None else drops
         return [
-            Category(n, tuple(str(v) for v in values), one_hot)
-            for n, values in zip(names, step.categories_, strict=True)
+            Category(n, tuple(map(str, values)), kind == "OneHotEncoder", None if d is None else str(values[int(d)]))
+            for n, values, d in zip(names, step.categories_, drops, strict=True)
         ]
     raise InvalidInput(
         f"The ColumnTransformer uses {kind}, which no table is read off; use StandardScaler, MinMaxScaler, "
@@ -232,15 +232,17 @@ def _column(entry: dict[str, Any]) -> Column:
 
 
 def _category(entry: dict[str, Any]) -> Category:
-    unknown = set(entry) - {"name", "values", "coding"}
+    known = ["name", "values", "coding", "dropped"]
+    unknown = set(entry) - set(known)
     if unknown:
-        raise UnknownName("key of a category", sorted(unknown)[0], ["name", "values", "coding"])
+        raise UnknownName("key of a category", sorted(unknown)[0], known)
     coding = entry.get("coding", "one-hot")
     if coding not in ("one-hot", "integer"):
         raise UnknownName("coding", str(coding), ["one-hot", "integer"])
     if not isinstance(entry["values"], list):
         raise TypeError("values is a list")
-    return Category(_name(entry), tuple(str(v) for v in entry["values"]), coding == "one-hot")
+    dropped = None if entry.get("dropped") is None else str(entry["dropped"])
+    return Category(_name(entry), tuple(str(v) for v in entry["values"]), coding == "one-hot", dropped)
 
 
 def _name(entry: dict[str, Any]) -> str:
@@ -251,8 +253,9 @@ def _name(entry: dict[str, Any]) -> str:
 
 def _plain(column: Column) -> dict[str, Any]:
     if isinstance(column, Category):
-        plain = {"name": column.name, "values": list(column.values)}
-        return plain if column.one_hot else plain | {"coding": "integer"}
+        plain: dict[str, Any] = {"name": column.name, "values": list(column.values)}
+        plain |= {} if column.one_hot else {"coding": "integer"}
+        return plain | ({} if column.dropped is None else {"dropped": column.dropped})
     values = dataclasses.asdict(column)
     low, high = values.pop("low"), values.pop("high")
     if math.isfinite(low) and math.isfinite(high):

@@ -93,17 +93,22 @@ class Number:
 class Category:
     """A column with one of several ``values``, which the model sees as a one-hot group or as an integer code.
 
+    ``dropped`` is the value, if any, that a one-hot group leaves out and shows by zeros alone.
+
     Raises:
-        InvalidInput: there are no values, or two are the same.
+        InvalidInput: there are no values, two are the same, or the dropped one is not among several of a group.
     """
 
     name: str
     values: tuple[str, ...]
     one_hot: bool = True
+    dropped: str | None = None
 
     def __post_init__(self) -> None:
         if not self.values or len(set(self.values)) < len(self.values):
             raise InvalidInput(f"Column {self.name!r} needs one or more values, all different; list each of them once.")
+        if self.dropped is not None and (self.dropped not in self.values or len(self.values) < 2 or not self.one_hot):
+            raise InvalidInput(f"Column {self.name!r} drops no value of a one-hot group; name one of its values.")
 
     @property
     def heading(self) -> str:
@@ -113,7 +118,19 @@ class Category:
     @property
     def width(self) -> int:
         """How many model inputs it takes."""
-        return len(self.values) if self.one_hot else 1
+        return len(self.values) - (self.dropped is not None) if self.one_hot else 1
+
+    def whole(self, group: Tensor, rest: Tensor | None = None) -> Tensor:
+        """Return a one-hot group (..., K) with ``rest`` (..., 1) where a value was dropped: one minus the others."""
+        if self.dropped is None:
+            return group
+        at = self.values.index(self.dropped)
+        rest = 1 - group.sum(-1, keepdim=True) if rest is None else rest
+        return torch.cat([group[..., :at], rest, group[..., at:]], -1)
+
+    def reduced(self, whole: Tensor) -> Tensor:
+        """Return the group (..., width) that the model sees of a whole one (..., K)."""
+        return whole[..., [i for i, value in enumerate(self.values) if value != self.dropped]]
 
     def text(self, value: float) -> str:
         """Return the value of a code."""
@@ -197,7 +214,7 @@ class TableSpace(InputSpace):
             if isinstance(column, Number):
                 cells.append(part[..., 0] * column.std + column.mean)
             elif column.one_hot:
-                code = torch.nan_to_num(part, nan=-torch.inf).argmax(-1).double()
+                code = column.whole(torch.nan_to_num(part, nan=-torch.inf)).argmax(-1).double()
                 cells.append(code.masked_fill(part.isnan().all(-1), torch.nan))
             else:
                 cells.append(part[..., 0].round().clamp(0, len(column.values) - 1))
@@ -210,8 +227,9 @@ class TableSpace(InputSpace):
             if isinstance(column, Number):
                 parts.append(((cell - column.mean) / column.std)[..., None])
             elif column.one_hot:
-                codes = torch.arange(column.width, device=wide.device)
-                parts.append((cell[..., None] == codes).double().masked_fill(cell[..., None].isnan(), torch.nan))
+                codes = torch.arange(len(column.values), device=wide.device)
+                group = (cell[..., None] == codes).double().masked_fill(cell[..., None].isnan(), torch.nan)
+                parts.append(column.reduced(group))
             else:
                 parts.append(cell[..., None])
         return torch.cat(parts, -1).to(inputs.dtype if inputs.is_floating_point() else torch.float64)
@@ -226,7 +244,8 @@ class TableSpace(InputSpace):
         for column, part in self.parts(z):
             low, high = _bounds(column)
             if isinstance(column, Category):
-                parts.append(part.softmax(-1) if column.one_hot else part)
+                logits = column.whole(part, torch.zeros_like(part[..., :1]))
+                parts.append(column.reduced(logits.softmax(-1)) if column.one_hot else part)
             elif math.isfinite(high - low) and high > low:
                 at = min(max(-low / (high - low), _EDGE), 1 - _EDGE)
                 slope = 1 / ((high - low) * at * (1 - at))
@@ -247,6 +266,7 @@ class TableSpace(InputSpace):
         result = candidates.isfinite().all(-1)
         for column, part in self.parts(candidates.double()):
             low, high = _bounds(column)
+            part = column.whole(part) if isinstance(column, Category) and column.one_hot else part
             result &= ((part >= low - tolerance) & (part <= high + tolerance)).all(-1)
             if isinstance(column, Category):
                 result &= ((part - part.round()).abs() <= tolerance).all(-1)

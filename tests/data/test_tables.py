@@ -11,7 +11,11 @@ from gradleak.errors import InvalidFile, InvalidInput
 from gradleak.spaces import Category, Number, TableSpace
 
 SPACE = TableSpace(
-    (Number("age", "years", 17, 90, 40, 10, 0), Category("job", ("clerk", "nurse")), Number("pay", std=2.0)),
+    (
+        Number("age", "years", 17, 90, 40, 10, 0),
+        Category("job", ("clerk", "nurse"), dropped="clerk"),
+        Number("pay", std=2.0),
+    ),
     Category("income", ("low", "high")),
 )
 
@@ -88,13 +92,14 @@ def test_a_fitted_column_transformer() -> None:
     scaler = fitted("StandardScaler", mean_=np.array([40.0, 2.0]), scale_=np.array([10.0, 0.5]))
     ranged = fitted("MinMaxScaler", data_min_=[2.0], data_max_=[6.0], min_=[-0.5], scale_=[0.25])
     one_hot = fitted("OneHotEncoder", categories_=[np.array(["a", "b"], dtype=object)], drop_idx_=None)
+    dropping = fitted("OneHotEncoder", categories_=[["x", "y"]], drop_idx_=[1])
     codes = fitted("OrdinalEncoder", categories_=[[1, 2, 3]])
     imputed = fitted("Pipeline", steps=[("fill", fitted("SimpleImputer", statistics_=[0.0])), ("scale", ranged)])
     steps = [
         ("n", scaler, ["age", "pay"]), ("m", imputed, [2]), ("c", one_hot, "job"), ("o", codes, slice(4, 5)),
-        ("gone", "drop", ["x"]), ("remainder", "passthrough", [6]),
+        ("d", dropping, ["town"]), ("gone", "drop", ["x"]), ("remainder", "passthrough", [6]),
     ]  # fmt: skip
-    names = np.array(["age", "pay", "dose", "job", "ward", "x", "rest"], dtype=object)
+    names = np.array(["age", "pay", "dose", "job", "ward", "x", "rest", "town"], dtype=object)
     space = table_of_transformer(SimpleNamespace(transformers_=steps, feature_names_in_=names))
     assert space.columns == (
         Number("age", mean=40, std=10),
@@ -102,6 +107,7 @@ def test_a_fitted_column_transformer() -> None:
         Number("dose", low=2, high=6, mean=2, std=4),
         Category("job", ("a", "b")),
         Category("ward", ("1", "2", "3"), one_hot=False),
+        Category("town", ("x", "y"), dropped="y"),
         Number("rest"),
     )
 
@@ -109,8 +115,8 @@ def test_a_fitted_column_transformer() -> None:
 def test_transformers_that_make_no_table() -> None:
     with pytest.raises(InvalidInput, match="fit"):
         table_of_transformer(SimpleNamespace())
-    dropping = fitted("OneHotEncoder", categories_=[["a", "b"]], drop_idx_=[0])
-    for step, said in ((dropping, "drop=None"), (fitted("PCA"), "uses PCA")):
+    joining = fitted("OneHotEncoder", categories_=[["a", "b"]], drop_idx_=None, infrequent_categories_=[["b"]])
+    for step, said in ((joining, "min_frequency"), (fitted("PCA"), "uses PCA")):
         with pytest.raises(InvalidInput, match=said):
             table_of_transformer(SimpleNamespace(transformers_=[("x", step, ["a"])], feature_names_in_=["a"]))
 
@@ -120,7 +126,7 @@ def test_scikit_learns_own_transformer_is_read() -> None:
     from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
 
     table = np.array([[30.0, 0, 1], [50.0, 1, 1], [40.0, 2, 0]])
-    steps = [("n", StandardScaler(), [0]), ("c", OneHotEncoder(), [1]), ("o", OrdinalEncoder(), [2])]
+    steps = [("n", StandardScaler(), [0]), ("c", OneHotEncoder(drop="first"), [1]), ("o", OrdinalEncoder(), [2])]
     transformer = compose.ColumnTransformer(steps, sparse_threshold=0)
     made = transformer.fit_transform(table)
     space = table_of_transformer(transformer)

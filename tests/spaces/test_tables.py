@@ -37,6 +37,21 @@ def test_rows_as_people_write_them() -> None:
     assert Number("x", decimals=1).text(-0.01) == "0.0"
 
 
+@pytest.mark.parametrize("dropped", JOB.values)
+def test_a_group_may_leave_one_value_out(dropped: str) -> None:
+    space = TableSpace((Category("job", JOB.values, dropped=dropped), AGE))
+    rows = torch.tensor([[0.0, 30], [1, 40], [2, 50]], dtype=torch.float64)
+    inputs = space.encode(rows)
+    assert inputs.shape == (3, 3)
+    assert int(inputs[:, :2].sum()) == 2
+    assert torch.equal(space.decode(inputs), rows)
+    assert space.plausible(inputs).all()
+    assert not space.plausible(inputs.mean(0, keepdim=True)).any()
+    assert not space.plausible(torch.tensor([[1.0, 1, 0]])).any()
+    relaxed = space.relax(torch.zeros(1, 3))[0, :2]
+    assert torch.allclose(relaxed, torch.full((2,), 1 / 3))
+
+
 def test_a_mixture_is_no_row() -> None:
     assert SPACE.plausible(INPUTS).tolist() == [True, True]
     mean = INPUTS.mean(0, keepdim=True)
@@ -94,7 +109,10 @@ def test_columns_have_names_of_their_own(columns) -> None:
         TableSpace(columns)
 
 
-@pytest.mark.parametrize("make", [lambda: Number("x", std=0.0), lambda: Category("x", ("a", "a"))])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Number("x", std=0.0), lambda: Category("x", ("a", "a")), lambda: Category("x", ("a",), dropped="b")],
+)
 def test_columns_that_make_no_sense_are_refused(make) -> None:
     with pytest.raises(InvalidInput, match="'x'"):
         make()

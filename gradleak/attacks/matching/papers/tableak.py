@@ -215,9 +215,9 @@ def _confidence(space: TableSpace, members: Tensor) -> Tensor:
     cells = []
     for column, part in space.parts(members):
         if isinstance(column, Category):
-            mean = part.mean(0)
+            mean = column.whole(part.mean(0))
             entropy = -torch.special.xlogy(mean, mean).sum(-1)
-            full = torch.tensor(float(max(column.width, 2))).log().to(entropy)
+            full = torch.tensor(float(max(len(column.values), 2))).log().to(entropy)
             cells.append((1 - entropy / full).clamp(0, 1))
         else:
             off = (part[..., 0] - part[..., 0].median(0).values).abs() * column.std
