@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gradleak.attacks.disaggregation import FeatureDisaggregation
 from gradleak.errors import NotApplicable
-from gradleak.exact.backward import Walked, obstacle, walk_back
+from gradleak.exact.backward import Walked, walk_back
+from gradleak.exact.counting import obstacle
 from gradleak.exact.layer_iterative import Known
 from gradleak.structure.chain import Chain
 from gradleak.structure.head import Head, find_head

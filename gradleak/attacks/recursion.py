@@ -20,7 +20,8 @@ from gradleak.attacks.peeling import Separated, separate_batch
 from gradleak.errors import InvalidModel, NotApplicable
 from gradleak.exact.one_example import RecursionResult, invert_layers
 from gradleak.proof.alternatives import tells_examples_apart
-from gradleak.structure.chain import Affine, Chain, Elementwise
+from gradleak.spaces import ImageSpace
+from gradleak.structure.chain import Affine, Chain, Elementwise, Maximum
 from gradleak.structure.reader import trace_chain
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import CrossEntropy
@@ -60,6 +61,7 @@ class Recursion(Attack):
             chain=chain,
             polish=self.polish,
             quick=self.quick,
+            smooth=isinstance(observation.space, ImageSpace),
             seed=seed,
             going=going,
         )
@@ -103,6 +105,8 @@ def from_layers(
     if solved and not math.isnan(result.spread):
         # A residual of zero is luck: nothing is known better than to the rounding of the numbers it came from.
         error = max(result.spread**0.5, rounding * float(value.square().mean().sqrt()))
+        if chain is not None and any(isinstance(s, Maximum) for s in chain.steps):
+            statement, local = f"{statement}{_SEARCHED}", True
         construction = Construction(value.numel(), error, statement, local, alone)
     decoded, why = present(observation, inputs, exact=exact)
     notes = [*(n for n in (why, hidden) if n is not None), *map(str, result.layers)]
@@ -141,10 +145,12 @@ def hides(chain: Chain, inputs: Tensor) -> str | None:
     for step in chain.steps:
         if isinstance(step, Affine):
             return None
+        if isinstance(step, Maximum):
+            return f"{step.name!r} stands before the first layer and shows the largest values only."
         if isinstance(step, Elementwise) and not step.affine:
             flat = inputs.double().reshape(len(inputs), -1)
             slopes = torch.stack([step.derivatives(row)[0] for row in flat])
-            if step.rectifies or float(slopes.abs().min()) < _FLAT:
+            if step.clips or float(slopes.abs().min()) < _FLAT:
                 return f"{step.name!r} stands before the first layer and hides values where it is flat."
         inputs = step.forward(inputs.double(), {})
     return None
@@ -215,6 +221,8 @@ def solved(observation: Observation, separated: Separated, going: Callable[[], b
 
 _BACKWARD = "solved backward, every layer's linear system has full rank"
 _BATCHED = "solved backward from separated features, every layer's equations determine its inputs for all examples"
+
+_SEARCHED = " with the values that max-pooling took, found by annealing"
 
 _PROMPT = 0.5
 """Seconds that solving may take without asking whether to go on; most results are complete by then."""

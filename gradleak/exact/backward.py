@@ -3,7 +3,8 @@
 An activation is undone value by value, a layer by solving its equations (:mod:`gradleak.exact.layer_equations`): by the
 gradient equations alone where they determine the inputs of several examples
 (:mod:`gradleak.exact.layer_direct`), else together with the known outputs (:mod:`gradleak.exact.layer_iterative`).
-Maps without parameters that do not only reorder, such as average pooling, become part of the layer before them.
+Maps without parameters that do not only reorder, such as average pooling, become part of the layer before them; so does
+max-pooling, once :mod:`gradleak.exact.choices` has told which values it took.
 
 Sources: R-GAP (Zhu & Blaschko, ICLR 2021, Section 3) and R-CONV (arXiv 2406.04227), both for one example. Deviations: a
 batch; equations weighted by what is known how well; errors that are stated.
@@ -12,37 +13,41 @@ batch; equations weighted by what is known how well; errors that are stated.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
-from gradleak.exact.layer_direct import LARGEST, solve_directly
-from gradleak.exact.layer_equations import Composite, LayerEquations, counts
+from gradleak.exact.choices import Chosen, Task, anneal
+from gradleak.exact.counting import LayerReport, count, kept, too_long
+from gradleak.exact.layer_direct import solve_directly
+from gradleak.exact.layer_equations import Composite, LayerEquations
 from gradleak.exact.layer_iterative import MISSING, Going, Known, solve_layer
 from gradleak.solve.conjugate_gradients import Rows, conjugate_gradients
-from gradleak.structure.chain import Affine, Chain, Elementwise, Fixed, Step
+from gradleak.structure.chain import Affine, Chain, Elementwise, Fixed, Maximum, Step
 
-__all__ = ["LayerReport", "Refine", "Walked", "obstacle", "walk_back"]
+__all__ = ["Refine", "Walked", "walk_back"]
 
 Tensors = Mapping[str, Tensor]
-Refine = Callable[[int, Tensor, Rows], Tensor]
-"""(Index of a layer, its inputs (N, n), an approximate inverse of its normal matrix for rows) → better inputs."""
+Refine = Callable[[Chain, int, Tensor, Rows], Tensor]
+"""(Chain, index of a layer, its inputs (N, n), an approximate inverse of its normal matrix) → better inputs."""
 
 _DIRECT = 1e-3
 """Relative error (three standard errors) up to which gradient equations alone are enough."""
 _TOGETHER = 2e-2
 """The same where forward equations helped: enough as a start of steps on the whole update."""
-_MARGIN = 1.02
-"""Equations for an unknown from which on a batch's layer is tried: a square system would be ill-conditioned."""
-_WORK = 1 << 30
-"""Multiplications of one pass through a layer, for all examples, up to which it is solved: some thousand passes."""
 _FLIPS = 6
 """Most re-solves after the ReLU pattern changes."""
 _SURE = 4.0
 """Standard errors above zero from which on a ReLU's output counts as active, until the solution says otherwise."""
+_UNSURE = 4.0
+"""Factor around that, within which neither is taken for granted while choices are searched."""
+_SETTLED = 1e-7
+"""Relative residual at which they do however small the noise: the search itself goes no further."""
+_CHOSEN = 4.0
+"""Relative residual at which the choices of max-pooling count as known, in units of what is known to be noise."""
 _TEMPER = 0.7
 """Tempering exponent of the first layer's weights: 0 = equal weights, 1 = estimated inverse variance. Measured on
 LeNets, 0.7 takes two thirds of the iterations, and the error stays within a tenth."""
@@ -58,48 +63,6 @@ the whole of it makes the error a third smaller and takes four times the iterati
 
 
 @final
-@dataclass(frozen=True)
-class LayerReport:
-    """How one layer's inputs were determined, for all examples together.
-
-    Attributes:
-        name: the layer's path in the model.
-        unknowns: values of the layer's inputs.
-        forward: usable forward equations: an output that a ReLU holds at zero gives none.
-        gradient: gradient equations.
-        rank_bound: the most that forward and gradient equations together can have as rank, known before solving.
-        determined: whether every direction shows in the equations, as solved, and the error is small enough to go on.
-        error: estimated root mean square error of the inputs, of the worst example; infinite where nothing was solved.
-        relative: three times that, relative to the spread between examples (one example: its size); NaN where some
-            direction shows in no equation.
-        iterations: of conjugate gradients.
-
-    """
-
-    name: str
-    unknowns: int
-    forward: int
-    gradient: int
-    rank_bound: int
-    determined: bool = False
-    error: float = math.inf
-    relative: float = math.inf
-    iterations: int = 0
-
-    def __str__(self) -> str:
-        state, error = "determined" if self.determined else "not determined", ""
-        if math.isnan(self.relative):
-            error = ", which some direction does not show in"
-        elif math.isfinite(self.relative):
-            error = f", relative error at most {self.relative:.1e}"
-            state = state if self.determined else f"{state} well enough"
-        return (
-            f"{self.name}: {state}, {self.unknowns} unknowns, {self.forward} forward and {self.gradient} gradient "
-            f"equations of rank at most {self.rank_bound}{error}"
-        )
-
-
-@final
 @dataclass(frozen=True, eq=False)
 class Walked:
     """What is known of every example, as far back as linear algebra leads.
@@ -107,6 +70,7 @@ class Walked:
     Attributes:
         index: ``chain.steps[:index]`` are the steps that remain.
         known: about their outputs; without any solved layer, what the walk began with.
+        chain: with max-pooling replaced by the linear maps that took the same values, as far as these are known.
         layers: reports, from the last layer to the first that was tried.
         stop: why the walk ended, or what was the first not to be determined; None where the input was reached.
         start: (N, n) values of the input of ``chain.steps``, behind ``stop`` guessed; None where none was reached.
@@ -115,6 +79,7 @@ class Walked:
 
     index: int
     known: Known
+    chain: Chain
     layers: tuple[LayerReport, ...]
     stop: str | None
     start: Tensor | None
@@ -141,6 +106,7 @@ def walk_back(
     refine: Refine | None = None,
     tolerance: float = _TOGETHER,
     onward: bool = False,
+    smooth: bool = False,
     going: Going | None = None,
 ) -> Walked:
     """Return what comes before ``known``, layer by layer.
@@ -155,6 +121,7 @@ def walk_back(
         refine: improves the inputs of every layer but the first by what the later layers say.
         tolerance: relative error (three standard errors) of a layer's inputs up to which they count as determined.
         onward: whether to go on behind a layer that is not determined, for a start of matching.
+        smooth: whether neighboring values of the model's input tend to be equal, as pixels do.
         going: whether to go on, asked in every iteration.
 
     Raises:
@@ -162,58 +129,8 @@ def walk_back(
 
     """
     params = {k: p.detach().double() for k, p in params.items()}
-    walk = _Walk(chain, params, seen, known, noise, seed, refine, tolerance, going)
+    walk = _Walk(chain, params, seen, known, noise, seed, refine, tolerance, going, smooth=smooth)
     return walk.run(onward=onward)
-
-
-def obstacle(chain: Chain, params: Tensors, names: Collection[str], examples: int) -> str | None:
-    """Return what keeps the walk from the model's input for so many ``examples``, as counting alone can tell."""
-    if chain.stop is not None:
-        return chain.stop
-    pending: list[Step] = []
-    known = chain.anchor.inputs
-    for step in reversed(chain.steps):
-        if isinstance(step, Affine):
-            shared = step.weight_name in names
-            _, alone, reason = _count(step, params[step.weight_name], examples, examples * known, shared)
-            if reason is not None and not (alone and examples > 1):
-                return reason
-            pending, known = [], step.inputs
-        elif isinstance(step, Fixed) and not step.reorders:
-            pending.insert(0, step)
-        elif isinstance(step, Elementwise) and not (step.affine and pending):
-            if pending and known < step.outputs:
-                return _kept(pending, known, f"the output of {step.name!r}")
-            pending, known = [], step.inputs
-    return _kept(pending, known, "the model's input") if pending and known < pending[0].inputs else None
-
-
-def _count(
-    step: Affine, weight: Tensor, examples: int, forward: int, shared: bool
-) -> tuple[LayerReport, bool, str | None]:
-    """Return a layer's report before it is solved, whether its gradient alone may do, and what stops it if not."""
-    own, unknowns = counts(step, weight, examples), examples * step.inputs
-    rank = own.rank * step.channels * shared
-    report = LayerReport(step.name, unknowns, forward, weight.numel() * shared, min(unknowns, forward + rank))
-    alone, reason = shared and own.rank >= own.unknowns and own.unknowns <= LARGEST, None
-    if rank + forward < (_MARGIN if examples > 1 else 1) * unknowns:
-        reason = f"the input of {report}"
-    elif examples * weight.numel() * math.prod(step.out_shape[1:]) > _WORK:
-        reason = (
-            f"solving for the input of {step.name!r} takes more than {_WORK:.0e} multiplications in every iteration"
-        )
-    return report, alone, reason
-
-
-def _too_long(step: Affine, weight: Tensor, examples: int) -> str | None:
-    if examples * weight.numel() * math.prod(step.out_shape[1:]) <= _WORK:
-        return None
-    return f"solving for the input of {step.name!r} takes more than {_WORK:.0e} multiplications in every iteration"
-
-
-def _kept(pending: list[Step], known: int, where: str) -> str:
-    names = ", ".join(repr(s.name) for s in pending)
-    return f"{names} keeps {known} of the {pending[0].inputs} values before it, so {where} is not determined"
 
 
 class _StoppedError(Exception):
@@ -234,12 +151,17 @@ class _Walk:
         refine: Refine | None,
         tolerance: float,
         going: Going | None,
+        *,
+        smooth: bool,
     ) -> None:
+        self.smooth = smooth
         self.chain, self.params, self.seen, self.noise = chain, params, seen, noise
         self.refine, self.tolerance, self.going = refine, tolerance, going
         self.known, self.draw = known, torch.Generator().manual_seed(seed)
-        self.pending: list[Fixed | Elementwise] = []
-        self.kink: Known | None = None  # What is known behind a ReLU, right before which the walk stands.
+        self.pending: list[Fixed | Elementwise | Maximum] = []
+        self.kink: Known | None = None  # What a ReLU would leave known if it hid nothing, right before it.
+        self.limits: tuple[Tensor, Tensor] | None = None  # (N, n) each: beyond them it does hide,
+        self.doubt: Tensor | None = None  # and where that is in doubt.
         self.reports: list[LayerReport] = []
         self.stop: str | None = None
         self.first = next((i for i, s in enumerate(chain.steps) if isinstance(s, Affine)), -1)
@@ -260,14 +182,18 @@ class _Walk:
                 self.best = 0, self.known
         except _StoppedError:
             pass
-        return Walked(*self.best, tuple(self.reports), self.stop, start)
+        return Walked(*self.best, self.chain, tuple(self.reports), self.stop, start)
 
     def _back(self, step: Step, index: int) -> None:
         if isinstance(step, Affine):
             self._layer(step, index)
         elif isinstance(step, Elementwise) and not (step.affine and self.pending):
-            self._resolve(f"the output of {step.name!r}")
+            if not all(isinstance(s, Maximum) for s in self.pending):  # Increasing maps commute with the maximum.
+                self._resolve(f"the output of {step.name!r}")
             self._activation(step)
+        elif isinstance(step, Maximum):
+            self._resolve(f"the output of {step.name!r}")
+            self.pending.insert(0, step)
         elif isinstance(step, Elementwise) or (isinstance(step, Fixed) and not step.reorders):
             self.pending.insert(0, step)
 
@@ -280,12 +206,15 @@ class _Walk:
         """Solve the maps without parameters that wait between the current tensor and what is known."""
         if not self.pending:
             return
-        maps, count = Composite(tuple(self.pending), self.params), len(self.known.values)
-        kept, unknowns = self.known.values.shape[1], self.pending[0].inputs
-        reason = _kept(list(self.pending), kept, where)
-        if kept < unknowns:
+        if any(isinstance(s, Maximum) for s in self.pending):
+            self.stop = self.stop or kept(self.pending, self.known.values.shape[1], where)
+            raise _StoppedError
+        maps, number = Composite(_affine(self.pending), self.params), len(self.known.values)
+        left, unknowns = self.known.values.shape[1], self.pending[0].inputs
+        reason = kept(self.pending, left, where)
+        if left < unknowns:
             self._halt(reason)
-        echo = torch.randn((count, unknowns), generator=self.draw, dtype=torch.float64).to(self.known.values)
+        echo = torch.randn((number, unknowns), generator=self.draw, dtype=torch.float64).to(self.known.values)
         seen = torch.cat([self.known.values[None] - maps.constant(self.known.values), self.known.errors])
         values, _, done = conjugate_gradients(
             lambda v: maps.adjoint(maps.apply(v)),
@@ -295,60 +224,140 @@ class _Walk:
             limit=500,
         )
         # What a random vector's image does not give back shows nowhere.
-        if not done or float((values[:count] - echo).square().mean()) > MISSING**2:
+        if not done or float((values[:number] - echo).square().mean()) > MISSING**2:
             names = ", ".join(repr(s.name) for s in self.pending)
             self._halt(f"{names} hides some direction of the values before it, so {where} is not determined")
-        values = values[count:]
-        parts = values.view(-1, count, unknowns)
+        values = values[number:]
+        parts = values.view(-1, number, unknowns)
         pulls = maps.adjoint(torch.cat([self.known.pull[None], self.known.slips]).flatten(0, 1)).view(
-            -1, count, unknowns
+            -1, number, unknowns
         )
         self.known = Known(parts[0], maps.squares(self.known.weights), parts[1:], pulls[0], pulls[1:])
         self.pending = []
 
     def _activation(self, step: Elementwise) -> None:
         known = self.known
+        if self.pending:
+            step = replace(step, in_shape=self.pending[-1].out_shape, out_shape=self.pending[-1].out_shape)
         before = step.inverse(known.values.view(-1, *step.in_shape)).flatten(1)
-        if step.rectifies:
-            # A ReLU is never negative: the most negative value measures the error of the others.
-            least = max(3 * float((-known.values).max()), _SURE * known.deviation)
-            slope = (known.values > least).to(before)
-            self.kink, self.known = known, known.before(before, slope, torch.zeros_like(slope))
+        if step.clips:
+            (low, high), slope = step.bounds, torch.full_like(before, step.inner)
+            self.kink = known.before(before, slope, torch.zeros_like(slope))
+            least, inner = self._least(low, high), torch.minimum(known.values - low, high - known.values)
+            self.limits = (step.inverse(torch.full_like(before, low)), step.inverse(torch.full_like(before, high)))
+            self.doubt = (inner > least / _UNSURE) & (inner < least * _UNSURE)
+            self.known = known.before(before, slope * (inner > least), torch.zeros_like(slope))
             return
-        slopes, bends = zip(*(step.derivatives(row) for row in before), strict=True)
-        self.known = known.before(before, torch.stack(slopes), torch.stack(bends))
+        slopes, bends = map(torch.stack, zip(*(step.derivatives(row) for row in before), strict=True))
+        self.known = known.before(before, slopes, bends)
+        if self.kink is not None and self.limits is not None:
+            self.kink = self.kink.before(before, slopes, bends)
+            one, other = (step.inverse(e.view(-1, *step.in_shape)).flatten(1) for e in self.limits)
+            self.limits = torch.minimum(one, other), torch.maximum(one, other)
+
+    def _least(self, low: float, high: float) -> Tensor:
+        """Return how far from a bound a value must lie to count as inside: the values beyond tell the error."""
+        size = float(self.known.values.square().mean().sqrt())
+        deviation = self.known.weights.clamp(min=1e-300).rsqrt().clamp(min=1e-12 * size + 1e-150)
+        over = torch.maximum(low - self.known.values, self.known.values - high) / deviation
+        return deviation * max(_SURE, 3 * float(over.max()))
 
     def _layer(self, step: Affine, index: int) -> None:
-        gradient, known, kink = self.seen.get(step.weight_name), self.known, self.kink
-        maps = Composite((step, *self.pending), self.params)
+        gradient, known = self.seen.get(step.weight_name), self.known
+        weight, kinked = self.params[step.weight_name], self.kink is not None
         shared = gradient is not None and bool((gradient != 0).any())
         usable = int((known.weights > 0).sum())
-        report, alone, reason = _count(step, self.params[step.weight_name], len(known.values), usable, shared)
-        alone = alone and (len(known.values) > 1 or kink is not None)
-        if reason is not None and not alone:
+        report, alone, reason = count(step, weight, len(known.values), usable, shared)
+        alone = alone and (len(known.values) > 1 or kinked)
+        pool = next((i for i, s in enumerate(self.pending) if isinstance(s, Maximum)), None)
+        if reason is not None and not (alone and pool is None):
             self._end(report, reason)
-            if _too_long(step, self.params[step.weight_name], len(known.values)):
+            if too_long(step, weight, len(known.values)):
                 raise _StoppedError  # Not even a start is worth so much time.
-        for flip in range(_FLIPS + 1 if kink is not None else 1):
-            equations = LayerEquations(maps, gradient, known.pull)
-            robust = kink is not None and flip == 0
+        places: Tensor | None = None
+        maps = _affine(self.pending)
+        if pool is not None:
+            chosen = self._choose(step, index, pool, determined=reason is None)
+            known, maps, places = self._seen(step, chosen.values, pool, None)
+            if not chosen.found:
+                missed = f"at best the layer's equations hold to {chosen.residual:.1e}"
+                self._end(report, f"which values {self.pending[pool].name!r} took is not known: {missed}")
+                self._take(maps)
+                pull = LayerEquations(Composite((step, *maps), self.params), gradient, known.pull)
+                size = float(chosen.values.square().mean().sqrt())
+                self._reached(Known.plain(chosen.values, pull.adjoint(known.pull[None])[0], size, self.draw))
+                return
+        for flip in range(_FLIPS + 1 if kinked or pool is not None else 1):
+            equations = LayerEquations(Composite((step, *maps), self.params), gradient, known.pull)
+            robust = kinked and flip == 0
             done, found, precondition = self._solved(equations, known, report, index, alone, reason, robust=robust)
-            if kink is None or not done.determined:
+            if not (kinked or pool is not None) or not done.determined:
                 break
             # The solution itself tells every unit's sign, better than its noisy output did.
-            outputs = equations.apply(found.values[None])[0] + maps.constant(found.values)
-            slope = (outputs > 0).to(outputs)
-            if torch.equal(slope * kink.pull, known.pull):
+            again, maps, others = self._seen(step, found.values, pool, places)
+            if torch.equal(again.pull, known.pull) and (
+                places is None or others is None or torch.equal(places, others)
+            ):
                 break
-            known = kink.before(known.values, slope, torch.zeros_like(slope))
+            known, places = again, others
         if not done.determined:
             self._end(done, reason or f"the input of {done}")
         elif self.stop is None:  # Behind the first gap, values only serve as a start.
             self.reports.append(done)
+            self._take(maps)
             if self.refine is not None and precondition is not None and index > self.first:
-                found = replace(found, values=self.refine(index, found.values, precondition))
+                found = replace(found, values=self.refine(self.chain, index, found.values, precondition))
             self.best = index, found
-        self.known, self.pending, self.kink = found, [], None
+        self._reached(found)
+
+    def _take(self, maps: Sequence[Step]) -> None:
+        """Put the choices that were found into the chain."""
+        taken = {id(former): now for former, now in zip(self.pending, maps, strict=True)}
+        self.chain = replace(self.chain, steps=tuple(taken.get(id(s), s) for s in self.chain.steps))
+
+    def _choose(self, step: Affine, index: int, pool: int, *, determined: bool) -> Chosen:
+        """Search which values a pooling took."""
+        known, maximum, gradient = self.known, self.pending[pool], self.seen.get(step.weight_name)
+        weight = self.params[step.weight_name]
+        assert isinstance(maximum, Maximum) and not any(isinstance(s, Maximum) for s in self.pending[:pool])
+        sides, unsure = torch.zeros_like(known.values), torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
+        if self.limits is not None and self.doubt is not None:
+            low, high = self.limits
+            sides = torch.where(known.values - low < high - known.values, -1.0, 1.0) * (known.weights == 0)
+            doubt = self.doubt.view(len(sides), maximum.in_shape[0], -1).any(2).any(0)
+            unsure = doubt if len(doubt) == len(unsure) and float(doubt.double().mean()) < 0.5 else unsure
+        live = sides == 0
+        error = (1 / known.weights[live]).mean().sqrt() / known.values[live].square().mean().sqrt()
+        earlier = (s for s in reversed(self.chain.steps[:index]) if isinstance(s, Affine | Elementwise))
+        floor = next((s.bounds[0] for s in earlier if isinstance(s, Elementwise)), -math.inf)
+        task = Task(
+            step, _affine(self.pending[:pool]), maximum, dict(self.params), known.values, sides, known.pull,
+            torch.zeros_like(weight) if gradient is None else gradient.to(weight), unsure,
+            floor if math.isfinite(floor) else None,
+            max(_CHOSEN * max(self.noise, float(error)), _SETTLED) if determined else None,
+            self.smooth and index == self.first,
+        )  # fmt: skip
+        return anneal(task, self.draw, self.going)
+
+    def _seen(
+        self, step: Affine, values: Tensor, pool: int | None, former: Tensor | None
+    ) -> tuple[Known, tuple[Fixed | Elementwise, ...], Tensor | None]:
+        """Return what inputs (N, n) of a layer make known of its outputs, the maps up to these, and what was chosen."""
+        maps, places = _affine(self.pending), None
+        if pool is not None:
+            before, maximum = Composite((step, *_affine(self.pending[:pool])), self.params), self.pending[pool]
+            assert isinstance(maximum, Maximum)
+            places = maximum.largest(before.apply(values) + before.constant(values), former)
+            maps = (*_affine(self.pending[:pool]), maximum.chosen(places))
+        if self.kink is None or self.limits is None:
+            return self.known, maps, places
+        whole = Composite((step, *maps), self.params)
+        outputs = whole.apply(values) + whole.constant(values)
+        inside = ((outputs > self.limits[0]) & (outputs < self.limits[1])).to(outputs)
+        return self.kink.before(self.known.values, inside, torch.zeros_like(inside)), maps, places
+
+    def _reached(self, found: Known) -> None:
+        self.known, self.pending, self.kink, self.limits, self.doubt = found, [], None, None, None
 
     def _end(self, report: LayerReport, reason: str) -> None:
         if self.stop is None:
@@ -403,3 +412,7 @@ def _relative(values: Tensor, deviation: float) -> float:
     """Return three standard errors, relative to the spread between examples (one example: its size)."""
     around = values - values.mean(0) if len(values) > 1 else values
     return 3 * deviation / max(float(around.square().mean().sqrt()), 1e-300)
+
+
+def _affine(maps: Sequence[Fixed | Elementwise | Maximum]) -> tuple[Fixed | Elementwise, ...]:
+    return tuple(s for s in maps if not isinstance(s, Maximum))

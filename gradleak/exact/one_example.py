@@ -22,15 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from gradleak.errors import NotApplicable, ResourceLimit
-from gradleak.exact.backward import LayerReport, walk_back
+from gradleak.exact.backward import walk_back
 from gradleak.exact.chain_map import ChainMap, Linearized, feature_scale
+from gradleak.exact.counting import LayerReport
 from gradleak.exact.layer_iterative import SAMPLES, Going, Known
 from gradleak.exact.normal_matrix import factorize
 from gradleak.exact.outer_product import read_outer_product
 from gradleak.solve.cholesky import Factor
 from gradleak.solve.conjugate_gradients import Rows, conjugate_gradients
 from gradleak.solve.least_squares import State, minimize
-from gradleak.structure.chain import Affine, Chain, Elementwise
+from gradleak.structure.chain import Affine, Chain, Elementwise, Maximum
 from gradleak.structure.reader import trace_chain
 
 __all__ = ["RecursionResult", "check_together", "fit_layers", "invert_layers"]
@@ -100,6 +101,7 @@ def invert_layers(
     chain: Chain | None = None,
     polish: bool = True,
     quick: bool = True,
+    smooth: bool = False,
     seed: int = 0,
     going: Going | None = None,
 ) -> RecursionResult:
@@ -113,6 +115,7 @@ def invert_layers(
         chain: the traced chain, to share among examples of one model.
         polish: whether Gauss–Newton steps on the whole map may finish.
         quick: whether to leave them out where residual and estimated error are small without.
+        smooth: whether neighboring values of the input tend to be equal, as pixels do.
         seed: of the samples that estimate errors.
         going: whether to go on, asked in every iteration.
 
@@ -125,9 +128,9 @@ def invert_layers(
     draw = torch.Generator().manual_seed(seed)
     walked = walk_back(
         chain, case.params, case.seen, case.known(noise, draw), noise,
-        seed=seed, refine=case.refine, tolerance=math.inf, onward=True, going=going,
+        seed=seed, refine=case.refine, tolerance=math.inf, onward=True, smooth=smooth, going=going,
     )  # fmt: skip
-    whole = case.whole()
+    whole = case.whole(chain=walked.chain)
     start = None if walked.start is None else walked.start[0]
     residual = math.nan if start is None else whole.relative(start.view(chain.shape))
     if walked.stop is not None or start is None:
@@ -253,7 +256,7 @@ def check_together(chain: Chain) -> None:
         NotApplicable: they are no chain of smooth layers from the input on.
 
     """
-    kinks = [s.name for s in chain.steps if isinstance(s, Elementwise) and s.rectifies]
+    kinks = [s.name for s in chain.steps if isinstance(s, Maximum) or (isinstance(s, Elementwise) and s.clips)]
     if chain.stop is not None or kinks:
         reason = chain.stop or f"{kinks[0]!r} has a kink, where the gradient jumps"
         raise NotApplicable(f"The layers cannot be solved together: {reason}; use matching.")
@@ -289,13 +292,15 @@ class _Example:
         slips = normal(noise * outer.delta[None]) @ weight
         return Known(outer.features[None], size**-2, normal(size), (outer.delta @ weight)[None], slips)
 
-    def whole(self, factorize: Callable[[ChainMap, Tensor], Factor] | None = None) -> ChainMap:
+    def whole(
+        self, factorize: Callable[[ChainMap, Tensor], Factor] | None = None, chain: Chain | None = None
+    ) -> ChainMap:
         """Return the whole chain as one map."""
-        return ChainMap(self.chain, self.params, self.seen, self.outer, factorize=factorize)
+        return ChainMap(self.chain if chain is None else chain, self.params, self.seen, self.outer, factorize=factorize)
 
-    def refine(self, index: int, values: Tensor, precondition: Rows) -> Tensor:
+    def refine(self, chain: Chain, index: int, values: Tensor, precondition: Rows) -> Tensor:
         """Return the inputs (1, n) of a layer after a step on everything that comes from there on."""
-        local = ChainMap(self.chain, self.params, self.seen, self.outer, first=index).linearize(values[0])
+        local = ChainMap(chain, self.params, self.seen, self.outer, first=index).linearize(values[0])
         step, _, _ = conjugate_gradients(
             local.product, local.descent[None], precondition, tolerance=1e-2, limit=_REFINED
         )

@@ -17,13 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Affine", "Chain", "Elementwise", "Fixed", "Shape", "Step"]
+__all__ = ["Affine", "Chain", "Elementwise", "Fixed", "Maximum", "Shape", "Step"]
 
 Tensors = Mapping[str, Tensor]
 Shape = tuple[int, ...]
 
 _CHUNK = 128
 """Rows that pass a layer together: few enough to stay in the cache."""
+
+_TIED = 1e-9
+"""Difference of two values, relative to the largest, up to which they are one."""
 
 _FEW = 8
 """Up to this many rows PyTorch's own adjoint is quicker."""
@@ -128,6 +131,17 @@ class Affine(Step):
                 part.copy_(phases[:, :, a, b, : part.shape[2], : part.shape[3]])
         return found.flatten(1)
 
+    def weight_gradient(self, u: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        """Return the weight's gradient for output gradients u (k, m) and inputs v (k, n), summed over the rows."""
+        if self.linear:
+            return u.T @ v
+        top, bottom, left, right = self.padding
+        x = F.pad(v.reshape(-1, *self.in_shape), (left, right, top, bottom))
+        options = (self.stride, (0, 0), self.dilation, False, (0, 0), self.groups, (False, True, False))
+        u = u.reshape(-1, *self.out_shape)
+        found: Tensor = torch.ops.aten.convolution_backward(u, x, weight, None, *options)[1]
+        return found
+
     def _phases(self, weight: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
         """Return the adjoint's kernels, one per position modulo the stride, and how to pad for them.
 
@@ -213,21 +227,34 @@ class Elementwise(Step):
     """An activation or a per-value affine map (BatchNorm in evaluation mode).
 
     Attributes:
-        function: the map, (B, *in_shape) → (B, *in_shape).
+        function: the map, (B, *in_shape) → (B, *in_shape), increasing unless it is affine.
         inverse: its inverse, NaN-free on the closed range; values outside the range are moved into it.
-        rectifies: whether outputs of zero say only that the input was not positive (ReLU).
+        bounds: outputs there say only that the input lies there or beyond (ReLU: zero and infinity).
         affine: whether the map is scale · x + shift.
 
     """
 
     function: Callable[[Tensor], Tensor] = field(default=lambda x: x)
     inverse: Callable[[Tensor], Tensor] = field(default=lambda a: a)
-    rectifies: bool = False
+    bounds: tuple[float, float] = (-math.inf, math.inf)
     affine: bool = False
 
     def forward(self, x: Tensor, params: Tensors) -> Tensor:
         """Return φ(x)."""
         return self.function(x)
+
+    @property
+    def clips(self) -> bool:
+        """Whether outputs at a bound hide the input."""
+        return any(map(math.isfinite, self.bounds))
+
+    @property
+    def inner(self) -> float:
+        """The slope between the bounds, for an activation that has them."""
+        low, high = self.bounds
+        middle = high - 1 if math.isinf(low) else low + 1 if math.isinf(high) else (low + high) / 2
+        inside = self.inverse(torch.full((1, *self.in_shape), middle, dtype=torch.float64))
+        return float(self.derivatives(inside.flatten())[0][0])
 
     def derivatives(self, pre: Tensor) -> tuple[Tensor, Tensor]:
         """Return φ′ and φ″ at flat ``pre`` (n,)."""
@@ -270,6 +297,49 @@ class Fixed(Step):
             x = torch.zeros(u.shape[0], *self.in_shape, dtype=u.dtype, device=u.device, requires_grad=True)
             (back,) = torch.autograd.grad(self.function(x), x, u.reshape(-1, *self.out_shape))
         return back.flatten(1)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Maximum(Step):
+    """Max-pooling: every output is the largest value of its window.
+
+    Attributes:
+        function: the map, (B, *in_shape) → (B, *out_shape).
+        windows: (q, k) positions of one channel that each of its outputs sees; −1 is padding.
+
+    """
+
+    function: Callable[[Tensor], Tensor] = field(default=lambda x: x)
+    windows: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
+
+    def forward(self, x: Tensor, params: Tensors) -> Tensor:
+        """Return the largest values."""
+        return self.function(x)
+
+    def largest(self, u: Tensor, former: Tensor | None = None) -> Tensor:
+        """Return which position each output takes its value from, (N, channels, q), for inputs u (N, n).
+
+        Where the ``former`` one is as large down to rounding, it stays: equal values are one.
+        """
+        planes = u.view(len(u), self.in_shape[0], -1)
+        values = F.pad(planes, (0, 1), value=-math.inf)[..., self.windows]
+        top, index = values.max(3)
+        places = self.windows.expand_as(values).gather(3, index[..., None])[..., 0]
+        if former is None:
+            return places
+        tied = planes.gather(2, former) >= top - _TIED * u.abs().max()
+        return torch.where(tied, former, places)
+
+    def chosen(self, places: Tensor) -> Fixed:
+        """Return the linear map that takes the value at ``places`` (N, channels, q) for each of N examples in turn."""
+
+        def take(x: Tensor) -> Tensor:
+            rows = places if len(x) % len(places) == 0 else places[:1]
+            index = rows.repeat(len(x) // len(rows), 1, 1)
+            return x.flatten(2).gather(2, index).view(-1, *self.out_shape)
+
+        return Fixed(self.name, self.in_shape, self.out_shape, take)
 
 
 @final

@@ -59,6 +59,12 @@ ACTIVATIONS: dict[str, Callable[..., tuple[Pointwise, Pointwise]]] = {
     "sigmoid": lambda: (torch.sigmoid, lambda a: torch.logit(_inside(a, 0.0, 1.0))),
     "tanh": lambda: (torch.tanh, lambda a: torch.atanh(_inside(a, -1.0, 1.0))),
     "relu": lambda: (F.relu, lambda a: a.clamp(min=0)),
+    "relu6": lambda: (F.relu6, lambda a: a.clamp(0, 6)),
+    "hardtanh": lambda min_val=-1.0, max_val=1.0: (
+        lambda x: F.hardtanh(x, min_val, max_val),
+        lambda a: a.clamp(min_val, max_val),
+    ),
+    "hardsigmoid": lambda: (lambda x: (x / 6 + 0.5).clamp(0, 1), lambda a: 6 * a.clamp(0, 1) - 3),
     "leaky_relu": lambda negative_slope=0.01: _leaky(negative_slope),
     "prelu": _leaky,
     "elu": lambda alpha=1.0: _elu(lambda x: F.elu(x, alpha), alpha),
@@ -76,7 +82,9 @@ ACTIVATIONS: dict[str, Callable[..., tuple[Pointwise, Pointwise]]] = {
     "sinh": lambda: (torch.sinh, torch.asinh),
     "asinh": lambda: (torch.asinh, torch.sinh),
 }
-"""By the name of torch's function: its options → the map and its inverse."""
+"""By the name of torch's function: its options → the map, which increases, and its inverse."""
+_CLIPS = {"relu": (0.0, math.inf), "relu6": (0.0, 6.0), "hardsigmoid": (0.0, 1.0)}
+"""Outputs at which they hide the input."""
 
 
 def activation(name: str, key: str, args: Sequence[Any], options: Mapping[str, Any], shape: Shape) -> Elementwise:
@@ -88,4 +96,8 @@ def activation(name: str, key: str, args: Sequence[Any], options: Mapping[str, A
         })  # fmt: skip
     except (TypeError, ValueError) as reason:
         raise Stop(f"{name!r} ({key}) has no inverse: {reason}") from reason
-    return Elementwise(name, shape, shape, function, inverse, key == "relu")
+    bounds = _CLIPS.get(key, (-math.inf, math.inf))
+    if key == "hardtanh":
+        low, high = function(torch.tensor([-math.inf, math.inf], dtype=torch.float64)).tolist()
+        bounds = low, high
+    return Elementwise(name, shape, shape, function, inverse, bounds)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gradleak.errors import NotApplicable
-from gradleak.structure.chain import Affine, Chain, Elementwise, Fixed, Shape, Step
+from gradleak.structure.chain import Affine, Chain, Elementwise, Fixed, Maximum, Shape, Step
 from gradleak.structure.elementwise import ACTIVATIONS, Stop, activation
 from gradleak.structure.probe import probe_inputs, run_quietly
 from gradleak.training import output_tensors
@@ -28,6 +28,7 @@ from gradleak.training import output_tensors
 __all__ = ["trace_chain"]
 
 _LAYERS = ("linear", "conv2d")
+_POOLS = ("max_pool2d", "adaptive_max_pool2d")
 _CASTS = ("to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda")
 _FAR = 64.0
 """Spread of the random numbers: far beyond usual values, so that what clamps, rectifies or folds them shows."""
@@ -317,6 +318,8 @@ class _Reader:
             return [layer]
         if call.key in ACTIVATIONS:
             return [activation(call.label, call.key, call.args[1:], call.kwargs, shapes[0])]
+        if call.key in _POOLS:
+            return [_maximum(call, *shapes)]
         return _linear(call, *shapes)
 
     def _layer(self, call: _Call, source: Shape, target: Shape) -> Affine | None:
@@ -353,6 +356,26 @@ def _affine(
 
 def _pair(value: Any) -> tuple[int, int]:
     return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+
+
+def _maximum(call: _Call, source: Shape, target: Shape) -> Maximum:
+    """Return max-pooling as a step; which values an output sees is told by a row, or a column, of ones at a time."""
+    if len(source) != 3 or len(target) != 3:
+        _refuse(call)
+    (_, high, wide), (_, down, across) = source, target
+    rows = call.run(torch.eye(high)[:, None, :, None].expand(-1, 1, -1, wide).contiguous())[:, 0, :, 0].T > 0
+    columns = call.run(torch.eye(wide)[:, None, None, :].expand(-1, 1, high, -1).contiguous())[:, 0, 0, :].T > 0
+    tall, broad = _members(rows), _members(columns)
+    places = tall[:, None, :, None] * wide + broad[None, :, None, :]
+    seen = (tall >= 0)[:, None, :, None] & (broad >= 0)[None, :, None, :]
+    windows = torch.where(seen, places, -1).reshape(down * across, -1)
+    return Maximum(call.label, source, target, call.run, windows)
+
+
+def _members(mask: Tensor) -> Tensor:
+    """Return the positions of the true values of every row, padded with −1."""
+    first = torch.argsort(mask.to(torch.uint8), dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
+    return torch.where(mask.gather(1, first), first, -1)
 
 
 def _linear(call: _Call, source: Shape, target: Shape) -> list[Step]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from gradleak.attacks import auto, recursion
 from gradleak.errors import MissingKnowledge, NotApplicable
-from gradleak.exact import backward, normal_matrix
+from gradleak.exact import counting, normal_matrix
 from gradleak.exchange import Client, simulate
 from gradleak.metrics import assign
 from gradleak.models import dlg_resnet, lenet, resnet18
@@ -35,6 +35,32 @@ def test_one_float32_example_to_the_noise_floor(training: LocalTraining) -> None
     assert found.labels is not None
     assert found.labels.tolist() == [5]
     assert found.features is not None
+
+
+def pooled(seed: int, channels: tuple[int, int] = (12, 16), side: int = 8) -> nn.Module:
+    """The CNN of McMahan et al. 2017, small."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(3, channels[0], 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(*channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(channels[1] * (side // 4) ** 2, 24), nn.ReLU(), nn.Linear(24, 10),
+        )  # fmt: skip
+
+
+def image(n: int = 1, side: int = 8) -> Batch:
+    return Batch(torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(0)), torch.arange(n))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_through_max_pooling_and_relu(seed: int) -> None:
+    exchange = simulate(Client(pooled(seed), image()), auto())
+    found, proof = exchange.reconstruction, exchange.reconstruction.certificate
+    assert found.attack == "recursion"
+    assert proof is not None
+    assert proof.verdict == "proved", found.notes
+    assert proof.local
+    assert float((found.inputs - exchange.truth.inputs).square().mean()) < 1e-10
 
 
 def test_float64_update() -> None:
@@ -94,7 +120,7 @@ def test_what_the_walk_found_stands_where_the_matrices_of_further_steps_do_not_f
 
 def test_a_layer_that_takes_too_long_is_said_and_auto_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     client = Client(lenet(image_size=16, seed=2), batch())
-    monkeypatch.setattr(backward, "_WORK", 1000)
+    monkeypatch.setattr(counting, "_WORK", 1000)
     with pytest.raises(NotApplicable, match=r"takes more than .* multiplications in every iteration; use matching"):
         simulate(client, recursion())
     assert simulate(client, auto(iterations=2, polish=False)).reconstruction.certificate is not None

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradleak.exact.backward import Walked, obstacle, walk_back
+from gradleak.exact.backward import Walked, walk_back
+from gradleak.exact.counting import obstacle
 from gradleak.exact.layer_iterative import Known
 from gradleak.structure.chain import Chain
 from gradleak.structure.reader import trace_chain

@@ -143,14 +143,34 @@ def small(*between: nn.Module, features: int) -> Callable[[], nn.Module]:
 
 
 @pytest.mark.parametrize(
+    ("between", "features"),
+    [
+        ((nn.MaxPool2d(2), nn.Tanh()), 144),
+        ((nn.ReLU(), nn.MaxPool2d(2)), 144),
+        ((nn.MaxPool2d(3, stride=2, padding=1), nn.LeakyReLU()), 144),
+        ((nn.BatchNorm2d(16), nn.Hardtanh(-0.4, 0.5), nn.MaxPool2d(2)), 144),
+        ((nn.AdaptiveMaxPool2d((4, 3)), nn.ReLU6(), nn.AdaptiveAvgPool2d((8, 3))), 384),
+        ((nn.Hardsigmoid(), nn.MaxPool2d(2, ceil_mode=True)), 144),
+    ],
+    ids=["pool, tanh", "ReLU, pool", "overlapping", "two bounds", "adaptive", "slope between bounds"],
+)
+def test_kinks(between: tuple[nn.Module, ...], features: int) -> None:
+    x = example((1, 8, 8))
+    result = invert(seeded(small(*between, features=features), 1).double().eval(), x)
+    assert result.input is not None, result.stopped_at
+    assert error(result, x) < 1e-15  # PyTorch knows a sixth, the slope of Hardsigmoid, in float32 only.
+
+
+@pytest.mark.parametrize(
     ("make", "shape", "word"),
     [
         (small(nn.Sigmoid(), nn.AvgPool2d(2), features=144), (1, 8, 8), "144 of the 576"),
         (small(nn.GELU(), features=576), (1, 8, 8), "GELU"),
-        (small(nn.MaxPool2d(2), features=144), (1, 8, 8), "MaxPool2d"),
+        (small(nn.ReLU(), nn.BatchNorm2d(16).eval(), nn.MaxPool2d(2), features=144), (1, 8, 8), "keeps 144 of the 576"),
+        (lambda: nn.Sequential(nn.MaxPool2d(2), small(features=64)()), (1, 8, 8), "the model's input is not"),
         (lambda: resnet18(width=4, seed=0).eval(), (3, 16, 16), "pool"),
     ],
-    ids=["average pooling", "GELU", "max pooling", "global pooling"],
+    ids=["average pooling", "GELU", "two kinks", "pooling the input", "global pooling"],
 )
 def test_what_stops_the_recursion_is_said(make: Callable[[], nn.Module], shape: tuple[int, ...], word: str) -> None:
     result = invert(seeded(make).double(), example(shape))
