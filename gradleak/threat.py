@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from gradleak.errors import InvalidInput
+from gradleak.errors import InvalidInput, NotApplicable
 from gradleak.spaces import InputSpace
+from gradleak.structure.probe import run_quietly
 from gradleak.training import Gradient, LocalTraining, Simulator, Tensors, parameters
 from gradleak.types import Update, as_update
 
@@ -84,6 +86,17 @@ class Observation:
     def simulator(self) -> Simulator:
         """The client as the attacker simulates it."""
         return Simulator(self.model, self.training)
+
+    @cached_property
+    def misfit(self) -> NotApplicable | None:
+        """Why the model does not run on inputs of the space, as many as were stated; None if it does."""
+        probe = self.space.neutral().to(self.simulator.device, self.simulator.dtype)
+        try:
+            with torch.no_grad():
+                run_quietly(self.model, self.params, probe.expand(self.batch_size or 1, *self.space.shape))
+        except NotApplicable as error:
+            return error
+        return None
 
     @cached_property
     def gradient(self) -> Gradient:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -21,6 +21,7 @@ __all__ = [
     "FindingKind",
     "Note",
     "NoteKind",
+    "Part",
     "Reconstruction",
     "Shows",
     "Status",
@@ -334,6 +335,29 @@ class Finding:
     of: int
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Tensors of an update that the input and others determine, whatever loss, labels and random masks there were.
+
+    Attributes:
+        inputs: (N, *shape) the solution, in float64 and model-input units, before it was decoded.
+        simulate: model inputs (N, *shape) → these tensors by name, in float64.
+        floors: name → distance from the seen tensor that rounding explains.
+        given: names of the tensors that they are simulated from.
+        factors: name → factor of its own that a tensor carries.
+        spare: equations that are left for each unknown's column; without any, nothing shows that they hold.
+        hidden: root mean square distance from their mean at which two examples look like one.
+    """
+
+    inputs: Tensor
+    simulate: Callable[[Tensor], Mapping[str, Tensor]]
+    floors: Mapping[str, float]
+    given: tuple[str, ...]
+    factors: Mapping[str, float]
+    spare: int
+    hidden: float
+
+
 @dataclass(frozen=True)
 class Construction:
     """How a result was constructed: a proof of uniqueness that came with the solution.
@@ -345,6 +369,7 @@ class Construction:
         local: whether a step on the way was unique nearby only, as the solution of nonlinear equations is.
         alone: whether the steps tell one example from a mixture of several; else only the update's scale does.
         scaled: whether the steps fix the inputs' scale, whatever factors the layers' gradients carry.
+        part: what is compared with the update in place of all of it, where the steps need no more.
     """
 
     unknowns: int
@@ -353,6 +378,7 @@ class Construction:
     local: bool = False
     alone: bool = True
     scaled: bool = True
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -373,6 +399,7 @@ class Certificate:
         local: whether the proof excludes inputs nearby only: another one that the model cannot tell from it may exist.
         mixture: whether a mean of several examples explains the update as well.
         factors: tensor name → factor, where each tensor needed its own.
+        part: the tensors that were compared, where these determine the result whatever the rest is; empty for all.
     """
 
     verdict: Verdict
@@ -387,6 +414,7 @@ class Certificate:
     local: bool = False
     mixture: bool = False
     factors: Mapping[str, float] = field(default_factory=dict)
+    part: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from gradleak.attacks.least_squares import is_smooth
 from gradleak.attacks.linear_inversion import linear_inversion
 from gradleak.attacks.matching import GradientMatching, dlg, idlg, prior_matching, tableak
 from gradleak.attacks.matching.papers.tableak import TabLeak
+from gradleak.attacks.patch_embedding import patch_embedding
 from gradleak.attacks.recursion import recursion
 from gradleak.attacks.sentences import read_sentences
 from gradleak.attacks.spear import spear
@@ -224,6 +225,7 @@ def _matching(factory: Callable[..., GradientMatching]) -> Callable[[Auto], Atta
 WAYS = (
     Way("read_sentences", lambda _: read_sentences(), _sentences),
     Way("entity_embeddings", lambda options: EntityEmbeddings(options), _looked_up),
+    Way("patch_embedding", lambda _: patch_embedding(), _values),
     Way("linear_inversion", lambda _: linear_inversion(), _values),
     Way("spear", lambda _: spear(), _batch),
     Way("recursion", lambda _: recursion(), _values),

@@ -16,7 +16,6 @@ from gradleak.attacks.findings import find_besides
 from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import InvalidInput, MissingKnowledge, NotApplicable
 from gradleak.proof.certify import unproved
-from gradleak.structure.probe import run_quietly
 from gradleak.threat import Knowledge, Observation
 from gradleak.types import Note, NoteKind, Reconstruction, Status
 
@@ -132,12 +131,8 @@ def _check_inputs(observation: Observation) -> None:
     Raises:
         NotApplicable: it does not, with what the update shows all the same.
     """
-    space, simulator = observation.space, observation.simulator
-    probe = space.neutral().to(simulator.device, simulator.dtype)
-    try:
-        with torch.no_grad():
-            run_quietly(observation.model, observation.params, probe.expand(observation.batch_size or 1, *space.shape))
-    except NotApplicable as error:
+    error = observation.misfit
+    if error is not None:
         besides = find_besides(observation)
         told = ["Ids that are looked up are described by TokenSpace.", *(f.text for f in besides)]
         refusal = NotApplicable(f"{error} {' '.join(told)}")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from gradleak.attacks.labeling import read_labels
 from gradleak.clock import Deadline
 from gradleak.errors import InvalidModel, NotApplicable, reason
 from gradleak.proof.certify import certify, unproved
+from gradleak.proof.part import certify_part
 from gradleak.threat import Observation
-from gradleak.types import Certificate, Reconstruction, Shows, Status
+from gradleak.types import Certificate, Part, Reconstruction, Shows, Status
 
 __all__ = ["better", "certificate", "certified"]
 
@@ -54,6 +56,16 @@ def certified(
     inputs = inputs.double() if inputs.is_floating_point() else inputs
     hard, soft = found.labels, found.label_probabilities
     granted = observation.labels
+    if found.construction is not None and found.construction.part is not None:
+        proof = certify_part(
+            observation.gradient.tensors,
+            inputs,
+            found.construction,
+            found.construction.part,
+            split=not observation.batch_size_stated and _sees_less(observation, found.construction.part),
+            unit=space.unit,
+        )
+        return _told(found, proof)
     try:
         if granted is not None:  # They are taken as they are.
             hard, soft = (None, granted) if granted.is_floating_point() else (granted, None)
@@ -90,9 +102,19 @@ def certified(
         )
     if found.labels is None and found.label_probabilities is None and granted is None:
         found = replace(found, labels=hard, label_probabilities=soft if simulated is soft else None)
-    if best.mixture and found.status is Status.EXACT:  # Its equations hold, but not of single examples only.
+    return _told(found, best)
+
+
+def _told(found: Reconstruction, proof: Certificate) -> Reconstruction:
+    if proof.mixture and found.status is Status.EXACT:  # Its equations hold, but not of single examples only.
         found = replace(found, status=Status.CONVERGED, solved=None)
-    return replace(found, certificate=best)
+    return replace(found, certificate=proof)
+
+
+def _sees_less(observation: Observation, part: Part) -> bool:
+    """Tell whether the layer of a part maps inputs that differ to one output, so that their mean has its gradient."""
+    weights = [observation.params[k].double().flatten(1) for k in part.floors if observation.params[k].ndim > 1]
+    return any(int(torch.linalg.matrix_rank(w)) < w.shape[1] for w in weights)
 
 
 def better(one: Certificate, other: Certificate | None) -> bool:

@@ -172,6 +172,8 @@ def _unexplained(observation: Observation, reconstruction: Reconstruction) -> Le
     labels = next((found for found in offered if found is not None), None)
     if observation.training is None or labels is None or reconstruction.shows is not Shows.INPUTS:
         return None
+    if reconstruction.certificate is not None and reconstruction.certificate.part:
+        return None  # The rest may hold random masks.
     simulator = observation.simulator
     inputs = reconstruction.inputs.to(simulator.device)
     inputs = observation.space.encode(inputs.double() if inputs.is_floating_point() else inputs)

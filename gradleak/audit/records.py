@@ -137,6 +137,7 @@ class CertificateRecord:
     local: bool = False
     mixture: bool = False
     factors: Mapping[str, float] = field(default_factory=dict)
+    part: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,8 @@ def _from_update(
 ) -> Verdict:
     if outcome.shows == "features":
         return _of_features(subject, certificate)
+    if certificate is not None and certificate.part:
+        return _of_part(subject, outcome, certificate)
     hidden = certificate is not None and certificate.floor >= _HIDES
     if certificate is not None and hidden and outcome.status != "exact":
         return _hidden(certificate)
@@ -394,6 +396,40 @@ def _solved(
             "learning rate, dropout and mode.",
             _LOOK,
         ),
+    )
+
+
+def _of_part(subject: Subject, outcome: Outcome, certificate: CertificateRecord) -> Verdict:
+    """Return the verdict where some tensors of the update determine the input, whatever the rest of it is."""
+    names, noun = " and ".join(map(repr, certificate.part)), subject.noun
+    masks = "whatever loss, label and dropout masks the client had"
+    held = "It holds for the model stated below, in the mode stated; how the client trained has no part in it."
+    if certificate.verdict == "proved":
+        bound = f" Its root mean square error is at most {sig(certificate.bound)} in units of the model's inputs."
+        return Verdict(
+            "proved",
+            f"The update proves that the client trained on this {noun}.",
+            f"The gradients of {names} are those that it must have ({_figures(certificate)}), and no other {noun} has "
+            f"them, {masks}.{bound if certificate.bound else ''}",
+            (
+                "No ground truth was needed: anyone with this update can obtain the same result and know that it is "
+                "right.",
+                held,
+            ),
+        )
+    if certificate.verdict == "matched":
+        headline = f"The {noun} was read off the update, up to a factor."
+        if certificate.mixture:
+            headline = f"The update comes from this {noun} or a mean of several."
+        return Verdict("matched", headline, certificate.reason, (held, _LOOK))
+    if outcome.status == "exact":
+        told = " ".join((certificate.reason, *outcome.told("range")))
+        return Verdict("solved", f"The private {noun} was read off the update.", told, (held, _LOOK))
+    return Verdict(
+        "unmatched",
+        f"The {noun} that was solved for does not fit the update down to its rounding.",
+        certificate.reason,
+        ("It may be close all the same: noise and pruning blur the equations, several examples mix in them.", _LOOK),
     )
 
 

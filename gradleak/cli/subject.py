@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,16 @@ from gradleak.errors import (
     InvalidInput,
     InvalidModel,
     InvalidUpdate,
+    NotApplicable,
     clean,
     is_memory,
     reason,
 )  # fmt: skip
 from gradleak.models.loading import check_values, load
 from gradleak.spaces import InputSpace
+from gradleak.structure.patches import find_patch_layer
 from gradleak.structure.probe import probe_inputs
-from gradleak.training import batch_statistics, check_reproducible, parameters
+from gradleak.training import Simulator, batch_statistics, check_reproducible, parameters
 from gradleak.training.base import check_repeatable
 from gradleak.types import Note, NoteKind, Update, UpdateKind, name_prefix
 
@@ -104,8 +107,9 @@ def load_subject(
         model.train(choice.mode == "train")
     model = model.to(choice.device)
     sent, captured, more = _read_update(update, model, kind, limit)
-    check_reproducible(model)
-    outputs, tokens = _try_out(model, choice, space, batch_size or 1)
+    masks = batch_size not in (None, 1) or not _has_patches(model, space)
+    check_reproducible(model, masks=masks)
+    outputs, tokens = _try_out(model, choice, space, batch_size or 1, masks=masks)
     return Subject(model, _name(choice), sent, captured, outputs, tokens, notes + more)
 
 
@@ -211,8 +215,19 @@ def _read_update(
     return update, captured, notes
 
 
-def _try_out(model: nn.Module, choice: ModelChoice, space: InputSpace, count: int) -> tuple[int, bool]:
-    """Check that the model takes such inputs and is the same function every time.
+def _has_patches(model: nn.Module, space: InputSpace) -> bool:
+    """Tell whether the model embeds patches, whose gradients are read whatever masks dropout drew behind them."""
+    with suppress(NotApplicable):
+        buffers = Simulator(model).buffers(torch.float64)
+        layer = find_patch_layer(model, parameters(model), tuple(space.shape), buffers)
+        return layer is not None and bool(layer.held)
+    return False
+
+
+def _try_out(
+    model: nn.Module, choice: ModelChoice, space: InputSpace, count: int, *, masks: bool = True
+) -> tuple[int, bool]:
+    """Check that the model takes such inputs and, where ``masks`` matter, is the same function every time.
 
     Returns:
         The number of its outputs, and whether it takes ids instead, which it looks up.
@@ -239,7 +254,7 @@ def _try_out(model: nn.Module, choice: ModelChoice, space: InputSpace, count: in
         raise InvalidModel(
             f"The model returns {found}, where logits (examples, classes) are needed; wrap it so that it returns them."
         )
-    if not tokens:
+    if masks and not tokens:
         check_repeatable(model, inputs)
     if choice.classes is not None and outputs.shape[1] != choice.classes:
         raise InvalidInput(

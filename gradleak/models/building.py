@@ -32,6 +32,9 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "identity": nn.Identity,
 }
 
+_TOKEN = 0.02
+"""Deviation of tokens and positions, which are no layers (Dosovitskiy et al. 2021, in their code)."""
+
 
 def activation(name: str) -> nn.Module:
     """Return a new activation module; none works in place, since double backward and vmap need its input.
@@ -106,11 +109,17 @@ def build(make: Callable[[], Model], init: str, seed: int | torch.Generator | No
     model = model.to_empty(device="cpu")
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, _BatchNorm | nn.GroupNorm):
+            if not type(module).__module__.startswith("torch.nn"):
+                for value in module.parameters(recurse=False):  # tokens and positions
+                    if init == "dlg":
+                        value.uniform_(-0.5, 0.5, generator=generator)
+                    else:
+                        value.normal_(0, _TOKEN, generator=generator)
+            if isinstance(module, _BatchNorm | nn.GroupNorm | nn.LayerNorm):
                 module.reset_parameters()  # running statistics as well
                 if init != "dlg":
                     continue
-            if isinstance(module, nn.Conv2d | nn.Linear | _BatchNorm | nn.GroupNorm):
+            if isinstance(module, nn.Conv2d | nn.Linear | _BatchNorm | nn.GroupNorm | nn.LayerNorm):
                 _draw(module, init, generator)
     return model
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradleak.errors import NotApplicable, reason
 
-__all__ = ["linear_inputs", "probe_inputs", "run_quietly"]
+__all__ = ["entering", "linear_inputs", "probe_inputs", "run_quietly"]
 
 Tensors = Mapping[str, Tensor]
 
@@ -63,3 +63,41 @@ def linear_inputs(model: nn.Module, params: Tensors, inputs: Tensor) -> dict[str
         for handle in handles:
             handle.remove()
     return seen
+
+
+class _Reached(BaseException):
+    """Ends a forward pass; not an ``Exception``, which a model might catch."""
+
+
+def entering(
+    model: nn.Module,
+    params: Tensors,
+    inputs: Tensor,
+    modules: Mapping[str, nn.Module],
+    accept: Callable[[nn.Module, Tensor], bool],
+    buffers: Tensors | None = None,
+) -> tuple[str, Tensor] | None:
+    """Run the model up to the first of ``modules`` whose input is accepted; return its name and that input.
+
+    None if there is none. What comes behind is not run, so this is quick where it comes early.
+    """
+    found: list[tuple[str, Tensor]] = []
+
+    def look(name: str, module: nn.Module, args: tuple[object, ...]) -> None:
+        if args and isinstance(args[0], Tensor) and accept(module, args[0]):
+            found.append((name, args[0].detach()))
+            raise _Reached
+
+    handles = [
+        m.register_forward_pre_hook(lambda m, args, name=name: look(name, m, args)) for name, m in modules.items()
+    ]
+    try:
+        with torch.no_grad():
+            if handles:
+                run_quietly(model, params, inputs, buffers)
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

@@ -48,14 +48,14 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
     return {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
 
 
-def check_reproducible(model: nn.Module) -> None:
-    """Check that the model computes the same function for the attacker as for the client.
+def check_reproducible(model: nn.Module, *, masks: bool = True) -> None:
+    """Check that the model computes the same function for the attacker as for the client; ``masks`` of dropout count.
 
     Raises:
         InvalidModel: a dropout layer is active, or BatchNorm uses (and changes) batch statistics.
     """
     for name, module in model.named_modules():
-        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+        if masks and isinstance(module, _DropoutNd) and module.training and module.p > 0:
             raise InvalidModel(
                 f"Module {name!r} is active dropout, whose random mask the attacker cannot reproduce; "
                 "put the model into evaluation mode with model.eval() (command line: --mode eval)."

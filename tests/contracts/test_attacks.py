@@ -17,7 +17,7 @@ from gradleak.spaces import Category, Number, TokenSpace
 
 SHAPE = (1, 8, 8)
 TABLE = gl.TableSpace((Number("age"), Category("job", ("clerk", "nurse", "cook"))))
-VICTIMS = ("images", "rows", "rectified", "codes", "table", "sentences")
+VICTIMS = ("images", "rows", "rectified", "codes", "table", "patches", "sentences")
 LIGHT = {"iterations": 6, "members": 2}
 
 
@@ -91,6 +91,8 @@ def client(victim: str = "images", n: int = 1, dtype: torch.dtype = torch.float6
         model: torch.nn.Module = torch.nn.Sequential(torch.nn.Flatten(), *hidden, torch.nn.Linear(64, 5))
         for p in model.parameters():
             torch.nn.init.uniform_(p, -0.5, 0.5, generator=generator)
+    elif victim == "patches":
+        model = gl.models.vision_transformer(patch=4, width=24, depth=1, classes=5, in_channels=1, image_size=8, seed=0)
     else:
         model = gl.models.lenet(width=6, classes=5, in_channels=1, image_size=8, seed=0)
     images = torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=dtype)

@@ -12,7 +12,8 @@ from gradleak.types import Batch
 
 FACTORIES = [getattr(models, name) for name in models.__all__]
 SMALL = {"lenet": {}, "dlg_resnet": {"depth": 8, "width": 4}, "resnet18": {"width": 4}, "resnet20": {"width": 4},
-         "resnet32": {"width": 4}, "perceptron": {"width": 24}}  # fmt: skip
+         "resnet32": {"width": 4}, "perceptron": {"width": 24},
+         "vision_transformer": {"image_size": 32, "patch": 8, "width": 24, "depth": 2, "heads": 2}}  # fmt: skip
 
 
 def small(factory, **options):
