@@ -118,7 +118,7 @@ class ChainMap:
                 delta = delta * slopes[index][0]
             elif isinstance(step, Affine):
                 weight = self.params[step.weight_name]
-                patches[index] = step.patches(inputs[index], weight)
+                patches[index] = step.patches(inputs[index])
                 maps = delta.reshape(step.groups, -1, patches[index].shape[-1])
                 gradients[step.weight_name] = maps @ patches[index].mT
                 if step.bias_name is not None:
@@ -288,7 +288,7 @@ class _Layer:
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the change of the output (1, m) for a change ``t`` (1, n) of the input, and the latter by taps."""
-        columns = self.step.patches(t, self.weight)
+        columns = self.step.patches(t)
         return (self.matrix @ columns).view(1, -1), columns
 
     def backward(self, q: Tensor, kernel: Tensor | None = None) -> Tensor:
@@ -296,7 +296,7 @@ class _Layer:
         columns = self.transposed @ q.view(*self.delta.shape)
         if kernel is not None:
             columns = torch.baddbmm(columns, kernel[:, :-1], self.delta)
-        return self.step.folded(columns, self.weight)
+        return self.step.folded(columns)
 
     def push(self, columns: Tensor, d: Tensor | None) -> Tensor:
         """Return the gradient's change for a change of the input, by taps, and ``d`` (1, m) of the output gradient."""

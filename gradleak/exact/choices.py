@@ -336,8 +336,7 @@ class _Relaxed:
         step, shape = self.task.step, point.a.shape
         entries = self.joined(point.soft.square() * point.weights.square().view(*point.soft.shape[:3], 1))
         forward = self.maps.squares(entries).view(shape[0], step.groups, -1, step.positions).mean(2)
-        weight = self.weight * self.own
-        blocks = [step.gradient_block(row, weight) for row in self.behind.adjoint(point.delta)]
+        blocks = [step.gradient_block(row) for row in self.behind.adjoint(point.delta)]
         own = float(self.own.max())
         diagonal = forward + torch.stack([b.square().sum(1) for b in blocks]) * own**2
         floor = 1e-6 * diagonal.mean() + 1e-30

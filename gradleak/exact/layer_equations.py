@@ -15,6 +15,8 @@ convolutions, R-CONV (arXiv 2406.04227). Deviation: N examples.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
@@ -23,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradleak.structure.chain import Affine, Elementwise, Fixed
+from gradleak.structure.chain import Affine, Elementwise, Fixed, Shape
 
 __all__ = ["Composite", "Counts", "LayerEquations", "counts"]
 
@@ -106,15 +108,16 @@ class Counts:
 def counts(step: Affine, weight: Tensor, examples: int) -> Counts:
     """Count the gradient equations of one input channel, phase by phase."""
     outs = weight.shape[0] // step.groups
-    if step.linear:
-        return Counts(outs, min(outs, examples), examples)
     axes = []
-    for axis, before in ((0, step.padding[0]), (1, step.padding[2])):
-        stride, size = step.stride[axis], step.in_shape[1 + axis]
-        taps = [(t * step.dilation[axis] - before) % stride for t in range(weight.shape[2 + axis])]
+    for size, n, stride, (before, _), dilation in zip(
+        step.in_shape[1:], step.taps, step.stride, step.padding, step.dilation, strict=True
+    ):
+        taps = [(t * dilation - before) % stride for t in range(n)]
         axes.append([(taps.count(a), len(range(a, size, stride))) for a in range(stride)])
-    pairs = [(outs * t * u, examples * p * q) for t, p in axes[0] for u, q in axes[1]]
-    return Counts(sum(r for r, _ in pairs), sum(min(pair) for pair in pairs), sum(v for _, v in pairs))
+    phases = [
+        [math.prod(part) for part in zip((outs, examples), *each, strict=True)] for each in itertools.product(*axes)
+    ]
+    return Counts(sum(r for r, _ in phases), sum(map(min, phases)), sum(v for _, v in phases))
 
 
 @final
@@ -140,11 +143,11 @@ class LayerEquations:
         self.step, self.maps, self.behind = step, maps, Composite(maps.steps[1:], maps.params)
         self.pull, self.weight = self.behind.adjoint(pull), maps.params[step.weight_name]
         self.count, self.per = len(pull), step.channels // step.groups
-        self.outs, self.taps = len(self.weight) // step.groups, self.weight[0, 0].numel()
+        self.outs, self.taps = len(self.weight) // step.groups, math.prod(step.taps)
         rows, size = self.outs * self.taps, self.count * step.positions
         self.block, self.target = pull.new_zeros(step.groups, 0, size), pull.new_zeros(step.groups, self.per, 0)
         if gradient is not None and step.groups * rows * size <= _NUMBERS and bool((gradient != 0).any()):
-            self.block = torch.cat([step.gradient_block(row, self.weight) for row in self.pull], 2)
+            self.block = torch.cat([step.gradient_block(row) for row in self.pull], 2)
             self.target = self._equations(gradient.to(pull)[None])[0]
 
     @property
@@ -162,25 +165,30 @@ class LayerEquations:
 
         Where a stride does not divide the plane, zeros are added.
         """
-        (high, wide), (height, width), (tall, broad) = self._planes
-        u = F.pad(u.view(*u.shape[:2], self.count, height, width), (0, broad * wide - width, 0, tall * high - height))
-        parts = u.view(*u.shape[:3], tall, high, broad, wide).permute(0, 4, 6, 1, 2, 3, 5)
-        return parts.reshape(len(u), high * wide, u.shape[1], -1)
+        sizes, strides, phase = self._planes
+        pads = [p for n, s, q in zip(sizes, strides, phase, strict=True) for p in (s * q - n, 0)]
+        u = F.pad(u.view(*u.shape[:2], self.count, *sizes), pads[::-1])
+        both = [n for pair in zip(phase, strides, strict=True) for n in pair]
+        axes = range(3, 3 + 2 * len(sizes), 2)
+        parts = u.view(*u.shape[:3], *both).permute(0, *(a + 1 for a in axes), 1, 2, *axes)
+        return parts.reshape(len(u), math.prod(strides), u.shape[1], -1)
 
     def join(self, u: Tensor) -> Tensor:
         """Undo :meth:`split`."""
-        (high, wide), (height, width), (tall, broad) = self._planes
-        parts = u.view(len(u), high, wide, -1, self.count, tall, broad).permute(0, 3, 4, 5, 1, 6, 2)
-        whole = parts.reshape(*parts.shape[:3], tall * high, broad * wide)[..., :height, :width]
+        sizes, strides, phase = self._planes
+        d = len(sizes)
+        parts = u.view(len(u), *strides, -1, self.count, *phase)
+        parts = parts.permute(0, 1 + d, 2 + d, *(a for i in range(d) for a in (3 + d + i, 1 + i)))
+        whole = parts.reshape(*parts.shape[:3], *(s * q for s, q in zip(strides, phase, strict=True)))
+        for axis, n in enumerate(sizes):
+            whole = whole.narrow(3 + axis, 0, n)
         return whole.reshape(*parts.shape[:2], -1)
 
     @property
-    def _planes(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-        """Stride, plane of a channel, and plane of a phase."""
-        if self.step.linear:
-            return (1, 1), (1, 1), (1, 1)
-        (high, wide), (height, width) = self.step.stride, self.step.in_shape[1:]
-        return (high, wide), (height, width), (-(-height // high), -(-width // wide))
+    def _planes(self) -> tuple[Shape, Shape, Shape]:
+        """Size of a channel, stride, and size of a phase along every axis."""
+        sizes, strides = self.step.in_shape[1:], self.step.stride
+        return sizes, strides, tuple(-(-n // s) for n, s in zip(sizes, strides, strict=True))
 
     def channels(self, v: Tensor) -> Tensor:
         """Return inputs (k, N, n) as (g, k · channels, N · p)."""
@@ -212,6 +220,6 @@ class LayerEquations:
         """Return the gradient's change at inputs (N, n) for changes (k, N, m) of the output gradients."""
         if not self.shared:
             return pulls.new_zeros(len(pulls), *self.target.shape)
-        patches = torch.cat([self.step.patches(own, self.weight) for own in values], 2)  # (g, c · t, N · L)
+        patches = torch.cat([self.step.patches(own) for own in values], 2)  # (g, c · t, N · L)
         maps = self.behind.adjoint(pulls.flatten(0, 1)).view(*pulls.shape[:2], self.step.groups, self.outs, -1)
         return self._equations(maps.permute(0, 2, 3, 1, 4).flatten(3) @ patches.mT)

@@ -123,7 +123,7 @@ def _through(matrix: Tensor, layer: Affine, whole: ChainMap, delta: Tensor, patc
     """
     composite = Composite((layer,), whole.params)
     weight, scale = whole.params[layer.weight_name].to(matrix), whole.scales[layer.weight_name]
-    block, patches = layer.gradient_block(delta * scale, weight).to(matrix), (patches * scale).to(matrix)
+    block, patches = layer.gradient_block(delta * scale).to(matrix), (patches * scale).to(matrix)
     groups, per, size, m, n = layer.groups, layer.channels // layer.groups, layer.positions, layer.outputs, layer.inputs
     outs, length = layer.out_shape[0] // groups, patches.shape[-1]
     taps, blocks = patches.shape[1] // per, block.view(groups, outs, -1, size)

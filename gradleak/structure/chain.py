@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ _TIED = 1e-9
 
 _FEW = 8
 """Up to this many rows PyTorch's own adjoint is quicker."""
+
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,160 +67,170 @@ class Step(ABC):
 @final
 @dataclass(frozen=True, eq=False)
 class Affine(Step):
-    """A linear layer or a 2-d convolution; a linear layer is a convolution of one position.
+    """A convolution along any number of axes; a linear layer is one along none, of one position.
 
     Attributes:
         weight_name: the weight among the model's parameters.
         bias_name: the bias, None where there is none.
-        stride: steps of the kernel along height and width.
-        padding: zeros added at (top, bottom, left, right).
-        dilation: spacing of the kernel's taps.
+        taps: size of the kernel along every axis.
+        stride: steps of the kernel along every axis.
+        padding: zeros added (before, after) along every axis.
+        dilation: spacing of the kernel's taps along every axis.
         groups: number of separate channel groups.
-        linear: whether the model computes it as a linear layer.
 
     """
 
     weight_name: str = ""
     bias_name: str | None = None
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    taps: Shape = ()
+    stride: Shape = ()
+    padding: tuple[tuple[int, int], ...] = ()
+    dilation: Shape = ()
     groups: int = 1
-    linear: bool = False
+
+    @property
+    def linear(self) -> bool:
+        """Whether it is a linear layer."""
+        return not self.taps
 
     def forward(self, x: Tensor, params: Tensors) -> Tensor:
         """Return W x + b."""
-        weight = params[self.weight_name]
         bias = None if self.bias_name is None else params[self.bias_name]
+        return self._map(x, params[self.weight_name], bias)
+
+    def _map(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.linear:
             return F.linear(x, weight, bias)
-        return self._conv(x, weight, bias)
+        pads: Shape = tuple(before for before, _ in self.padding)
+        if any(before != after for before, after in self.padding):
+            x, pads = F.pad(x, self._pads), (0,) * len(pads)
+        convolve = _CONVOLUTIONS[len(self.taps) - 1]
+        return convolve(x, self.kernel(weight), bias, self.stride, pads, self.dilation, self.groups)
 
-    def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        top, bottom, left, right = self.padding
-        pad: int | tuple[int, int] = (top, left)
-        if (top, left) != (bottom, right):
-            x, pad = F.pad(x, (left, right, top, bottom)), 0
-        return F.conv2d(x, weight, bias, self.stride, pad, self.dilation, self.groups)
+    def kernel(self, weight: Tensor) -> Tensor:
+        """Return the weight in the form that torch's convolutions take; a view."""
+        return weight.reshape(*weight.shape[:2], *self.taps)
+
+    @property
+    def _pads(self) -> list[int]:
+        """The padding in the form that torch takes, last axis first."""
+        return [p for pair in reversed(self.padding) for p in pair]
+
+    @property
+    def _padded(self) -> Shape:
+        """Size of the padded input along every axis."""
+        return tuple(n + sum(pair) for n, pair in zip(self.in_shape[1:], self.padding, strict=True))
+
+    def _inside(self, x: Tensor) -> Tensor:
+        """Return padded values (..., *padded) without the padding."""
+        for axis, (n, (before, _)) in enumerate(zip(self.in_shape[1:], self.padding, strict=True)):
+            x = x.narrow(axis - len(self.padding), before, n)
+        return x
+
+    def _under(self, tap: Shape, padded: Tensor) -> Tensor:
+        """Return the padded values (..., *padded) that lie under a tap at all output positions; a view."""
+        each = zip(tap, self.dilation, self.stride, self.out_shape[1:], strict=True)
+        places: tuple[Any, ...] = (..., *(slice(t * d, t * d + (n - 1) * s + 1, s) for t, d, s, n in each))
+        return padded[places]
 
     def apply(self, v: Tensor, weight: Tensor) -> Tensor:
         """Return K v for rows v: (k, n) → (k, m)."""
-        if self.linear:
-            return v @ weight.T
-        return self._conv(v.reshape(-1, *self.in_shape), weight).flatten(1)
+        return self._map(v.reshape(-1, *self.in_shape), weight).flatten(1)
 
     def adjoint(self, u: Tensor, weight: Tensor) -> Tensor:
         """Return Kᵀ u for rows u: (k, m) → (k, n)."""
         if self.linear:
             return u @ weight
-        u = u.reshape(-1, *self.out_shape)
+        u, axes = u.reshape(-1, *self.out_shape), len(self.taps)
         if len(u) <= _FEW:
-            top, bottom, left, right = self.padding
-            channels, height, width = self.in_shape
-            x = u.new_zeros(()).expand(len(u), channels, height + top + bottom, width + left + right)
-            options = (self.stride, (0, 0), self.dilation, False, (0, 0), self.groups, (True, False, False))
-            full = torch.ops.aten.convolution_backward(u, x, weight, None, *options)[0]
-            return full[:, :, top : top + height, left : left + width].flatten(1)
+            like, zeros = u.new_zeros(()).expand(len(u), self.channels, *self._padded), (0,) * axes
+            options = (self.stride, zeros, self.dilation, False, zeros, self.groups, (True, False, False))
+            full = torch.ops.aten.convolution_backward(u, like, self.kernel(weight), None, *options)[0]
+            return self._inside(full).flatten(1)
         # Convolving phase by phase beats a transposed convolution, and small chunks stay in the cache.
         kernel, pads = self._phases(weight)
         found = u.new_empty(len(u), *self.in_shape)
         for rows, target in zip(u.split(_CHUNK), found.split(_CHUNK), strict=True):
-            phases = F.conv2d(F.pad(rows, pads), kernel, groups=self.groups)
+            phases = _CONVOLUTIONS[axes - 1](F.pad(rows, pads), kernel, groups=self.groups)
             phases = phases.view(len(rows), -1, *self.stride, *phases.shape[2:])
             # One phase after another: a single permuted copy takes twice as long.
-            for a, b in itertools.product(*map(range, self.stride)):
-                part = target[:, :, a :: self.stride[0], b :: self.stride[1]]
-                part.copy_(phases[:, :, a, b, : part.shape[2], : part.shape[3]])
+            for phase in itertools.product(*map(range, self.stride)):
+                steps: Any = (..., *(slice(a, None, s) for a, s in zip(phase, self.stride, strict=True)))
+                part = target[steps]
+                crop: Any = (slice(None), slice(None), *phase, *map(slice, part.shape[2:]))
+                part.copy_(phases[crop])
         return found.flatten(1)
 
     def weight_gradient(self, u: Tensor, v: Tensor, weight: Tensor) -> Tensor:
         """Return the weight's gradient for output gradients u (k, m) and inputs v (k, n), summed over the rows."""
         if self.linear:
             return u.T @ v
-        top, bottom, left, right = self.padding
-        x = F.pad(v.reshape(-1, *self.in_shape), (left, right, top, bottom))
-        options = (self.stride, (0, 0), self.dilation, False, (0, 0), self.groups, (False, True, False))
+        x, zeros = F.pad(v.reshape(-1, *self.in_shape), self._pads), (0,) * len(self.taps)
+        options = (self.stride, zeros, self.dilation, False, zeros, self.groups, (False, True, False))
         u = u.reshape(-1, *self.out_shape)
-        found: Tensor = torch.ops.aten.convolution_backward(u, x, weight, None, *options)[1]
-        return found
+        found: Tensor = torch.ops.aten.convolution_backward(u, x, self.kernel(weight), None, *options)[1]
+        return found.view(weight.shape)
 
-    def _phases(self, weight: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+    def _phases(self, weight: Tensor) -> tuple[Tensor, list[int]]:
         """Return the adjoint's kernels, one per position modulo the stride, and how to pad for them.
 
         With input position i = s·q + a and tap t = a + p − s·d (in units of the dilation), the adjoint is
         x[s·q + a] = Σ_d w[t] u[q + d]: a plain convolution for each of the s phases a.
         """
         pads: list[int] = []
-        taps: list[Tensor] = []
-        for axis, before in ((0, self.padding[0]), (1, self.padding[2])):
-            stride, spread, size = self.stride[axis], self.dilation[axis], weight.shape[2 + axis]
-            reach = spread * (size - 1)
+        shape: list[int] = []
+        kernel = F.pad(self.kernel(weight), (0, 1) * len(self.taps))  # The last tap is zero.
+        for axis, (stride, spread, size) in enumerate(zip(self.stride, self.dilation, self.taps, strict=True)):
+            before, reach = self.padding[axis][0], spread * (size - 1)
             low = -((reach - before) // stride)
             high = (stride - 1 + before) // stride
             phase = torch.arange(stride)[:, None] + before - stride * torch.arange(low, high + 1)
             valid = (phase >= 0) & (phase <= reach) & (phase % spread == 0)
-            taps.append(torch.where(valid, phase // spread, size))  # the last index is a zero tap
-            quotient = -(-self.in_shape[1 + axis] // stride)
-            pads = [-low, quotient + high - self.out_shape[1 + axis], *pads]
-        padded = F.pad(weight, (0, 1, 0, 1))
-        (sh, dh), (sw, dw) = taps[0].shape, taps[1].shape
-        kernel = padded[:, :, taps[0].flatten()][..., taps[1].flatten()]
-        outs, ins = weight.shape[0] // self.groups, weight.shape[1]
-        kernel = kernel.reshape(self.groups, outs, ins, sh, dh, sw, dw).permute(0, 2, 3, 5, 1, 4, 6)
-        return kernel.reshape(self.groups * ins * sh * sw, outs, dh, dw), (pads[0], pads[1], pads[2], pads[3])
+            taps = torch.where(valid, phase // spread, size)
+            kernel = kernel.index_select(2 + axis, taps.flatten().to(weight.device))
+            shape += taps.shape
+            pads = [-low, -(-self.in_shape[1 + axis] // stride) + high - self.out_shape[1 + axis], *pads]
+        kernel = kernel.reshape(self.groups, -1, weight.shape[1], *shape)
+        kernel = kernel.permute(0, 2, *range(3, kernel.ndim, 2), 1, *range(4, kernel.ndim, 2))
+        return kernel.reshape(-1, weight.shape[0] // self.groups, *shape[1::2]), pads
 
     @property
     def positions(self) -> int:
         """Number of values of one input channel."""
-        return 1 if self.linear else self.in_shape[1] * self.in_shape[2]
+        return math.prod(self.in_shape[1:])
 
     @property
     def channels(self) -> int:
         """Number of input channels; every value of a linear layer's input is a channel of its own."""
         return self.in_shape[0]
 
-    def gradient_block(self, delta: Tensor, weight: Tensor) -> Tensor:
+    def gradient_block(self, delta: Tensor) -> Tensor:
         """Return M, (groups, r, p): the weight gradient of one input channel is M times that channel's p values.
 
         M depends on the output gradient ``delta`` (m,) only, so all channels of a group share it; the r rows are
         (output channel, tap).
         """
-        if self.linear:
-            return delta.reshape(1, -1, 1)
-        top, bottom, left, right = self.padding
-        (_, height, width), (outs, high, wide) = self.in_shape, self.out_shape
-        (down, across), (sh, sw), (dh, dw) = weight.shape[2:], self.stride, self.dilation
-        size = (outs, down, across, height + top + bottom, width + left + right)
-        spread = torch.zeros(size, dtype=delta.dtype, device=delta.device)
-        maps = delta.reshape(outs, high, wide)
-        for i in range(down):
-            for j in range(across):
-                rows = slice(i * dh, i * dh + (high - 1) * sh + 1, sh)
-                columns = slice(j * dw, j * dw + (wide - 1) * sw + 1, sw)
-                spread[:, i, j, rows, columns] = maps
-        inside = spread[..., top : top + height, left : left + width]
-        return inside.reshape(self.groups, -1, self.positions)
+        spread = delta.new_zeros(*self.taps, self.out_shape[0], *self._padded)
+        for tap in itertools.product(*map(range, self.taps)):
+            self._under(tap, spread[tap]).copy_(delta.reshape(self.out_shape))
+        spread = spread.movedim(len(self.taps), 0)
+        return self._inside(spread).reshape(self.groups, -1, self.positions)
 
-    def patches(self, x: Tensor, weight: Tensor) -> Tensor:
+    def patches(self, x: Tensor) -> Tensor:
         """Return the input values under every tap, (groups, channels per group · taps, output positions)."""
-        if self.linear:
-            return x.reshape(1, -1, 1)
-        top, bottom, left, right = self.padding
-        padded = F.pad(x.reshape(1, *self.in_shape), (left, right, top, bottom))
-        columns = F.unfold(padded, tuple(weight.shape[2:]), self.dilation, 0, self.stride)[0]
-        wanted = self.out_shape[1] * self.out_shape[2]
-        return columns[:, :wanted].reshape(self.groups, -1, wanted)
+        padded, axes = F.pad(x.reshape(self.in_shape), self._pads), len(self.taps)
+        for axis, (n, d, s) in enumerate(zip(self.taps, self.dilation, self.stride, strict=True)):
+            padded = padded.unfold(1 + axis, d * (n - 1) + 1, s)[..., ::d]
+        order = (0, *range(1 + axes, 1 + 2 * axes), *range(1, 1 + axes))
+        return padded.permute(order).reshape(self.groups, -1, math.prod(self.out_shape[1:]))
 
-    def folded(self, columns: Tensor, weight: Tensor) -> Tensor:
+    def folded(self, columns: Tensor) -> Tensor:
         """Return the transpose of :meth:`patches`, (1, n)."""
-        if self.linear:
-            return columns.view(1, -1)
-        top, bottom, left, right = self.padding
-        _, height, width = self.in_shape
-        size = (height + top + bottom, width + left + right)
-        rows = columns.reshape(1, -1, columns.shape[-1])
-        full = F.fold(rows, size, tuple(weight.shape[2:]), self.dilation, 0, self.stride)
-        return full[:, :, top : top + height, left : left + width].reshape(1, -1)
+        columns = columns.view(self.channels, *self.taps, *self.out_shape[1:]).movedim(0, len(self.taps))
+        full = columns.new_zeros(self.channels, *self._padded)
+        for tap in itertools.product(*map(range, self.taps)):
+            self._under(tap, full).add_(columns[tap])
+        return self._inside(full).reshape(1, -1)
 
 
 @final

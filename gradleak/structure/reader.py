@@ -27,7 +27,7 @@ from gradleak.training import output_tensors
 
 __all__ = ["trace_chain"]
 
-_LAYERS = ("linear", "conv2d")
+_LAYERS = ("linear", "conv1d", "conv2d", "conv3d")
 _POOLS = ("max_pool2d", "adaptive_max_pool2d")
 _CASTS = ("to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda")
 _FAR = 64.0
@@ -342,20 +342,20 @@ def _affine(
     call: _Call, names: dict[str, str | None], weight: Tensor, source: Shape, target: Shape, *,
     stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
 ) -> Affine:  # fmt: skip
-    step, spread = _pair(stride), _pair(dilation)
-    linear = call.key == "linear"
+    taps = tuple(weight.shape[2:])
+
+    def each(value: Any) -> Shape:
+        return tuple(int(v) for v in value) if len(tuple(value)) == len(taps) else (int(value[0]),) * len(taps)
+
+    stride, dilation = (each([v] if isinstance(v, int) else v) for v in (stride, dilation))
     if padding == "same":
-        total = [spread[i] * (weight.shape[2 + i] - 1) for i in (0, 1)]
-        pads = (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
+        total = [d * (n - 1) for d, n in zip(dilation, taps, strict=True)]
+        pads = tuple((t // 2, t - t // 2) for t in total)
     else:
-        high, wide = _pair(0 if padding == "valid" else padding)
-        pads = (high, high, wide, wide)
+        padding = 0 if padding == "valid" else padding
+        pads = tuple((p, p) for p in each([padding] if isinstance(padding, int) else padding))
     assert names["weight"] is not None
-    return Affine(call.label, source, target, names["weight"], names["bias"], step, pads, spread, groups, linear)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+    return Affine(call.label, source, target, names["weight"], names["bias"], taps, stride, pads, dilation, groups)
 
 
 def _maximum(call: _Call, source: Shape, target: Shape) -> Maximum:

@@ -12,6 +12,7 @@ from gradleak.exact import counting, normal_matrix
 from gradleak.exchange import Client, simulate
 from gradleak.metrics import assign
 from gradleak.models import dlg_resnet, lenet, resnet18
+from gradleak.spaces import TensorSpace
 from gradleak.threat import Knowledge, ThreatModel
 from gradleak.training import SGD, FedAvg, FedSGD, LocalTraining
 from gradleak.types import Batch
@@ -73,6 +74,23 @@ def test_only_the_batch_size_is_needed() -> None:
     assert simulate(client, recursion(), threat=ThreatModel(Knowledge.BATCH_SIZE)).reconstruction.status == "exact"
     with pytest.raises(MissingKnowledge):
         simulate(client, recursion(), threat=ThreatModel(Knowledge.NOTHING))
+
+
+def test_signals_and_volumes() -> None:
+    torch.manual_seed(0)
+    signal = nn.Sequential(
+        nn.Conv1d(2, 8, 5, padding=2), nn.ReLU(), nn.Conv1d(8, 16, 5, padding=2, stride=2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(16 * 12, 5),
+    )  # fmt: skip
+    volume = nn.Sequential(nn.Conv3d(1, 8, 3, padding=1), nn.Sigmoid(), nn.Flatten(), nn.Linear(8 * 120, 5))
+    for model, shape in ((signal, (2, 24)), (volume, (1, 4, 5, 6))):
+        x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
+        exchange = simulate(Client(model, Batch(x, torch.tensor([2]))), recursion(), space=TensorSpace(shape))
+        found = exchange.reconstruction
+        assert found.status == "exact", found.notes
+        assert found.certificate is not None
+        assert found.certificate.verdict == "proved"
+        assert float((found.inputs - x).square().mean()) < 1e-10
 
 
 def test_what_it_cannot_do_is_an_answer() -> None:

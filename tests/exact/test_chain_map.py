@@ -23,10 +23,14 @@ CONVOLUTIONS = [
     nn.Conv2d(2, 4, 3, stride=3, dilation=2, padding=1),
     nn.Conv2d(2, 4, 3, padding="same", dilation=2),
     nn.Conv2d(1, 3, 2, stride=3),
+    nn.Conv1d(4, 6, 5, stride=2, padding=2, dilation=2, groups=2),
+    nn.Conv1d(2, 4, 3, padding="same"),
+    nn.Conv3d(2, 4, (3, 2, 3), stride=(2, 1, 3), padding=(1, 0, 2), groups=2),
 ]
 
 
-def affine(conv: nn.Conv2d, size: tuple[int, int]) -> tuple[Affine, Tensor]:
+def affine(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[Affine, Tensor]:
+    size = (9, 8, 7)[: conv.weight.ndim - 2]
     model = nn.Sequential(conv, nn.Flatten(), nn.LazyLinear(2))
     model(torch.zeros(1, conv.in_channels, *size))
     chain = trace_chain(model.double(), (conv.in_channels, *size))
@@ -37,27 +41,28 @@ def affine(conv: nn.Conv2d, size: tuple[int, int]) -> tuple[Affine, Tensor]:
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 @pytest.mark.parametrize("conv", CONVOLUTIONS, ids=str)
-def test_convolution_parts(conv: nn.Conv2d) -> None:
-    step, weight = affine(conv, (9, 8))
+def test_convolution_parts(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+    step, weight = affine(conv)
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(1, *step.in_shape, generator=draw, dtype=torch.float64)
     delta = torch.randn(step.outputs, generator=draw, dtype=torch.float64)
     leaf, kernel = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    out = step._conv(leaf, kernel)
+    out = step._map(leaf, kernel)
     dx, dw = torch.autograd.grad(out, (leaf, kernel), delta.reshape(out.shape))
     assert torch.allclose(out.detach().flatten(), step.apply(x.flatten(1), weight)[0])
     assert torch.allclose(dx.flatten(), step.adjoint(delta[None], weight)[0])
+    assert torch.allclose(dx.flatten(), step.adjoint(delta.expand(9, -1), weight)[8])
     # Both readings of the weight gradient: linear in the input, linear in the output gradient.
-    block = step.gradient_block(delta, weight)
+    block = step.gradient_block(delta)
     per = step.channels // step.groups
     by_input = torch.einsum("grp,gcp->gcr", block, x.reshape(step.groups, per, -1))
-    wanted = dw.reshape(step.groups, -1, per, weight.shape[2] * weight.shape[3]).transpose(1, 2).flatten(2)
+    wanted = dw.reshape(step.groups, -1, per, weight[0, 0].numel()).transpose(1, 2).flatten(2)
     assert torch.allclose(by_input, wanted)
-    patches = step.patches(x, weight)
+    patches = step.patches(x)
     by_delta = torch.einsum("gkl,gol->gok", patches, delta.reshape(step.groups, -1, patches.shape[-1]))
     assert torch.allclose(by_delta.reshape(dw.shape), dw)
     columns = torch.randn(patches.shape, generator=draw, dtype=torch.float64)
-    assert torch.allclose((columns * patches).sum(), step.folded(columns, weight)[0] @ x.flatten())
+    assert torch.allclose((columns * patches).sum(), step.folded(columns)[0] @ x.flatten())
 
 
 def left_sides(whole: ChainMap, chain: Chain, params: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:

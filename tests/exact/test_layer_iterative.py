@@ -153,13 +153,16 @@ def test_it_ends_when_it_is_told_to() -> None:
 @pytest.mark.parametrize(
     ("conv", "size"),
     [(nn.Conv2d(2, 6, 3), (8, 12)), (nn.Conv2d(3, 4, 5, stride=2, padding=2), (8, 12)),
-     (nn.Conv2d(2, 4, 3, stride=(2, 1), dilation=2), (9, 7)), (nn.Conv2d(4, 6, (2, 3), stride=3, groups=2), (8, 10))],
+     (nn.Conv2d(2, 4, 3, stride=(2, 1), dilation=2), (9, 7)), (nn.Conv2d(4, 6, (2, 3), stride=3, groups=2), (8, 10)),
+     (nn.Conv1d(2, 5, 4, stride=3, padding=1), (20,)), (nn.Conv3d(2, 3, 2, stride=(1, 2, 1), padding=1), (3, 4, 3))],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("pooled", [False, True])
-def test_the_system_is_the_normal_matrix_of_the_equations(conv: nn.Conv2d, size: tuple[int, int], pooled: bool) -> None:
+def test_the_system_is_the_normal_matrix_of_the_equations(
+    conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, size: tuple[int, ...], pooled: bool
+) -> None:
     draw = torch.Generator().manual_seed(0)
-    behind = [nn.AvgPool2d(2)] if pooled else []
+    behind = [(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)[len(size) - 1](2)] if pooled else []
     shape = (conv.in_channels, *size)
     body = nn.Sequential(conv, *behind, nn.Flatten()).double()
     model = nn.Sequential(*body, nn.Linear(body(torch.zeros(1, *shape, dtype=torch.float64)).numel(), 5)).double()
