@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradleak.attacks.certifying import certified
-from gradleak.attacks.findings import find_besides
+from gradleak.attacks.findings import find_besides, named_ids
 from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import InvalidInput, MissingKnowledge, NotApplicable
 from gradleak.proof.certify import unproved
@@ -90,7 +90,11 @@ class Attack:
                 )
             _check_inputs(observation)
         begin, limit = time.perf_counter(), Deadline(getattr(self, "budget", None), within=deadline)
-        found = self._reconstruct(list(observations), seed, _timed(callback, limit))
+        try:
+            found = self._reconstruct(list(observations), seed, _timed(callback, limit))
+        except NotApplicable as error:  # What an embedding's gradient names is there all the same.
+            error.findings = error.findings or named_ids(observations[0])
+            raise
         share = (time.perf_counter() - begin) / len(found)
         return [self._finished(o, r, share, seed, limit) for o, r in zip(observations, found, strict=True)]
 
@@ -134,8 +138,8 @@ def _check_inputs(observation: Observation) -> None:
     error = observation.misfit
     if error is not None:
         besides = find_besides(observation)
-        told = ["Ids that are looked up are described by TokenSpace.", *(f.text for f in besides)]
-        refusal = NotApplicable(f"{error} {' '.join(told)}")
+        told = [*(f.text for f in besides), str(error), "Ids that are looked up are described by TokenSpace."]
+        refusal = NotApplicable(" ".join(told))
         refusal.findings = besides
         raise refusal from error
 

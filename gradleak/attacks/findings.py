@@ -14,7 +14,7 @@ from gradleak.errors import InvalidModel, NotApplicable
 from gradleak.threat import Observation
 from gradleak.types import Finding, FindingKind
 
-__all__ = ["embedding_rows", "find_besides"]
+__all__ = ["embedding_rows", "find_besides", "named_ids"]
 
 _SHOWN = 12
 """Identifiers that a sentence names."""
@@ -22,12 +22,17 @@ _SHOWN = 12
 
 def find_besides(observation: Observation) -> tuple[Finding, ...]:
     """Return what the update shows without a search: labels at the head, rows of embeddings."""
-    found = [_named_rows(name, rows, size) for name, (rows, size) in embedding_rows(observation).items()]
+    found = list(named_ids(observation))
     with suppress(NotApplicable, InvalidModel, RuntimeError, TypeError, IndexError):
         labels = _labels(observation)
         if labels is not None:
             found.append(labels)
     return tuple(found)
+
+
+def named_ids(observation: Observation) -> tuple[Finding, ...]:
+    """Return which ids the gradients of embeddings name."""
+    return tuple(_named_rows(name, rows, size) for name, (rows, size) in embedding_rows(observation).items())
 
 
 def embedding_rows(observation: Observation) -> dict[str, tuple[list[int], int]]:

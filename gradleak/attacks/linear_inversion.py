@@ -76,7 +76,7 @@ class _Reader:
         if layer is None:
             raise NotApplicable(
                 "Linear inversion needs a linear layer that sees the flattened input itself, and this model has none; "
-                "use recursion() or matching."
+                "use recursion() or matching, or entity_embeddings() where columns are looked up."
             )
         if layer.bias_name is None:
             raise NotApplicable(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gradleak.errors import NotApplicable
 from gradleak.structure.probe import linear_inputs, probe_inputs, run_quietly
 from gradleak.training import output_tensors
 
@@ -42,7 +43,13 @@ def find_input_layer(model: nn.Module, params: Mapping[str, Tensor], shape: tupl
     like = next(iter(params.values()))
     probe = _FAR * (probe_inputs(shape, 2, like) - 0.5)
     found: list[InputLayer] = []
-    for name, values in linear_inputs(model, params, probe).items():
+    try:
+        seen = linear_inputs(model, params, probe)
+    except NotApplicable:
+        if any(isinstance(m, nn.Embedding) for m in model.modules()):
+            return None  # It looks its inputs up, so that no such probe is one.
+        raise
+    for name, values in seen.items():
         module = model.get_submodule(name)
         assert isinstance(module, nn.Linear)
         weight = names.get(id(module.weight), "")

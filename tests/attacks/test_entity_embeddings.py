@@ -87,6 +87,13 @@ def test_columns_that_go_past_the_layer_are_refused_with_the_codes() -> None:
     assert [f.count for f in refusal.value.findings] == [1, 1]
 
 
+def test_every_refusal_says_what_the_embeddings_name() -> None:
+    batch = gl.Batch(SPACE.encode(ROWS[:1]).float(), torch.tensor([1]))
+    with pytest.raises(NotApplicable, match="entity_embeddings") as refusal:
+        gl.simulate(gl.Client(Net(), batch), gl.attacks.linear_inversion(), space=SPACE)
+    assert [f.kind for f in refusal.value.findings] == ["columns", "columns"]
+
+
 def test_models_without_embeddings_are_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     with pytest.raises(NotApplicable, match="no column up"):
