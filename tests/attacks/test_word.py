@@ -262,7 +262,8 @@ def test_exact_rows_of_a_batch_stay_and_the_rest_is_searched_around_them() -> No
     both = gl.simulate(client, auto(budget=10, iterations=30), space=gl.TensorSpace((30,))).reconstruction
     near = torch.cdist(x, both.inputs).min(1).values
     assert int((near < 1e-4).sum()) >= solved
-    assert any(f.kind is FindingKind.ROWS and f.count == solved for f in both.findings)
+    # SPEAR may solve them all.
+    assert both.status == "exact" or any(f.kind is FindingKind.ROWS and f.count >= solved for f in both.findings)
 
 
 @pytest.mark.parametrize("form", ["list", "numpy", "sparse", "mapping"])
