@@ -54,7 +54,6 @@ class Noise:
     Attributes:
         weights: one over the deviation, zero where it has none: for each tensor one number (), or (n,).
         deviations: measured rounding of the update without its factors, k samples.
-        centered: whether what the samples have in common is no noise.
         factors: by which each tensor was multiplied.
         extra: deviation of what comes beside rounding, None where nothing does.
         relative: norm of the deviations relative to the update.
@@ -65,7 +64,6 @@ class Noise:
 
     weights: Parts
     deviations: list[Parts]
-    centered: bool
     factors: list[float]
     extra: Parts | None
     relative: float
@@ -91,8 +89,6 @@ class Noise:
     def samples(self) -> Tensor:
         """Whitened samples of the noise, (k, m)."""
         samples = torch.stack([torch.cat(_each(torch.mul, sample, self.factors)) for sample in self.deviations])
-        if self.centered:
-            samples = (samples - samples.mean(0)) * _grown(len(samples))
         if self.extra is not None:
             draw = torch.Generator().manual_seed(self.seed)
             known = torch.cat(self.extra)
@@ -246,14 +242,13 @@ class Explanation:
     def _fitted(self, simulated: Parts, deviations: list[Parts]) -> Fit | None:
         """Return the comparison of an update by samples of its rounding; None where these are not finite."""
         count, eps = len(deviations), torch.finfo(self.arithmetic).eps
-        centered = count > 1 and self.arithmetic is not torch.float64
-        shift, grown = [p.new_zeros(()) for p in simulated], _grown(count) if centered else 1.0
-        if centered:
+        if count > 1 and self.arithmetic is not torch.float64:
             # Where p − y nearly cancels, single precision is off in the same way every time: that is no noise, but what
             # the client computes.
             shift = [_mean(samples) for samples in zip(*deviations, strict=True)]
-            simulated = _each(torch.add, simulated, shift)
-        norms = [[grown * _norm(d - h) for d, h in zip(sample, shift, strict=True)] for sample in deviations]
+            simulated, grown = _each(torch.add, simulated, shift), math.sqrt(count / (count - 1))
+            deviations = [[d.sub(h).mul_(grown) for d, h in zip(sample, shift, strict=True)] for sample in deviations]
+        norms = [[_norm(d) for d in sample] for sample in deviations]
         if not all(map(math.isfinite, chain(*norms))):
             return None
         rms = [
@@ -264,7 +259,7 @@ class Explanation:
 
         def noise(factors: list[float]) -> Noise:
             tau = [p.new_full((), max(abs(f) * r, least)) for p, f, r in zip(simulated, factors, rms, strict=True)]
-            return self._noise(tau, deviations, centered, factors)
+            return self._noise(tau, deviations, factors)
 
         tried: list[Fit] = []
         if self.simulator.known:
@@ -321,7 +316,7 @@ class Explanation:
             factor is not None,
         )
 
-    def _noise(self, rounding: Parts, deviations: list[Parts], centered: bool, factors: list[float]) -> Noise:
+    def _noise(self, rounding: Parts, deviations: list[Parts], factors: list[float]) -> Noise:
         """Return the noise of an update whose rounding has these deviations (), as measured by samples."""
         extra, stated = self._extra
         tau = rounding if extra is None else _each(torch.hypot, extra, rounding)
@@ -333,9 +328,7 @@ class Explanation:
         )
         allowed = _STATED if stated >= 0.95 * norm > 0 else _ROUNDING
         # What is infinitely uncertain weighs nothing.
-        return Noise(
-            [1 / t for t in tau], deviations, centered, factors, extra, norm / self.norm, allowed, self.seed + 1
-        )
+        return Noise([1 / t for t in tau], deviations, factors, extra, norm / self.norm, allowed, self.seed + 1)
 
     @cached_property
     def _extra(self) -> tuple[Parts | None, float]:
@@ -369,11 +362,6 @@ def _mean(vectors: Sequence[Tensor]) -> Tensor:
     for vector in vectors[1:]:
         total.add_(vector)
     return total.div_(len(vectors))
-
-
-def _grown(count: int) -> float:
-    """Return by how much a sample's deviation from the mean of ``count`` falls short of that from the truth."""
-    return math.sqrt(count / (count - 1))
 
 
 def _each(function: Callable[[Tensor, Any], Tensor], one: Parts, other: Sequence[Tensor | float]) -> Parts:
