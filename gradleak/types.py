@@ -46,6 +46,12 @@ class Batch:
     labels: Tensor
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.inputs, Tensor) and isinstance(self.labels, Tensor)):
+            raise InvalidInput(
+                f"A batch is one tensor of inputs and one of labels, not {type(self.inputs).__name__} and "
+                f"{type(self.labels).__name__}; concatenate what the model takes (codes as numbers), and wrap it in a "
+                "module that takes it apart again."
+            )
         if self.inputs.ndim == 0 or self.labels.ndim == 0:
             raise InvalidInput(
                 "A batch needs inputs and labels with examples along the first axis, also for one example; "

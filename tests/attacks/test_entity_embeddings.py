@@ -115,3 +115,23 @@ def test_what_a_mixture_looks_like_is_no_row() -> None:
     assert float(distance.max()) < 1e-9
     mixed = lookups.encode(rows).mean(0, keepdim=True)
     assert float(lookups.decode(mixed)[1]) > 0.01
+
+
+def test_a_wrapped_model_of_two_tensors_is_read() -> None:
+    class Two(Net):
+        def forward(self, numbers: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            looked_up = torch.cat([table(codes[:, i]) for i, table in enumerate(self.tables)], 1)
+            return self.body(torch.cat([looked_up, numbers], 1))
+
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Two()
+
+        def forward(self, rows: torch.Tensor) -> torch.Tensor:
+            return self.model(rows[:, ::2], rows[:, 1::2].long())
+
+    found = attack(One(), 1)
+    assert SPACE.texts(found.inputs) == SPACE.texts(ROWS[:1])
+    with pytest.raises(gl.errors.InvalidInput, match="one tensor of inputs"):
+        gl.Batch((ROWS, ROWS), torch.zeros(3))  # type: ignore[arg-type]
