@@ -12,7 +12,10 @@ from gradleak.structure.head import Head, features_and_logits, find_head
 from gradleak.threat import Observation
 from gradleak.training import CrossEntropy, TargetKind, check_reproducible, target_kind
 
-__all__ = ["align", "estimate_labels", "order_as_granted", "read_labels"]
+__all__ = ["MOST_CLASSES", "align", "estimate_labels", "labels_to_try", "order_as_granted", "read_labels"]
+
+MOST_CLASSES = 64
+"""Classes of which each is tried as the label of one example, at most."""
 
 _HARD = 0.05
 """Largest distance of a solved label from a class that is still taken for rounding."""
@@ -73,6 +76,21 @@ def read_labels(observation: Observation, inputs: Tensor) -> Labels:
         if label is not None:
             return label, None
     return _from_gradient(observation, inputs)
+
+
+def labels_to_try(observation: Observation, kind: TargetKind, outputs: Tensor) -> list[Tensor]:
+    """Return the labels of one example to try, as granted or of the form that the loss takes."""
+    granted = observation.labels
+    if granted is not None:
+        return list(granted.unique(dim=0)[:, None])
+    if kind is TargetKind.BINARY:
+        count = outputs.shape[1] if outputs.ndim == 2 else 0
+        if not 1 <= count <= 6:
+            return []
+        return [torch.tensor([[float(i >> k & 1) for k in range(count)]]).to(outputs) for i in range(2**count)]
+    if outputs.ndim != 2 or outputs.shape[1] > MOST_CLASSES:
+        return []
+    return [torch.tensor([c], device=outputs.device) for c in range(outputs.shape[1])]
 
 
 def order_as_granted(granted: Tensor | None, labels: Tensor | None, soft: Tensor | None) -> Tensor | None:

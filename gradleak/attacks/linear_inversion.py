@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gradleak.attacks.base import Attack, Callback, is_signs, present
-from gradleak.attacks.labeling import align, read_labels
+from gradleak.attacks.filtered import read_filtered
+from gradleak.attacks.labeling import MOST_CLASSES, align, labels_to_try, read_labels
 from gradleak.errors import InvalidModel, NotApplicable
 from gradleak.exact.first_layer import (
     agreement,
@@ -36,8 +37,6 @@ __all__ = ["LinearInversion", "linear_inversion"]
 
 _SUBSETS = 3000
 """Subsets of the inputs that rows agree on that are tried, at most: milliseconds each."""
-_CLASSES = 64
-"""Classes of which each is tried for a row of a batch, at most."""
 
 
 @final
@@ -102,6 +101,11 @@ class _Reader:
 
     def read(self) -> Reconstruction:
         """Return what the first layer shows."""
+        if self.size == 1:
+            close = max(self.close, self._subtraction())
+            filtered = read_filtered(self.observation, self.layer, self.bias, self.dw, self.db, close)
+            if filtered is not None:
+                return filtered
         x = invert_linear(self.dw, self.db)
         misfit = outer_product_misfit(self.dw, self.db, x)
         if misfit <= max(self.close, self._subtraction()):
@@ -325,13 +329,13 @@ class _Reader:
         ):
             share = 1.0 if getattr(simulator.undefended.loss, "reduction", "mean") == "sum" else 1 / (self.size or 1)
             wanted = self.db.double()[rows] / share
-            for label in self._labels_to_try(kind, outputs):
+            for label in labels_to_try(self.observation, kind, outputs):
                 ours = self._bias_gradient(inputs, label)
                 if ours is not None:
                     left = (ours[rows] - wanted).norm() / wanted.norm()
                     if float(left) <= 100 * self.close:
                         return True
-            if self.size is not None and outputs.shape[1] <= _CLASSES:
+            if self.size is not None and outputs.shape[1] <= MOST_CLASSES:
                 return False
         active = self._activated(inputs)
         if active is None or bool(active.all()):
@@ -369,20 +373,6 @@ class _Reader:
             return None
         found = self._bias_gradient(inputs, torch.zeros_like(outputs))
         return None if found is None else found.abs() > 1e-9 * found.abs().max()
-
-    def _labels_to_try(self, kind: TargetKind, outputs: Tensor) -> list[Tensor]:
-        """Return the labels of one example to try, as granted or of the form that the loss takes."""
-        granted = self.observation.labels
-        if granted is not None:
-            return list(granted.unique(dim=0)[:, None])
-        if kind is TargetKind.BINARY:
-            count = outputs.shape[1] if outputs.ndim == 2 else 0
-            if not 1 <= count <= 6:
-                return []
-            return [torch.tensor([[float(i >> k & 1) for k in range(count)]]).to(outputs) for i in range(2**count)]
-        if outputs.ndim != 2 or outputs.shape[1] > _CLASSES:
-            return []
-        return [torch.tensor([c], device=outputs.device) for c in range(outputs.shape[1])]
 
     def _bias_gradient(self, inputs: Tensor, label: Tensor) -> Tensor | None:
         """Return the gradient of the layer's bias for one example, None where it cannot be simulated."""

@@ -8,14 +8,22 @@ in the rows that a single example reaches, which ReLU makes common in small batc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from gradleak.errors import NotApplicable
 
-__all__ = ["agreement", "input_scale", "invert_linear", "outer_product_misfit", "single_example_inputs"]
+__all__ = [
+    "agreement",
+    "input_scale",
+    "invert_linear",
+    "outer_product_misfit",
+    "single_example_inputs",
+    "untouched",
+    "untouched_input",
+]
 
 
 def agreement(dtype: torch.dtype) -> float:
@@ -55,6 +63,52 @@ def outer_product_misfit(dw: Tensor, db: Tensor, inputs: Tensor) -> float:
     """Return the relative distance of ``dw`` (m, n) from the outer product of ``db`` (m,) and ``inputs`` (n,)."""
     dw = dw.double()
     return float((db.double()[:, None] * inputs - dw).norm() / dw.norm().clamp_min(1e-300))
+
+
+def untouched(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return which numbers of an update a filter left alone that zeroes small ones and limits large ones, None without.
+
+    Random numbers hardly tie, so a largest magnitude that several have is a limit.
+    """
+    sizes = {k: t.detach().abs() for k, t in tensors.items()}
+    top = max(float(t.max()) for t in sizes.values() if t.numel())
+    limited = sum(int((t == top).sum()) for t in sizes.values())
+    if limited < _TIES:
+        return None
+    return {k: (t > 0) & (t < top) for k, t in sizes.items()}
+
+
+_TIES = 8
+"""Numbers of the largest magnitude from which on it is taken for a limit."""
+
+
+def untouched_input(dw: Tensor, db: Tensor, kept_w: Tensor, kept_b: Tensor) -> tuple[Tensor, float, float] | None:
+    """Return a linear layer's input from what a filter left alone of one example's gradient, medians over the rows.
+
+    Args:
+        dw: (m, n) weight gradient.
+        db: (m,) bias gradient.
+        kept_w: (m, n) which of its entries are untouched.
+        kept_b: (m,) the same.
+
+    Returns:
+        The input (n,), the relative distance of the untouched entries from the outer product, and a bound on the error
+        of values of which every entry was zeroed. None where fewer than two rows are left, or every entry of some
+        value was limited.
+
+    """
+    dw, db = dw.double()[kept_b], db.double()[kept_b]
+    kept = kept_w[kept_b]
+    seen = kept.sum(0)
+    limited = ((dw != 0) & ~kept).any(0)
+    if len(db) < 2 or bool(((seen == 0) & limited).any()) or int(kept.sum()) < 2 * dw.shape[1]:
+        return None
+    median = torch.where(kept, dw / db[:, None], math.nan).nanmedian(0).values.nan_to_num()
+    misfit = float((torch.where(kept, dw - db[:, None] * median, 0.0)).norm() / dw[kept].norm())
+    power = torch.where(kept, db[:, None].square(), 0.0).sum(0)
+    fitted = torch.where(kept, dw * db[:, None], 0.0).sum(0) / power.clamp_min(1e-300)
+    hidden = float(dw[kept].abs().min() / db.abs().max()) if bool((seen == 0).any()) else 0.0
+    return fitted, misfit, hidden
 
 
 def single_example_inputs(dw: Tensor, db: Tensor, *, tolerance: float | None = None) -> tuple[Tensor, list[Tensor]]:

@@ -151,3 +151,40 @@ def test_mixtures_of_rows_are_told_from_rows_by_their_groups(seed: int) -> None:
         return int((~near.any(1)).sum())
 
     assert mixtures(space) < mixtures(gl.TensorSpace((33,)))
+
+
+@pytest.mark.parametrize("bound", [0.01, 0.002])
+@pytest.mark.parametrize("told", [True, False], ids=["stated", "recognized"])
+def test_numbers_that_a_filter_left_alone_still_divide(bound: float, told: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
+    x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    x = torch.where(x < 0.2, 0.0, x)  # Black pixels, whose entries are zero as well.
+    plain = gl.FedAvg(lr=0.05)
+    client = gl.Client(model, gl.Batch(x, torch.tensor([5])), percentile(bound).wrap(plain))
+    knows = gl.Knowledge.BATCH_SIZE | gl.Knowledge.TRAINING | gl.Knowledge.DEFENSE
+    seen = gl.ThreatModel(knows).observe(
+        model, client.send(), space=gl.ImageSpace((1, 8, 8)), training=client.training if told else plain, batch_size=1
+    )
+    found = gl.attacks.linear_inversion().reconstruct(seen)
+    assert float((found.inputs - x).square().mean()) < 1e-12
+    assert found.status == "exact", found.notes
+    assert found.labels is not None
+    assert found.labels.tolist() == [5]
+    assert found.certificate is not None
+    assert found.certificate.verdict == ("proved" if told else "unproved")
+
+
+def test_a_filtered_mean_of_two_is_not_taken_for_one() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
+    x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    sent = gl.Client(model, gl.Batch(x, torch.tensor([5, 2])), percentile(0.002).wrap(gl.FedAvg(lr=0.05))).send()
+    seen = gl.ThreatModel().observe(
+        model, sent, space=gl.ImageSpace((1, 8, 8)), training=gl.FedAvg(lr=0.05), batch_size=1
+    )
+    assert gl.attacks.linear_inversion().reconstruct(seen).status == "stalled"
+
+
+def percentile(bound: float) -> gl.defenses.UpdateDefense:
+    return gl.defenses.compose(gl.defenses.prune(0.1, globally=True), gl.defenses.clamp(bound))

@@ -227,6 +227,7 @@ def test_attack_stays_on_its_device(name: str) -> None:
 
 
 DEFENSES = [
+    gl.defenses.clamp(1e-3),
     gl.defenses.clip(1.0),
     gl.defenses.gaussian_noise(1e-3),
     gl.defenses.laplacian_noise(1e-3),

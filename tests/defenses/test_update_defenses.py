@@ -26,6 +26,7 @@ from gradleak.defenses import (
     Sign,
     UpdateDefense,
     bfloat16,
+    clamp,
     clip,
     compose,
     gaussian_noise,
@@ -53,12 +54,14 @@ DETERMINISTIC: list[UpdateDefense] = [
     prune(0.7),
     prune(0.95, globally=True),
     top_k(0.2),
+    clamp(1e-3),
     clip(0.05),
     clip(1e3),
     sign(),
     compose(clip(0.05), half_precision()),
     compose(prune(0.5), int8()),
     compose(clip(0.05), prune(0.5)),
+    compose(prune(0.1, globally=True), clamp(1e-3)),
 ]
 NOISY: list[UpdateDefense] = [gaussian_noise(1e-2), laplacian_noise(1e-2), compose(clip(0.05), gaussian_noise(1e-2))]
 
