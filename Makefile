@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(STAMP) ## leak a real photograph from one gradient and write report.html
+demo: $(STAMP) ## leak a real photograph from one gradient, of a LeNet and of a vision transformer
 	$(BIN)/gradleak demo
 
 test: $(STAMP) ## fast tests (under three minutes on two cores)

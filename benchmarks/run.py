@@ -39,6 +39,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "recursion_batches": ("--batches", "1", "--largest", "8", "--lenets", "1"),
     "resnet_batches": ("--size", "4", "--batches", "1", "--steps", "4"),
     "tables": ("--batches", "1", "--largest", "2"),
+    "vit": ("--images", "1", "--remains", "0"),
     "certificate": ("--trials", "20"),
     "fedavg_memory": ("--steps", "4"),
     "cost": ("--repeats", "1", "--largest", "16"),
@@ -76,6 +77,7 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
     "breaching": (("`inverting_gradients()`, ResNet-18: one iteration against `breaching` 0.1.2", "≤ 0.85 ×"),),
     "tables": (("rows of Adult, perceptron and entity embeddings: rows exact", "≥ 95 % up to 8, ≥ 80 % at 16"),),
     "backbones": (("`prior_matching()`, modern backbones", "≥ best of `breaching` 0.1.2 at equal time, > gray"),),
+    "vit": (("`auto()`, one image, vision transformers, dropout on: ≥ 90 dB and proved, time", "all, ≤ 2 s"),),
     "certificate": (("certificates: wrong proofs in 5,000 random trials", "0"),),
     "fedavg_memory": (
         ("`FedAvg(checkpoint=True)`, 20 local steps: peak memory", "≤ 4 × one step"),

@@ -145,6 +145,7 @@ def test_demo_on_a_picture_of_ones_own(run, tmp_path, monkeypatch) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 40, 3), dtype=np.uint8)).save(tmp_path / "me.png")
     original = demo.build_attack
     monkeypatch.setattr(demo, "build_attack", lambda name, options: original(name, {"iterations": 5}))
+    monkeypatch.setattr(demo, "_TRANSFORMER", {"width": 256, "depth": 1, "dropout": 0.1})
     done = run("demo", "--image", "me.png", "--out", "seen")
     assert done.code == 0, done.err
     found = from_json((tmp_path / "seen" / "result.json").read_text(encoding="utf-8"))
@@ -152,6 +153,9 @@ def test_demo_on_a_picture_of_ones_own(run, tmp_path, monkeypatch) -> None:
     assert found.command == "gradleak demo --image me.png --out seen"
     assert "me.png" in done.out
     assert "psnr, dB" in done.out
+    large = from_json((tmp_path / "seen" / "vision-transformer" / "result.json").read_text(encoding="utf-8"))
+    assert large.certificate.verdict == "proved"
+    assert large.examples[0].mse <= 1e-8
 
 
 def test_demo_refuses_what_is_no_picture(run, tmp_path) -> None:
