@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -270,20 +271,21 @@ def main() -> None:
     torch.set_num_threads(1)
     asked = None if options.rows == "all" else options.rows.split(",")
     with tempfile.TemporaryDirectory() as folder:
-        peer = Peer(options.python or setup.environment(Path(folder) / "breaching"))
         journal, rows = Journal("backbones"), []
+        peer = cache(lambda: Peer(options.python or setup.environment(Path(folder) / "breaching")))
+        versions = journal.row("versions", lambda: peer().versions)
         for row in ROWS:
             if asked is not None and ".".join(map(str, row)) not in asked:
                 continue
             found = [
                 journal.row(
                     f"{'.'.join(map(str, row))}, batch {number}, {options.seconds:.0f} s",
-                    lambda row=row, number=number: measure(row, number, peer, options),
+                    lambda row=row, number=number: measure(row, number, peer(), options),
                 )
                 for number in range(options.images)
             ]
             rows.append(table(row, found, options.seconds))
-        write_result("backbones", rows, breaching={"version": "0.1.2", **peer.versions}, summary=summary(rows))
+        write_result("backbones", rows, breaching={"version": "0.1.2", **versions}, summary=summary(rows))
         journal.finish()
 
 

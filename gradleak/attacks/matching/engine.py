@@ -23,7 +23,7 @@ from gradleak.attacks.matching.race import Race
 from gradleak.attacks.matching.trace import Recorder, write_trace
 from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import InvalidInput, UnknownName
-from gradleak.solve import LBFGS, Adam, GradientDescent, Outcome, Project, Referee, Schedule, Solver
+from gradleak.solve import LBFGS, Outcome, Project, Referee, Solver
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import TargetKind, harden
 from gradleak.types import Note, NoteKind, Reconstruction, Status
@@ -42,6 +42,8 @@ class GradientMatching(Attack):
     The best restart is chosen by the attacker's own objective.
 
     Attributes:
+        relative: multiply the distance by the exponential of the priors instead of adding them to it. That minimizes
+            the logarithm of the distance plus the priors: a prior counts in proportion to what is left unexplained.
         labels: "joint" optimizes unknown labels beside the inputs, in the form that the client's loss has them (class
             probabilities, probabilities of each output, real numbers); "recovered" reads class counts off the update
             first, and where that says nothing, tries every class for a lone example or optimizes them after all.
@@ -77,6 +79,7 @@ class GradientMatching(Attack):
     objective: Objective = field(default_factory=SquaredError)
     solver: Solver = field(default_factory=LBFGS)
     priors: tuple[Prior, ...] = ()
+    relative: bool = False
     labels: str = "joint"
     init_std: float = 0.1
     restarts: int = 1
@@ -113,8 +116,6 @@ class GradientMatching(Attack):
                 "A penalty across restarts changes while others move, which a line search does not allow; use Adam or "
                 "GradientDescent as the solver."
             )
-        if any(p.fades for p in self.priors) and isinstance(self.solver, LBFGS):
-            raise InvalidInput("A prior that fades takes a solver with a schedule; use Adam or GradientDescent.")
 
     def around(
         self,
@@ -194,24 +195,6 @@ def _solve(
     return [_result(group, i, outcome, recorder, seconds, notes, deadline) for i in range(len(problems))]
 
 
-@dataclass(frozen=True)
-class _Told(Schedule):
-    """A schedule that also tells priors how much of the run is over."""
-
-    schedule: Schedule
-    progress: Tensor
-
-    def __call__(self, progress: float) -> float:
-        self.progress.fill_(progress)
-        return self.schedule(progress)
-
-
-def _telling(solver: Solver, progress: Tensor) -> Solver:
-    if not isinstance(solver, Adam | GradientDescent):  # L-BFGS has no steps that follow a schedule.
-        return solver
-    return replace(solver, schedule=_Told(solver.schedule, progress))
-
-
 def _projection(group: Group) -> Project | None:
     if not group.attack.box:
         return None
@@ -269,7 +252,7 @@ def _search(
         )
         evaluate = Evaluator(stage, slots if turn > 1 and stage.vectorize else 1, deadline)
         referee: Referee | None = race if race.on or race.share is not None else None
-        found = _telling(solver, stage.progress).minimize(
+        found = solver.minimize(
             evaluate,
             x,
             tolerance=tolerance,

@@ -46,7 +46,6 @@ class Given(NamedTuple):
     scale: Any
     targets: Any
     known: Any
-    progress: Any
 
 
 def _stack(items: Sequence[Tensors]) -> tuple[Tensors, int | None]:
@@ -90,10 +89,9 @@ class Group:
         weight = sum(v.numel() for v in p.params.values()) * p.size
         self.small = weight <= _VMAP_LIMIT  # Bound by starting operations, not by arithmetic.
         targets_axis, known_axis = None if self.given is None else 0, None if self.known is None else 0
-        self.axes = Given(params_axis, buffers_axis, observed_axis, 0, targets_axis, known_axis, None)
+        self.axes = Given(params_axis, buffers_axis, observed_axis, 0, targets_axis, known_axis)
         self.batched: Callable[..., tuple[Tensor, Tensor]] = vmap(self.gradient, in_dims=(0, self.axes))
         self.workspace: list[Tensor] = []
-        self.progress = self.like.new_zeros(())  # Written in place, by the solver's schedule; priors may fade with it.
 
     @property
     def unknowns(self) -> int:
@@ -166,9 +164,9 @@ class Group:
         simulated = self.undefended.tensors(p.model, given.params, x, targets, buffers=given.buffers)
         value = self.compare(simulated, given, workspace)
         if self.attack.priors:
-            context = Context(p.model, given.params, given.buffers, x, targets, given.progress)
-            for prior in self.attack.priors:
-                value = value + prior(x, context)
+            context = Context(p.model, given.params, given.buffers, x, targets)
+            penalty = torch.stack([prior(x, context) for prior in self.attack.priors]).sum()
+            value = value * penalty.exp() if self.attack.relative else value + penalty
         return value, simulated, x
 
     def gradient(self, z: Tensor, given: Given) -> tuple[Tensor, Tensor]:
@@ -190,7 +188,6 @@ class Group:
             self.scales[index],
             None if self.given is None else self.given[index, rows % self.targets.alternatives],
             None if self.known is None else self.known[index],
-            self.progress,
         )
 
     def looped(self, z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,7 +222,8 @@ class Group:
     def key(self, width: int, kind: str) -> Hashable | None:
         """Return what identifies a prepared gradient of ``width`` candidates, None where nothing safely does."""
         p, a = self.first, self.attack
-        found = (kind, width, p.signature(), type(p.model), self.training, a.objective, a.priors, a.coordinates)
+        parts = (a.objective, a.priors, a.relative, a.coordinates)
+        found = (kind, width, p.signature(), type(p.model), self.training, *parts)
         named = tuple(p.observed), tuple(p.buffers)
         key = (*found, p.observation.space, self.axes, named, self.like.dtype, self.like.device)
         try:

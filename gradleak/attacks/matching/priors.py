@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,21 +36,12 @@ class Normalized:
 class Context:
     """The model and what it makes of a candidate batch, for priors that ask; one forward pass, and only if asked.
 
-    ``params`` are in the number type of the search, ``targets`` as the loss takes them; ``progress`` is how much of
-    the run is over, a scalar from 0 to 1.
+    ``params`` are in the number type of the search, ``targets`` as the loss takes them.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        params: Tensors,
-        buffers: Tensors,
-        inputs: Tensor,
-        targets: Tensor,
-        progress: Tensor | float = 0.0,
-    ) -> None:
+    def __init__(self, model: nn.Module, params: Tensors, buffers: Tensors, inputs: Tensor, targets: Tensor) -> None:
         """Remember the candidate; nothing is computed yet."""
-        self.model, self.params, self.targets, self.progress = model, params, targets, progress
+        self.model, self.params, self.targets = model, params, targets
         self._tensors, self._inputs = {**params, **buffers}, inputs
 
     @property
@@ -94,13 +85,7 @@ class Context:
 
 
 class Prior(ABC):
-    """A penalty on one candidate batch.
-
-    Attributes:
-        fades: whether its weight depends on ``context.progress``, which takes a first-order solver.
-    """
-
-    fades: ClassVar[bool] = False
+    """A penalty on one candidate batch."""
 
     @abstractmethod
     def __call__(self, inputs: Tensor, context: Context) -> Tensor:
@@ -141,20 +126,16 @@ class TotalVariation(Prior):
 
 @dataclass(frozen=True)
 class ColorVariation(Prior):
-    """Isotropic total variation of the colors and of their differences, whose weight falls from ``weight`` to ``last``.
+    """Isotropic total variation of the colors and of their differences.
 
     The mean of √(∂ₓ² + ∂ᵧ² + ε²) over red, green, blue and their three differences: edges of natural images are edges
-    of all colors at once. It falls geometrically over the run: a strong prior leads past local minima, a weak one
-    leaves the details to the update.
+    of all colors at once.
 
-    Source: double-opponent total variation (Åström, Åkesson, Heyden 2016), with equal weights. Deviation: it fades.
+    Source: double-opponent total variation (Åström, Åkesson, Heyden 2016), with equal weights.
     """
 
     weight: float
-    last: float
     epsilon: float = 1e-3
-
-    fades = True
 
     def __call__(self, inputs: Tensor, context: Context | None = None) -> Tensor:
         """Return the penalty of images (N, C, H, W), zero for other inputs; other than three channels stand alone."""
@@ -164,5 +145,4 @@ class ColorVariation(Prior):
             inputs = torch.cat([inputs, inputs - inputs.roll(1, 1)], 1)
         down = F.pad(inputs[..., 1:, :] - inputs[..., :-1, :], (0, 0, 0, 1))
         right = F.pad(inputs[..., :, 1:] - inputs[..., :, :-1], (0, 1))
-        weight = self.weight * (self.last / self.weight) ** (0.0 if context is None else context.progress)
-        return weight * (down.square() + right.square() + self.epsilon**2).sqrt().mean()
+        return self.weight * (down.square() + right.square() + self.epsilon**2).sqrt().mean()

@@ -1,4 +1,4 @@
-"""Cosine matching with a strong prior that fades: the default for models with kinks."""
+"""Cosine matching with a prior relative to what is unexplained: the default for models with kinks."""
 
 from __future__ import annotations
 
@@ -15,26 +15,25 @@ __all__ = ["prior_matching"]
 
 def prior_matching(
     *,
-    iterations: int = 2400,
+    iterations: int = 4800,
     lr: float = 0.1,
-    variation: float = 0.1,
-    last_variation: float = 0.02,
+    variation: float = 6.0,
     restarts: int = 1,
     init_std: float = 1.0,
     dtype: torch.dtype | None = None,
     budget: float | None = None,
     trace: bool = True,
 ) -> GradientMatching:
-    """Match the gradient's direction as :func:`inverting_gradients` does, with a far stronger prior that fades.
+    """Match the gradient's direction as :func:`inverting_gradients` does, with a far stronger prior on its logarithm.
 
-    Kinks leave the cosine distance full of local minima: where the prior counts from the start, the search ends at
-    a smaller distance than without it. Its weight falls from ``variation`` to ``last_variation`` over the run
-    (:class:`ColorVariation`, in model-input units; inputs that are no images have no such prior). ``iterations`` are
-    steps, fewer under a ``budget``, which shortens the schedules of steps and prior alike; the other options are those
-    of :func:`inverting_gradients`.
+    Minimized is log(1 − cos) + ``variation`` · :class:`ColorVariation`: the noise level of a Gaussian model is profiled
+    out, so that the prior counts in proportion to what is left unexplained. It leads past the local minima of networks
+    with kinks while the distance is large, also after training, and fades as the update is explained. ``variation``
+    counts in model-input units; inputs that are no images have no such prior. The other options are those of
+    :func:`inverting_gradients`.
 
-    Source: Geiping et al. 2020 (distance, signed Adam, box, step sizes); Åström, Åkesson, Heyden 2016 (the prior, in a
-    preset of Geiping's library ``breaching`` too). Deviation: the prior fades.
+    Source: Geiping et al. 2020 (cosine, signed Adam, box, step sizes); Åström, Åkesson, Heyden 2016 (the prior, which a
+    preset of Geiping's library ``breaching`` has too). Deviation: the logarithm.
     """
     made = inverting_gradients(
         iterations=iterations,
@@ -45,4 +44,4 @@ def prior_matching(
         budget=budget,
         trace=trace,
     )
-    return replace(made, priors=(ColorVariation(variation, last_variation),))
+    return replace(made, priors=(ColorVariation(variation),), relative=True)
