@@ -104,7 +104,14 @@ def test_what_an_attack_says_is_recorded_in_fields() -> None:
         findings=(Finding(FindingKind.LABELS, "Both classes were read.", True, 2, 2),),
         attempts=(Attempt("recursion", False, None, "too narrow"), Attempt("dlg", True, Verdict.UNPROVED, "far")),
         certificate=Certificate(
-            Verdict.MATCHED, 1e-8, 1e-7, bound=1e-9, local=True, mixture=True, factors={"0.weight": 2.0}
+            Verdict.MATCHED,
+            1e-8,
+            1e-7,
+            bound=1e-9,
+            local=True,
+            mixture=True,
+            factors={"0.weight": 2.0},
+            part=("0.weight",),
         ),
     )
     record = from_json(to_json(build_record(observation, found, attack="auto", notes=("added",)).record))
@@ -125,6 +132,8 @@ def test_what_an_attack_says_is_recorded_in_fields() -> None:
         True,
     )
     assert certificate.factors == {"0.weight": 2.0}
+    assert certificate.part == ("0.weight",)
+    assert record.match is None  # The rest may hold random masks.
 
 
 @pytest.mark.parametrize("source", ["stated", "assumed"])

@@ -5,7 +5,17 @@ from dataclasses import replace
 
 import pytest
 
-from gradleak.audit.records import CertificateRecord, Example, FindingRecord, Lift, Match, Outcome, Subject, Success
+from gradleak.audit.records import (
+    CertificateRecord,
+    Example,
+    FindingRecord,
+    Lift,
+    Match,
+    Outcome,
+    Subject,
+    Success,
+    Verdict,
+)
 from gradleak.audit.verdict import judge, judge_refusal
 from gradleak.spaces import ImageSpace, TensorSpace
 from gradleak.spaces.images import HALF_GRAY
@@ -346,3 +356,29 @@ def test_a_budget_is_said_first() -> None:
 def test_a_proof_that_the_truth_contradicts_is_questioned() -> None:
     proof = CertificateRecord("proved", 1e-8, 1e-7)
     assert "check that the private data" in judge(SUBJECT, OUTCOME, [example(9)], certificate=proof).reason
+
+
+class TestPart:
+    """Some tensors determine the input whatever the rest is: nothing may be said of the rest."""
+
+    NAMED = CertificateRecord("proved", 1e-7, 4e-7, bound=1e-4, reason="It follows.", part=("patch.weight",))
+
+    def told(self, status: str = "exact", **changes: object) -> Verdict:
+        certificate = replace(self.NAMED, **changes)  # type: ignore[arg-type]
+        return judge(SUBJECT, replace(OUTCOME, status=status), None, (), None, certificate)
+
+    def test_a_proof_names_what_it_compared(self) -> None:
+        verdict = self.told()
+        assert (verdict.grade, verdict.headline) == (
+            "proved",
+            "The update proves that the client trained on this image.",
+        )
+        assert "'patch.weight'" in verdict.reason
+        assert "whatever loss, label and dropout masks" in verdict.reason
+        assert "captured update" not in verdict.reason
+
+    def test_less_than_a_proof(self) -> None:
+        assert "up to a factor" in self.told(verdict="matched", factors={"patch.weight": 0.5}).headline
+        assert "a mean of several" in self.told("converged", verdict="matched", mixture=True).headline
+        assert self.told(verdict="unproved").grade == "solved"
+        assert self.told("converged", verdict="unproved").grade == "unmatched"
