@@ -53,11 +53,13 @@ def main() -> None:
         name = f"ViT-Base/16, 224 × 224, dropout {dropout:g}"
         rows.append(measure(name, lambda i, make=make: make(seed=i).train(), images, labels, HALF))
         summary.append(_summary(rows[-1], 2.0))
+        write_result("vit", rows, summary=summary)  # A run that is ended keeps what it has.
     small = F.avg_pool2d(images, 14)
     for name, layout in SMALL.items():
         model = partial(_small, layout)
         rows.append(measure(f"{name}, dropout 0.1", model, small, labels % 10, gl.ImageSpace(SHAPE)))
         summary.append(_summary(rows[-1], 2.0))
+    write_result("vit", rows, summary=summary)
     for name, layout in REMAINS.items():
         if options.remains:
             some = slice(0, options.remains)

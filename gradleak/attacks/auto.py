@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import final
 
-from torch import nn
+from torch import Tensor, nn
 
 from gradleak.attacks.base import Attack, Callback, nothing_found
 from gradleak.attacks.certifying import better, certificate, certified
@@ -50,12 +50,14 @@ class Way:
         make: the attack, with the options of :func:`auto`.
         against: (case) → why the way does not fit, None where it may.
         continues: whether it starts from the best result so far instead of competing with it.
+        starts: whether matching starts from what it leaves open.
     """
 
     name: str
     make: Callable[[Auto], Attack]
     against: Callable[[Case], str | None]
     continues: bool = False
+    starts: bool = False
 
 
 @final
@@ -67,6 +69,7 @@ class Case:
     options: Auto
     best: Reconstruction | None = None
     attempts: list[Attempt] = field(default_factory=list)
+    start: Tensor | None = None
 
     @property
     def open(self) -> bool:
@@ -225,7 +228,7 @@ def _matching(factory: Callable[..., GradientMatching]) -> Callable[[Auto], Atta
 WAYS = (
     Way("read_sentences", lambda _: read_sentences(), _sentences),
     Way("entity_embeddings", lambda options: EntityEmbeddings(options), _looked_up),
-    Way("patch_embedding", lambda _: patch_embedding(), _values),
+    Way("patch_embedding", lambda _: patch_embedding(), _values, starts=True),
     Way("linear_inversion", lambda _: linear_inversion(), _values),
     Way("spear", lambda _: spear(), _batch),
     Way("recursion", lambda _: recursion(), _values),
@@ -294,6 +297,8 @@ class Auto(Attack):
             except _Refusal as reason:
                 case.attempts.append(Attempt(way.name, False, None, str(reason)))
                 continue
+            if way.starts and found.status is Status.STALLED:
+                case.start = found.inputs
             name = f"{case.best.attack} and {way.name}" if way.continues and case.best is not None else way.name
             case.offer(name, found)
 
@@ -314,6 +319,8 @@ class Auto(Attack):
         ):
             return attack.around(observation, best.inputs, best.solved, seed=seed, callback=callback, deadline=deadline)
         else:
+            if isinstance(attack, GradientMatching) and case.start is not None:
+                attack = replace(attack, begin=case.start, coordinates=None)
             found = attack.reconstruct(observation, seed=seed, callback=callback, deadline=deadline)
             if self.uniqueness is None:
                 return found

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import gradleak as gl
 from gradleak.attacks import auto, patch_embedding
+from gradleak.data import demo_image
 from gradleak.errors import NotApplicable
 from gradleak.models import lenet
 from gradleak.training import SGD, FedAvg, FedSGD, LocalTraining
@@ -203,6 +204,16 @@ def test_more_patches_than_the_embedding_is_wide() -> None:
     found = patch_embedding().reconstruct(observe(build(partial(Timm, width=12)), images()))
     assert (found.status, proof(found).verdict) == ("stalled", "unproved")
     assert "16 tokens have rank 1" in found.notes[0]
+
+
+def test_matching_starts_from_what_is_not_determined() -> None:
+    photo = demo_image(SHAPE[1])
+    seen = observe(build(partial(Timm, width=12)), photo)
+    start, found = patch_embedding().reconstruct(seen), auto(iterations=30, polish=False).reconstruct(seen)
+    assert found.attack != "patch_embedding"
+    assert proof(found).residual < proof(start).residual
+    assert psnr(found, photo) > psnr(start, photo) - 1
+    assert psnr(start, photo) > 25
 
 
 def test_values_outside_the_stated_range_are_said_to_be() -> None:

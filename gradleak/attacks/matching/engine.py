@@ -67,6 +67,7 @@ class GradientMatching(Attack):
         trace: record iterates for the report.
         group_priors: penalties that tie the restarts of one observation to each other.
         fixed: examples that are known already; set by :meth:`around`.
+        begin: decoded inputs (N, *shape) from which the first restart starts, None for a random start.
 
     Raises:
         MissingKnowledge: batch size or training is not granted.
@@ -96,6 +97,7 @@ class GradientMatching(Attack):
     trace: bool = True
     group_priors: tuple[GroupPrior, ...] = ()
     fixed: Fixed | None = field(default=None, repr=False, compare=False)
+    begin: Tensor | None = field(default=None, repr=False, compare=False)
 
     requires = Knowledge.BATCH_SIZE | Knowledge.TRAINING
 
@@ -105,6 +107,8 @@ class GradientMatching(Attack):
                 f"GradientMatching has no labels={self.labels!r} with restarts={self.restarts}; "
                 "use 'joint' or 'recovered' and at least one restart."
             )
+        if self.begin is not None and self.coordinates is not None:
+            raise InvalidInput("A search that begins at given inputs steps in them; drop begin or coordinates.")
         if self.backend not in backends.BACKENDS:
             raise UnknownName("backend", self.backend, backends.BACKENDS)
         if self.budget is not None and not 0 < self.budget < math.inf:

@@ -126,9 +126,11 @@ class Group:
         attack, rows = self.attack, []
         for i in range(len(self.problems)):
             generator = torch.Generator().manual_seed(seed + 7919 * i)
-            for _ in range(self.restarts):
+            for number in range(self.restarts):
                 count = len(self.first.free)
-                if attack.coordinates is not None:
+                if attack.begin is not None and number == 0:
+                    x = self.space.encode(attack.begin.double()).cpu()
+                elif attack.coordinates is not None:
                     x = attack.coordinates.start(count, self.space, generator, attack.init_std)
                 else:
                     x = self.space.start(count, generator, attack.init_std)
