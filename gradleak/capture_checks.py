@@ -41,7 +41,6 @@ def check_capture(
 
     Raises:
         InvalidUpdate: the update is no update: it is the weights themselves, or has the opposite sign.
-
     """
     _check_no_weights(parameters(model), update)
     loss = None if training is None else training.undefended.loss

@@ -34,7 +34,6 @@ def clean(text: str, longest: int = _LONGEST) -> str:
 
     >>> print(clean("a\x1b[2J\nb"))
     a\x1b[2J b
-
     """
     if len(text) > longest:
         end = longest // 4
@@ -105,7 +104,6 @@ class Refusal(GradleakError):
     Attributes:
         findings: what was found all the same, ``gradleak.types.Finding``.
         attempts: the ways that were tried, ``gradleak.types.Attempt``.
-
     """
 
     findings: tuple[Any, ...] = ()

@@ -36,7 +36,6 @@ def read_file(path: str | Path, *, limit: int | None = None) -> bytes:
 
     Raises:
         InvalidFile: absent, no regular file, not readable, or larger than ``limit`` or the memory.
-
     """
     try:
         # Without O_NONBLOCK, opening a pipe would wait for its writer.
@@ -74,7 +73,6 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
     Raises:
         InvalidFile: the file cannot be written there.
-
     """
     path = Path(path)
     try:
@@ -105,7 +103,6 @@ def write_files(directory: Path, files: Mapping[str, bytes], *, drop: Sequence[s
 
     Raises:
         InvalidFile: they cannot be written there.
-
     """
     made: list[Path] = []
     temporary: Path | None = None
@@ -163,7 +160,6 @@ def check_writable(directory: Path) -> None:
 
     Raises:
         InvalidInput: it is a file, or :func:`write_files` would be refused there.
-
     """
     place = directory
     while not os.path.lexists(place) and place != place.parent:

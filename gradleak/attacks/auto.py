@@ -12,7 +12,7 @@ from typing import final
 from torch import Tensor, nn
 
 from gradleak.attacks.base import Attack, Callback, nothing_found
-from gradleak.attacks.certifying import better, certificate, certified
+from gradleak.attacks.certifying import better, certified
 from gradleak.attacks.entity_embeddings import EntityEmbeddings
 from gradleak.attacks.feature_matching import feature_matching
 from gradleak.attacks.findings import find_besides
@@ -34,7 +34,7 @@ from gradleak.threat import Knowledge, Observation
 from gradleak.training import FedSGD
 from gradleak.types import Attempt, Finding, Note, NoteKind, Reconstruction, Status, Verdict
 
-__all__ = ["WAYS", "Auto", "Way", "auto", "certificate"]
+__all__ = ["WAYS", "Auto", "Way", "auto"]
 
 _POLISHED = 1024
 """Unknowns up to which a Gauss–Newton polish is a matter of seconds on a CPU."""

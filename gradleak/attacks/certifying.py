@@ -15,28 +15,10 @@ from gradleak.proof.part import certify_part
 from gradleak.threat import Observation
 from gradleak.types import Certificate, Part, Reconstruction, Shows, Status
 
-__all__ = ["better", "certificate", "certified"]
+__all__ = ["better", "certified"]
 
 _UNKNOWN = 0.1
 """Residual assumed when the update cannot be re-simulated."""
-
-
-def certificate(
-    observation: Observation,
-    found: Reconstruction,
-    *,
-    uniqueness: bool | None = None,
-    deadline: Deadline | None = None,
-    seed: int = 0,
-) -> Certificate:
-    """Return what the observed update proves about any attack's result ``found``; no truth is involved.
-
-    ``uniqueness`` says whether to compute the Jacobian (None: where it is cheap, and before the deadline); ``seed`` is
-    of the random moves by which noise and curvature are measured.
-    """
-    proof = certified(observation, found, uniqueness=uniqueness, deadline=deadline, seed=seed).certificate
-    assert proof is not None
-    return proof
 
 
 def certified(
@@ -47,7 +29,11 @@ def certified(
     deadline: Deadline | None = None,
     seed: int = 0,
 ) -> Reconstruction:
-    """Return ``found`` with its certificate, and with the labels that follow from its inputs where it had none."""
+    """Return ``found`` with its certificate, and with the labels that follow from its inputs where it had none.
+
+    ``uniqueness`` says whether to compute the Jacobian (None: where it is cheap, and before the deadline); ``seed`` is
+    of the random moves by which noise and curvature are measured.
+    """
     if found.shows is not Shows.INPUTS:
         return replace(found, certificate=unproved(len(found), "Features are no inputs, which could be simulated."))
     space, device = observation.space, observation.simulator.device

@@ -16,7 +16,6 @@ from gradleak.clock import Deadline
 from gradleak.errors import InvalidInput, NotApplicable, ResourceLimit
 from gradleak.exact.one_example import RecursionResult, fit_layers
 from gradleak.formats import number_format
-from gradleak.structure.chain import Chain
 from gradleak.structure.ranks import rank_bound
 from gradleak.threat import Knowledge, Observation
 from gradleak.types import Note, NoteKind, Reconstruction, Status
@@ -28,7 +27,6 @@ def by_layers(
     observation: Observation,
     start: torch.Tensor | None = None,
     *,
-    chain: Chain | None = None,
     seed: int = 0,
     going: Callable[[float, int], bool] | None = None,
 ) -> RecursionResult:
@@ -52,7 +50,6 @@ def by_layers(
         dict(observation.model.named_parameters()),
         observation.gradient.tensors,
         space.neutral().to(device) if start is None else space.encode(start[None].to(device, torch.float64))[0],
-        chain=chain,
         seed=seed,
         going=going,
     )

@@ -49,7 +49,6 @@ class Folder:
         labels: (N,) recovered classes, None where the attack says nothing.
         truth: (N, *shape) private inputs, None without ground truth.
         snapshots: (K, N, *shape) decoded candidates at the points of ``record.curves``.
-
     """
 
     record: Record
@@ -64,7 +63,6 @@ def write_folder(directory: Path, folder: Folder, report: str) -> None:
 
     Raises:
         InvalidFile: they cannot be written there.
-
     """
     files = {
         TENSORS: _pack({"inputs": folder.inputs, "labels": folder.labels}),
@@ -92,7 +90,6 @@ def write_report(directory: Path, report: str) -> None:
 
     Raises:
         InvalidFile: it cannot be written there.
-
     """
     write_files(directory, {REPORT: _text(report)})
 
@@ -111,7 +108,6 @@ def read_folder(directory: Path) -> Folder:
 
     Raises:
         InvalidFile: a file is absent or damaged, or they do not belong together.
-
     """
     if not directory.is_dir():
         raise InvalidFile(f"There is no folder {str(directory)!r}; name one that gradleak attack or demo wrote.")

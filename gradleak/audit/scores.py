@@ -34,7 +34,6 @@ class Scores:
         notes: sentences that a reader must know.
         columns: how many cells of each column are right, of tables only.
         found: which cells (N, C) of the private rows, in their original order, are right; of tables only.
-
     """
 
     examples: tuple[Example, ...]
@@ -85,7 +84,6 @@ def score(
 
     Raises:
         InvalidInput: shapes do not fit, or the truth is not finite.
-
     """
     inputs, guesses = space.prepare(truth.inputs), space.prepare(reconstruction.inputs)
     if not bool(torch.isfinite(inputs).all()):
@@ -142,7 +140,6 @@ def wilson(successes: int, n: int, *, confidence: float = 0.95) -> tuple[float, 
 
     >>> [round(bound, 3) for bound in wilson(31, 32)]
     [0.843, 0.994]
-
     """
     if not 0 <= successes <= n or not 0 < confidence < 1:
         raise InvalidInput(
@@ -172,7 +169,6 @@ def error_curve(
 
     Raises:
         InvalidInput: shapes do not fit.
-
     """
     if mse not in space.metrics or len(snapshots) == 0:
         return ()

@@ -122,7 +122,6 @@ def _try_out(step: Callable[[], object], name: str) -> None:
 
     Raises:
         InvalidModel: it cannot, with what the model or the loss said.
-
     """
     try:
         step()

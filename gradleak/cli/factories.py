@@ -45,7 +45,6 @@ def build_attack(name: str, options: Mapping[str, Any], budget: float | None = N
 
     Raises:
         InvalidInput: there is no such attack, or it does not take these options.
-
     """
     factory = locate(name) if ":" in name else _among(gradleak.attacks, "attack", name, "module:factory")
     if budget is not None and "budget" in _signature(name, factory).parameters:
@@ -69,7 +68,6 @@ def build_defense(specs: Sequence[str]) -> UpdateDefense | None:
 
     Raises:
         InvalidInput: there is no such defense, or it does not take these options.
-
     """
     built = []
     for spec in specs:
@@ -88,7 +86,6 @@ def find_loss(spec: str) -> Loss:
     Raises:
         InvalidModel: there is no such thing.
         InvalidInput: it cannot be called.
-
     """
     found = locate(spec)
     if inspect.isclass(found) and issubclass(found, nn.Module):

@@ -28,7 +28,6 @@ def list_names(kind: str | None) -> None:
 
     Raises:
         UnknownName: there is no such kind.
-
     """
     if kind is not None and kind not in NAMED:
         raise UnknownName("list", kind, NAMED)

@@ -54,7 +54,6 @@ class StatedLoss:
     Attributes:
         loss: the loss, None where it follows from the number of the model's outputs.
         weights: one weight per class.
-
     """
 
     loss: Loss | None
@@ -70,7 +69,6 @@ class StatedLoss:
 
         Raises:
             InvalidInput: the weights are not one per output, or cross-entropy was stated for one output.
-
         """
         loss = self.loss
         if loss is None and outputs > 1:
@@ -121,7 +119,6 @@ class Request:
 
         Raises:
             InvalidInput: it has too many local steps to be simulated.
-
         """
         plain: LocalTraining = FedSGD(loss) if self.local is None else replace(self.local, loss=loss)
         if isinstance(plain, FedAvg) and plain.count(examples) > _MOST_STEPS:
@@ -137,7 +134,6 @@ def read_request(asked: Mapping[str, Any]) -> Request:
 
     Raises:
         InvalidInput: two options contradict each other, or one names something that does not exist.
-
     """
     o = SimpleNamespace(**asked)
     model_options, dtype = parse_options(o.model_arg or ()), DTYPES[o.dtype]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradleak.attacks.base import Progress, nothing_found
+from gradleak.attacks.certifying import better
 from gradleak.audit.build import build_record, build_refusal
 from gradleak.audit.folder import Folder, write_folder
 from gradleak.audit.scores import score
@@ -41,7 +41,6 @@ class Job:
         batch_size_source: "stated" or "assumed".
         warnings: what is suspicious about the capture.
         public: public images, for the null guesses.
-
     """
 
     observations: tuple[Observation, ...]
@@ -89,7 +88,6 @@ def attack_all(job: Job, watch: Watch) -> tuple[Observation, Reconstruction, tup
     Raises:
         NotApplicable: the attack applies to none of the observations.
         MissingKnowledge: it is not told what it needs.
-
     """
     tried: list[tuple[Observation, Reconstruction]] = []
     refusal: NotApplicable | None = None
@@ -104,7 +102,11 @@ def attack_all(job: Job, watch: Watch) -> tuple[Observation, Reconstruction, tup
     if not tried:
         assert refusal is not None
         raise refusal
-    observation, found = max(tried, key=lambda pair: _strength(pair[1]))
+    observation, found = tried[0]
+    for other, result in tried[1:]:
+        assert found.certificate is not None and result.certificate is not None  # the template method has made them
+        if better(result.certificate, found.certificate):
+            observation, found = other, result
     return observation, found, () if len(job.observations) == 1 else (_assumed(observation, found),)
 
 
@@ -129,12 +131,6 @@ def attack_one(observation: Observation, job: Job, watch: Watch, deadline: Deadl
 
 def _verdict(found: Reconstruction) -> Verdict:
     return Verdict.UNPROVED if found.certificate is None else Verdict(found.certificate.verdict)
-
-
-def _strength(found: Reconstruction) -> tuple[int, float]:
-    """Order results by what the update proves of them, then by how much of it they explain."""
-    residual = math.nan if found.certificate is None else found.certificate.residual
-    return _verdict(found).strength, -math.inf if math.isnan(residual) else -residual
 
 
 def _assumed(observation: Observation, found: Reconstruction) -> Note:

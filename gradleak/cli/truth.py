@@ -25,7 +25,6 @@ def granted_labels(labels: Sequence[float], kind: TargetKind, outputs: int) -> T
 
     Raises:
         InvalidInput: they are no labels of such outputs.
-
     """
     if kind is TargetKind.CLASSES:
         return _classes(torch.tensor(list(labels), dtype=torch.float64), outputs, "--labels")
@@ -47,7 +46,6 @@ def read_truth(
 
     Raises:
         InvalidInput: the file holds no such batch.
-
     """
     if isinstance(space, TableSpace):
         inputs, labels = read_rows(path, space, count=count)
@@ -81,7 +79,6 @@ def public_images(spec: str, space: InputSpace) -> Tensor:
 
     Raises:
         InvalidInput: the inputs are neither images nor rows, or there is no such source.
-
     """
     if isinstance(space, TableSpace):
         return read_rows(spec, space)[0]

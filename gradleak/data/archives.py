@@ -47,7 +47,6 @@ def check_unpacked(data: bytes, path: Path, limit: int | None = None) -> int:
     Raises:
         InvalidFile: it has more than :data:`ENTRIES` members, or unpacks to more than its own size and ``limit``.
         zipfile.BadZipFile: its directory is damaged; other errors of :mod:`zipfile` likewise.
-
     """
     # Each member's entry in the directory begins with these bytes, so there are no more members than that.
     if data.count(b"PK\x01\x02") > ENTRIES:
@@ -75,7 +74,6 @@ def read_arrays(
 
     Raises:
         InvalidFile: it is absent, damaged, no ``.npz`` file, pickled, or unpacks to more.
-
     """
     path = Path(path)
     return unpack_arrays(read_file(path, limit=_FILE), path, names, limit=limit)

@@ -35,7 +35,6 @@ def read_batch(path: str | Path, shape: tuple[int, ...], *, count: int | None = 
     Raises:
         InvalidFile: the file is absent, damaged, pickled, far too large, or has no ``inputs``.
         InvalidInput: the inputs have another shape, number or type, or are not finite.
-
     """
     path = Path(path)
     if is_picture(path):

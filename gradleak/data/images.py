@@ -49,7 +49,6 @@ class Images:
         labels: (N,) class indices, or None where the source has none.
         classes: the classes' names by index, or None.
         indices: position of each image in its source.
-
     """
 
     inputs: Tensor
@@ -102,7 +101,6 @@ def load_images(
             package is not installed.
         InvalidFile: a file or folder is absent, damaged or pickled.
         UnknownName: torchvision has no dataset of that name.
-
     """
     if count is not None and count < 1:
         raise InvalidInput(f"There is nothing to load with count={count}; ask for at least one image.")
@@ -448,7 +446,6 @@ def demo_image(size: int = 32) -> Tensor:
     Raises:
         InvalidInput: the size is not positive.
         InvalidFile: scikit-image is installed without its pictures.
-
     """
     if size < 1:
         raise InvalidInput(f"An image cannot have {size} pixels a side; ask for at least one.")

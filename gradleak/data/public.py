@@ -34,7 +34,6 @@ def file(name: str, data: Path | None, downloads: Path) -> Path:
 
     Raises:
         InvalidInput: neither has it; names both ways.
-
     """
     for folder in (data, downloads):
         if folder is not None and (folder / name).is_file():
@@ -50,7 +49,6 @@ def require(name: str, data: Path | None, downloads: Path) -> None:
 
     Raises:
         InvalidInput: neither can; names both ways.
-
     """
     stem = name.removesuffix(".npz")
     if stem not in _TORCHVISION or (data is not None and (data / name).is_file()):
@@ -67,7 +65,6 @@ def images(name: str, split: str, data: Path | None, downloads: Path) -> tuple[T
     Raises:
         InvalidInput: neither ``data`` nor torchvision has it; names both ways.
         InvalidFile: the file in ``data`` is damaged or holds something else.
-
     """
     if data is not None and (data / f"{name}.npz").is_file():
         return _stored(data / f"{name}.npz", split)

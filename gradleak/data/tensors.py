@@ -62,7 +62,6 @@ def read_tensors(path: str | Path, *, limit: int | None = None) -> dict[str, Ten
     Raises:
         InvalidFile: the file is absent, empty, truncated, of another format, holds anything but tensors, claims
             more values than it has bytes for, or exceeds ``limit``.
-
     """
     path = Path(path)
     data = read_file(path, limit=None if limit is None else _CHECKPOINT * limit + _OVERHEAD)
@@ -165,7 +164,6 @@ def named(
 
     Raises:
         InvalidFile: there are positions only, and their number or shapes fit no order.
-
     """
     count = len(tensors)
     if set(tensors) != {f"arr_{i}" for i in range(count)}:
@@ -227,7 +225,6 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
 
     Raises:
         InvalidFile: the file cannot be written there.
-
     """
     # Cloned, because the format refuses tensors that share memory.
     whole = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}

@@ -56,7 +56,6 @@ class Disaggregation:
         rank: numerical rank of the head's weight gradient.
         iterations: Levenberg–Marquardt iterations of the returned start.
         reason: one sentence for a reader.
-
     """
 
     features: Tensor
@@ -103,7 +102,6 @@ def disaggregate(
     Raises:
         InvalidInput: the counts do not fit the head.
         ResourceLimit: the joint system of so many examples does not fit in memory.
-
     """
     loss = CrossEntropy() if loss is None else loss
     generator = torch.Generator().manual_seed(0) if generator is None else generator

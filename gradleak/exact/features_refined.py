@@ -39,7 +39,6 @@ class Refined:
         draws: (S, B, d') changes of them under noise as large as what the fit leaves.
         objective: sum of squares that is left in the equations of A and τ.
         iterations: Levenberg–Marquardt iterations.
-
     """
 
     features: Tensor
@@ -85,7 +84,6 @@ def refine(system: MixingEquations, mixing: Tensor, iterations: int = 40) -> Ref
 
     Returns:
         None where the joint system would be too large, or does not settle.
-
     """
     left = system.weight - (system.weight @ system.rows.T) @ system.rows
     _, s, vh = torch.linalg.svd(left, full_matrices=False)

@@ -47,7 +47,6 @@ def invert_linear(dw: Tensor, db: Tensor) -> Tensor:
 
     Raises:
         NotApplicable: the bias gradient is zero, so nothing of the input reaches the loss.
-
     """
     dw, db = dw.double(), db.double()
     power = db.square().sum(-1)
@@ -124,7 +123,6 @@ def single_example_inputs(dw: Tensor, db: Tensor, *, tolerance: float | None = N
 
     Returns:
         (K, n) inputs, most rows first, and for each of them the indices of the rows behind it.
-
     """
     tolerance = agreement(dw.dtype) if tolerance is None else tolerance
     dw, db = dw.double(), db.double()
@@ -162,7 +160,6 @@ def input_scale(mismatch: Callable[[float], float], *, tolerance: float) -> floa
         mismatch: t → how far the rest of the update is from what t times the input gives, 0 where it fits; it must not
             depend on any layer's own factor.
         tolerance: mismatch up to which it fits.
-
     """
     if mismatch(1.0) <= tolerance:
         # Where every factor fits, the scale does not show.

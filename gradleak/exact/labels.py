@@ -31,6 +31,9 @@ __all__ = [
 
 Tensors = Mapping[str, Tensor]
 
+_ROUNDS = 100
+"""Most rounds in which counts, features and probabilities come to agree."""
+
 
 @dataclass(frozen=True, eq=False)
 class LabelEstimate:
@@ -45,7 +48,6 @@ class LabelEstimate:
         raw: (C,) the counts before rounding.
         features: (K, d) estimated mean features of the K classes with a positive count, in class order; None where
             there was no bias to divide by.
-
     """
 
     counts: Tensor
@@ -66,7 +68,6 @@ def one_hot_label(gw: Tensor | None, gb: Tensor | None) -> int:
 
     Raises:
         NotApplicable: neither is given.
-
     """
     if gb is not None:
         return int(gb.argmin())
@@ -112,7 +113,6 @@ def class_counts(
     *,
     mean_probabilities: Tensor,
     loss: CrossEntropy | None = None,
-    iterations: int = 100,
 ) -> LabelEstimate:
     """Return the class counts of a batch by iterating counts, class features and probabilities until they agree.
 
@@ -128,8 +128,6 @@ def class_counts(
         batch_size: number of examples B.
         mean_probabilities: (C,) a first guess of the batch's mean softmax.
         loss: reduction and label smoothing of the client.
-        iterations: at most so many rounds.
-
     """
     loss = CrossEntropy() if loss is None else loss
     floor = _floor(gw.dtype, loss)
@@ -148,7 +146,7 @@ def class_counts(
     features = gw[present] / torch.where(gb[present].abs() > 1e-30, gb[present], 1e-30)[:, None]
     best: tuple[float, Tensor, Tensor, Tensor, Tensor] | None = None
     idle = 0
-    for _ in range(iterations):
+    for _ in range(_ROUNDS):
         p = torch.softmax(features @ weight.T + bias, 1)
         weighted = counts[present, None] * (p - share)
         rows, ratio = _rows(weighted, features, target_w, target_b, present)
@@ -190,7 +188,6 @@ def recover_labels(
     generator: torch.Generator | None = None,
     *,
     head: Head | None = None,
-    probes: Tensor | None = None,
 ) -> LabelEstimate:
     """Return the labels of a batch as the head's gradient shows them.
 
@@ -203,18 +200,16 @@ def recover_labels(
         loss: the client's loss; :class:`~gradleak.training.CrossEntropy` with its reduction and label smoothing.
         generator: draws the dummy inputs that start the estimate of the mean probabilities.
         head: the head, where it has been found already.
-        probes: dummy or public inputs (M, *shape) to use instead of random ones.
 
     Raises:
         NotApplicable: the loss is not cross-entropy, or the model's output is not that of a linear layer.
-
     """
     if not isinstance(loss, CrossEntropy):
         raise NotApplicable(
             f"Labels are read off the gradient of softmax cross-entropy, not of {type(loss).__name__}; "
             "pass the labels (Knowledge.LABELS) or optimize them jointly."
         )
-    head = find_head(model, params, shape, inputs=None if probes is None else probes[:2]) if head is None else head
+    head = find_head(model, params, shape) if head is None else head
     if head is None:
         raise NotApplicable(
             "The model's output is not that of a trained linear layer, so its gradient does not show the labels; "
@@ -226,8 +221,8 @@ def recover_labels(
         if single is not None:
             return single
     like = next(iter(params.values()))
-    inputs = probe_inputs(shape, 16, like, generator) if probes is None else probes
     with torch.no_grad():
+        inputs = probe_inputs(shape, 16, like, generator)
         features, logits = features_and_logits(model, params, inputs, head)
     mean = torch.softmax(logits.double(), 1).mean(0)
     if gb is not None:
@@ -310,7 +305,6 @@ def solve_labels(
     Returns:
         (N, C) labels as probabilities, as solved (they need not be positive), and the share of the gradient's norm that
         they leave unexplained. Examples with the same features share the mean of their labels.
-
     """
     known, seen = features.double(), gw.double()
     if gb is not None:

@@ -34,7 +34,6 @@ def solve_directly(
 
     Returns:
         None where the gradient equations do not determine the inputs.
-
     """
     count, taps, rows = equations.count, equations.taps, equations.block.shape[1]
     own = counts(equations.step, equations.weight, count)

@@ -57,7 +57,6 @@ class Known:
         errors: (S, N, m) samples of their error.
         pull: (N, m) gradients of the loss with respect to them.
         slips: (S, N, m) samples of the error of ``pull``, which belong to those of the values.
-
     """
 
     values: Tensor
@@ -100,7 +99,6 @@ class Solved:
         complete: whether every direction shows in the equations.
         iterations: of conjugate gradients.
         precondition: an approximate inverse of the normal matrix, for rows (k, N · n).
-
     """
 
     known: Known
@@ -132,7 +130,6 @@ def solve_layer(
 
     Raises:
         NotApplicable: ``going`` said no.
-
     """
 
     def normal(*shape: int) -> Tensor:

@@ -66,7 +66,6 @@ class MixingEquations:
         scale: norm of the seen right-hand side.
         seen: (C, d') the scaled weight gradient.
         weight: (C, d') the head's weight, for scaled features.
-
     """
 
     row: Tensor

@@ -22,7 +22,6 @@ class OuterProduct:
         features: h (d,), the layer's exact input.
         delta: δ (C,), the gradient at its output.
         noise: relative root mean square deviation from an outer product: the rounding of the update.
-
     """
 
     features: Tensor
@@ -38,7 +37,6 @@ def read_outer_product(weight: Tensor, bias: Tensor) -> OuterProduct:
 
     Raises:
         NotApplicable: the gradient is zero, or no outer product (more than one example, noise, pruning).
-
     """
     weight, bias = weight.double(), bias.double()
     top = bias.abs().max()

@@ -32,7 +32,6 @@ def fit_targets(simulator: Simulator, inputs: Tensor, seen: Tensors, *, scaled: 
         inputs: (N, *shape) model inputs.
         seen: one gradient by parameter name, in the scale of a gradient if ``scaled``.
         scaled: whether the scale is known.
-
     """
     outputs = simulator.outputs(inputs, torch.float64)
     if not isinstance(outputs, Tensor) or outputs.numel() > _MOST:
@@ -92,7 +91,6 @@ def try_classes(
         seen: the update by parameter name.
         signed: whether the sign of the update is known.
         least: the cosine that a class must reach.
-
     """
     outputs = simulator.outputs(inputs)
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or not 1 < outputs.shape[1] <= _MOST:

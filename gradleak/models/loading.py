@@ -32,7 +32,6 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Option]:
 
     >>> parse_options(["width=24", "norm=group", "scale=1e-3", "bias=true"])
     {'width': 24, 'norm': 'group', 'scale': 0.001, 'bias': True}
-
     """
     options: dict[str, Option] = {}
     for pair in pairs:
@@ -74,7 +73,6 @@ def load(spec: str, options: Mapping[str, Option] | None = None) -> nn.Module:
         InvalidModel: the module cannot be imported, has no such factory, or the factory fails, ends the program, or
             returns no module of Python code with all of its numbers in memory (lazy, meta, scripted modules).
         InvalidInput: the factory has no such option.
-
     """
     options = dict(options or {})
     if ":" not in spec:
@@ -90,7 +88,6 @@ def locate(spec: str) -> object:
 
     Raises:
         InvalidModel: the module cannot be imported or has no such name.
-
     """
     with _current_directory_importable():
         return _find(spec)
@@ -166,7 +163,6 @@ def check_values(model: nn.Module, spec: str) -> None:
 
     Raises:
         InvalidModel: with the first that is not, and the remedy.
-
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not bool(torch.isfinite(tensor).all()):

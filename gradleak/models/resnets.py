@@ -136,7 +136,6 @@ def resnet18(
     Raises:
         InvalidInput: a size is not positive.
         UnknownName: no activation, normalization or initialization of that name.
-
     """
     blocks, strides = [2, 2, 2, 2], [1, 2, 2, 2]
     return _network(width, blocks, strides, classes, in_channels, activation, norm, init, seed, projection=True)
@@ -227,7 +226,6 @@ def dlg_resnet(
     Raises:
         InvalidInput: no such depth, or a size is not positive.
         UnknownName: no activation, normalization or initialization of that name.
-
     """
     height, wide = image_sides(image_size)
     positive(classes=classes, in_channels=in_channels, height=height, image_width=wide, pool=pool)

@@ -38,7 +38,6 @@ def read_expected(folder: Path) -> Tables:
 
     Raises:
         InvalidFile: it is absent, no TOML, or no table of rows.
-
     """
     path = folder / "expected.toml"
     try:

@@ -50,7 +50,6 @@ def share(successes: Sequence[bool]) -> Estimate:
 
     Raises:
         InvalidInput: there are no values.
-
     """
     n, hits = _count(successes), sum(map(bool, successes))
     return Estimate(hits / n, *wilson(hits, n), n)
@@ -64,7 +63,6 @@ def median(values: Sequence[float]) -> Estimate:
 
     Raises:
         InvalidInput: there are no values.
-
     """
     n = _count(values)
     ordered = sorted(math.inf if math.isnan(v) else float(v) for v in values)
@@ -86,7 +84,6 @@ def bootstrap(values: Sequence[float] | np.ndarray, statistic: Callable[[np.ndar
 
     Raises:
         InvalidInput: there are no values.
-
     """
     n = _count(values)
     array = np.asarray(values, dtype=np.float64)
@@ -112,7 +109,6 @@ class Row:
         published: the published algorithm's number in our re-run, likewise.
         cost: what one example costs our attacker, in words ("12 s, 310 evaluations").
         note: what a reader must know, among it why ours differs from the paper.
-
     """
 
     name: str
@@ -140,7 +136,6 @@ class Result:
     Attributes:
         texts: title → text to print as it is (traces of reconstructed sentences).
         scaled: one sentence that names the difference to the full scale, "" where there is none.
-
     """
 
     rows: Sequence[Row]
@@ -161,7 +156,6 @@ class Lab:
     Attributes:
         out: folder of all records.
         data: folder of data sets, laid out as ``docs/data.md`` says; None to use public loaders.
-
     """
 
     name: str
@@ -181,7 +175,6 @@ class Lab:
         Raises:
             InvalidInput: a case is not plain JSON.
             InvalidFile: a record cannot be stored.
-
         """
         module, name = sys.modules[function.__module__], function.__name__
         folder = self.out / self.name
@@ -217,7 +210,6 @@ class Lab:
         Raises:
             InvalidInput: the case is not plain JSON.
             InvalidFile: what was built cannot be stored.
-
         """
         module, name = sys.modules[function.__module__], function.__name__
         path = store.place(self.out / store.BUILT, module, name, case)
@@ -240,7 +232,6 @@ class Lab:
         Raises:
             InvalidInput: the file is neither in ``data`` nor to be had from a public loader; says what to do.
             InvalidFile: it is damaged, or lacks one of them.
-
         """
         path = self.file(name)
         found = read_arrays(path, wanted)
@@ -254,7 +245,6 @@ class Lab:
 
         Raises:
             InvalidInput: it is neither in ``data`` nor to be had from a public loader; says what to do.
-
         """
         return public.file(name, self.data, self.out / "downloads")
 
@@ -271,7 +261,6 @@ class Lab:
 
         Raises:
             InvalidInput: the data set is neither in ``data`` nor to be had from a public loader; says what to do.
-
         """
         return public.images(name, split, self.data, self.out / "downloads")
 
@@ -281,7 +270,6 @@ class Lab:
 
         Raises:
             InvalidInput: there are fewer than ``n``.
-
         """
         if n > total:
             raise InvalidInput(f"There are only {total} examples, not {n}; choose a smaller n.")

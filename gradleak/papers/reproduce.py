@@ -38,7 +38,6 @@ class Reproduction:
     Attributes:
         results: experiment → its stored result (rows, texts, figures, hardware, date, seconds).
         drift: sentences about rows that left the tolerance around the recorded value.
-
     """
 
     paper: str
@@ -57,7 +56,6 @@ class _Place:
     Attributes:
         docs: folder of the pages in a source tree, else None.
         lacking: experiment → sentence about the package that it needs and that is not installed.
-
     """
 
     folder: Path
@@ -89,7 +87,6 @@ def experiments(paper: str, root: Path | None = None) -> tuple[str, ...]:
     Raises:
         UnknownName: there is no such paper.
         InvalidFile: its ``expected.toml`` is damaged.
-
     """
     return _load(paper, root).names
 
@@ -124,7 +121,6 @@ def reproduce(
         InvalidInput: a data file is missing (names both ways to provide it), ``out`` cannot be written, or the only
             experiment asked for needs a package that is not installed.
         GradleakError: whatever the only experiment asked for raises.
-
     """
     if scale not in _SCALES:
         raise UnknownName("scale", scale, _SCALES)
@@ -246,7 +242,6 @@ def _read(path: Path) -> dict[str, Any]:
 
     Raises:
         InvalidFile: it is damaged.
-
     """
     try:
         stored: dict[str, Any] = json.loads(read_file(path).decode("utf-8"))

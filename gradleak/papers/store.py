@@ -43,7 +43,6 @@ class Measured:
     Attributes:
         values: what it returned; arrays come back as ``numpy.ndarray``.
         date: when, as YYYY-MM-DD.
-
     """
 
     case: Mapping[str, Any]
@@ -62,7 +61,6 @@ def place(folder: Path, module: types.ModuleType, function: str, case: Mapping[s
 
     Raises:
         InvalidInput: the case is not plain JSON.
-
     """
     content = {
         "module": module.__name__.rpartition(".")[2],
@@ -86,7 +84,6 @@ def write_case(path: Path, function: str, case: Mapping[str, Any], values: Mappi
 
     Raises:
         InvalidFile: it cannot be written there.
-
     """
     arrays = {
         k: np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v)

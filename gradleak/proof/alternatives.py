@@ -171,7 +171,6 @@ def tells_examples_apart(simulator: Simulator, bias: str, seen: Tensor, inputs: 
         bias: name of the layer's bias, whose gradient that gradient is.
         seen: its gradient as observed (m,); only live units count.
         inputs: (1, *shape) the input that the outer product shows.
-
     """
     live = seen.detach().flatten() != 0
     if int(live.sum()) < 2 or not inputs.is_floating_point():

@@ -123,7 +123,6 @@ def certify(
 
     Raises:
         InvalidModel: the update cannot be re-simulated (active dropout, changing batch statistics).
-
     """
     simulator.check(inputs)
     explanation = Explanation(simulator, update, inputs, labels, granted=granted, seed=seed)

@@ -46,7 +46,6 @@ class Uniqueness:
         weakest: smallest singular value, relative to the largest.
         few: whether there are too few equations to show that the update is undistorted.
         why: what leaves examples open, empty where all are determined.
-
     """
 
     rank: int
@@ -78,7 +77,6 @@ def uniqueness(
 
     Raises:
         TimeSpent: ``going`` said no.
-
     """
     try:
         J, whitened, rows, live = _linear(explanation, fit, going)
@@ -200,7 +198,6 @@ def _folds(
         a mask (n,) of directions along which the map does not keep half of what its linearization promises, and for
         each checked direction what the linearization leaves out at the ends of the error bound ``along`` it, (2, m);
         at last, what it leaves out along several at once beyond that, (k, m).
-
     """
     mask, remainders = torch.zeros_like(kept, dtype=torch.bool), []
     order = torch.argsort(kept, descending=True)[:_WEAKEST]

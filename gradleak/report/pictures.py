@@ -45,7 +45,6 @@ def picture(record: Record, inputs: Array, truth: Array | None = None, snapshots
         inputs: (N, *shape) reconstructed inputs, in the attack's order; without examples where the attack did not run.
         truth: (N, *shape) private inputs.
         snapshots: (K, N, *shape) decoded candidates at the points of ``record.curves``.
-
     """
     subject, shown = record.subject, record.shown
     if record.outcome.status in REFUSED:

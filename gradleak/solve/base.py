@@ -40,7 +40,6 @@ class Outcome:
         stalled: the solver found no way on.
         interrupted: the whole run was stopped from outside.
         late: the time was over before the rounds were.
-
     """
 
     x: Tensor
@@ -88,7 +87,6 @@ class Solver(ABC):
             slots: how many problems work at a time; None lets all of them.
             spent: rounds that each problem has had before, which count against ``iterations``.
             deadline: when to end, with one evaluation of the first problems at least.
-
         """
 
     def memory(self, size: int, bytes_per_number: int) -> int:

@@ -59,7 +59,6 @@ class Factor:
     Attributes:
         lower: of the scaled matrix, (n, n).
         scale: (n,) one over the root of the matrix' diagonal.
-
     """
 
     lower: Tensor

@@ -43,7 +43,6 @@ def conjugate_gradients(
 
     Returns:
         The solutions (k, n), the number of iterations, and whether every row is done.
-
     """
     x, residual = torch.zeros_like(right), right.clone()
     z = precondition(residual)

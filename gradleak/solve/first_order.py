@@ -28,7 +28,6 @@ class _FirstOrder(Solver, ABC):
         schedule: how the step size changes. A deadline shortens the schedule: where the time is the shorter of the
             two, the share of it that is over decides, so the small steps at the end are taken all the same.
         check_every: rounds between looks at the stopping rule.
-
     """
 
     lr: float = 0.1

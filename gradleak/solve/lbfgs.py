@@ -42,7 +42,6 @@ class LBFGS(Solver):
         check_every: rounds between looks at the stopping rules (each look synchronizes the device).
         patience: rounds without a relative decrease of ``stall`` after which a problem is said to stall.
         stall: see ``patience``.
-
     """
 
     iterations: int = 3000

@@ -74,7 +74,6 @@ def minimize(
         least: cost that rounding may leave, below which a step that does not halve it is the last.
         going: (state, damping) → whether to go on, asked before every step; a ``KeyboardInterrupt`` from it, or from
             anything below, ends the search as well. Either way the best so far is returned.
-
     """
     state = State(z, problem.cost(z))
     growth = 2.0

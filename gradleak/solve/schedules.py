@@ -37,7 +37,6 @@ class StepDecay(Schedule):
     Attributes:
         at: where it falls, each a share of the run.
         factor: by which it is multiplied there.
-
     """
 
     at: tuple[float, ...] = (3 / 8, 5 / 8, 7 / 8)
@@ -54,7 +53,6 @@ class CosineDecay(Schedule):
 
     Attributes:
         floor: what is left of it at the end.
-
     """
 
     floor: float = 0.0

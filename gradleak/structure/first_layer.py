@@ -26,7 +26,6 @@ class InputLayer:
         module: name of the layer, as in ``model.get_submodule``.
         weight_name: name of its weight among the parameters.
         bias_name: name of its bias, None where it has none that is trained.
-
     """
 
     module: str

@@ -27,7 +27,6 @@ class Head:
         bias: (C,), None where it has none.
         shared: the weight also serves another purpose (tied embedding, or the layer runs more than once), so its
             gradient is not the head's alone.
-
     """
 
     module: str
@@ -58,9 +57,7 @@ class Head:
         return out if self.bias is None else out + self.bias.to(features)
 
 
-def find_head(
-    model: nn.Module, params: Tensors, shape: tuple[int, ...], *, inputs: Tensor | None = None
-) -> Head | None:
+def find_head(model: nn.Module, params: Tensors, shape: tuple[int, ...]) -> Head | None:
     """Return the linear layer (or 1×1 convolution on a single pixel) whose output is the model's output, if any.
 
     The model is run once on dummy inputs in its own mode and left as it was: no buffer, hook or generator changes.
@@ -69,11 +66,9 @@ def find_head(
         model: a module from a batch of inputs to logits (N, C).
         params: its trainable parameters by name.
         shape: shape of one input, without the batch axis.
-        inputs: dummy inputs (N, *shape), where random numbers in [0, 1] will not do (tokens).
 
     Returns:
         None if the output is not that of a linear layer, or the layer's weight is not among ``params``.
-
     """
     names = {id(p): k for k, p in model.named_parameters()}
     uses: dict[str, int] = {}
@@ -92,7 +87,7 @@ def find_head(
 
     handles = [model.get_submodule(k).register_forward_hook(lambda _m, _i, o, name=k: keep(name, o)) for k in layers]
     like = next(iter(params.values()))
-    probe = probe_inputs(shape, 2, like) if inputs is None else inputs
+    probe = probe_inputs(shape, 2, like)
     try:
         output = run_quietly(model, params, probe)
     finally:

@@ -37,7 +37,6 @@ class Lookups:
         codes: column → (K, places) what the layer sees of each code.
         slopes: column → (places,) what one unit of a number adds.
         embeddings: column → name of the embedding's weight.
-
     """
 
     layer: str
@@ -112,7 +111,6 @@ def find_lookups(model: nn.Module, params: Tensors, row: Tensor, sizes: Mapping[
 
     Raises:
         NotApplicable: nothing is looked up, or the layer does not see every column in places of its own.
-
     """
     if not any(isinstance(m, nn.Embedding) for m in model.modules()) or row.ndim != 1 or len(row) > _COLUMNS:
         raise NotApplicable("The model looks no column up in an embedding; use linear_inversion() or matching.")
@@ -162,7 +160,6 @@ def tail_of(model: nn.Module, params: Tensors, lookups: Lookups) -> Tail:
 
     Raises:
         NotApplicable: the columns reach the outputs past the layer, too.
-
     """
     draw = torch.Generator().manual_seed(1)
     rows = lookups.row.repeat(_ROWS, 1)

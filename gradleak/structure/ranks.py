@@ -26,7 +26,6 @@ class RankBound:
         rank: upper bound on the rank of the gradient's Jacobian with respect to the inputs: the smaller of the two.
         layer: the layer at whose input the bound is met, "" where the inputs themselves are the bound.
         reason: one sentence for a reader.
-
     """
 
     equations: int
@@ -42,9 +41,7 @@ class RankBound:
         return self.rank >= self.unknowns
 
 
-def rank_bound(
-    model: nn.Module, params: Mapping[str, Tensor], shape: tuple[int, ...], batch_size: int, *, name: str = "This model"
-) -> RankBound:
+def rank_bound(model: nn.Module, params: Mapping[str, Tensor], shape: tuple[int, ...], batch_size: int) -> RankBound:
     """Return an upper bound on the rank of ∂(gradients)/∂(inputs) for a batch with known labels.
 
     Cut the network before any layer through whose input x all information flows. The gradients of the layers from there
@@ -57,8 +54,6 @@ def rank_bound(
         params: its trainable parameters by name (those in the update).
         shape: shape of one input.
         batch_size: number of examples.
-        name: how the sentence calls the model.
-
     """
     like = next(iter(params.values()))
     probe = probe_inputs(shape, 2, like).requires_grad_()
@@ -79,7 +74,7 @@ def rank_bound(
     effective = best
     if best >= unknowns:
         best, layer = unknowns, ""
-    batch = f"{name}, {batch_size} example{'s' if batch_size > 1 else ''}"
+    batch = f"This model, {batch_size} example{'s' if batch_size > 1 else ''}"
     if layer:
         reason = (
             f"{batch}: the gradient determines at most {best:,} of {unknowns:,} numbers, because all layers from "

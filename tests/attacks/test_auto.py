@@ -11,8 +11,8 @@ from torch import nn
 import gradleak as gl
 from gradleak import defenses
 from gradleak.attacks import auto
-from gradleak.attacks.auto import certificate
 from gradleak.attacks.base import Progress
+from gradleak.attacks.certifying import certified
 from gradleak.attacks.recursion import from_layers
 from gradleak.errors import InvalidInput, NotApplicable
 from gradleak.exact.one_example import RecursionResult
@@ -189,10 +189,11 @@ def test_certificate_of_any_result() -> None:
     seen = observe(client)
     # Without a label in the result, the best one is found from the update.
     truth = gl.Reconstruction(client.batch.inputs, None, 0.0)
-    assert certificate(seen, truth).verdict == "proved"
-    assert certificate(seen, gl.Reconstruction(1 - client.batch.inputs, None, 0.0)).verdict == "unproved"
+    assert certified(seen, truth).certificate.verdict == "proved"
+    assert certified(seen, gl.Reconstruction(1 - client.batch.inputs, None, 0.0)).certificate.verdict == "unproved"
     # So are those of a batch, from the head's gradient.
-    assert certificate(observe(victim(2)), gl.Reconstruction(victim(2).batch.inputs, None, 0.0)).verdict == "proved"
+    batch = gl.Reconstruction(victim(2).batch.inputs, None, 0.0)
+    assert certified(observe(victim(2)), batch).certificate.verdict == "proved"
 
 
 @pytest.mark.parametrize(("act", "way"), [(torch.nn.Tanh, "recursion"), (torch.nn.ReLU, "spear")])

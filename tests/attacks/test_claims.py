@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import gradleak as gl
-from gradleak.attacks.auto import certificate
 from gradleak.attacks.base import Attack
+from gradleak.attacks.certifying import certified
 from gradleak.errors import NotApplicable
 from gradleak.threat import Knowledge, Observation, ThreatModel
 from gradleak.types import Batch, Update, UpdateKind
@@ -75,8 +75,8 @@ def test_two_classes_have_no_proof_of_the_other_label() -> None:
     model = seeded(lambda: nn.Sequential(nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 2)))
     x, y = rows(1, 30), torch.tensor([1])
     seen = observe(model, x, y)
-    assert certificate(seen, gl.Reconstruction(x, y, 0.0)).verdict == "proved"
-    assert certificate(seen, gl.Reconstruction(x, 1 - y, 0.0)).verdict != "proved"
+    assert certified(seen, gl.Reconstruction(x, y, 0.0)).certificate.verdict == "proved"
+    assert certified(seen, gl.Reconstruction(x, 1 - y, 0.0)).certificate.verdict != "proved"
 
 
 def test_a_scaled_gradient_is_proved_with_its_factor() -> None:

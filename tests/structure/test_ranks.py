@@ -28,7 +28,7 @@ def jacobian_rank(model: nn.Module, shape: tuple[int, ...], size: int) -> int:
 
 def test_the_papers_lenet() -> None:
     model = lenet(width=12, seed=0)
-    bound = rank_bound(model, parameters(model), (3, 32, 32), 2, name="LeNet width 12")
+    bound = rank_bound(model, parameters(model), (3, 32, 32), 2)
     assert (bound.equations, bound.unknowns, bound.rank) == (9672, 6144, 6060)
     assert not bound.determined
     assert "6,060 of 6,144" in bound.reason
