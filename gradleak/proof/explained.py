@@ -245,7 +245,7 @@ class Explanation:
         if count > 1 and self.arithmetic is not torch.float64:
             # Where p − y nearly cancels, single precision is off in the same way every time: that is no noise, but what
             # the client computes.
-            shift = [_mean(samples) for samples in zip(*deviations, strict=True)]
+            shift = [sum(samples[1:], samples[0]) / count for samples in zip(*deviations, strict=True)]
             simulated, grown = _each(torch.add, simulated, shift), math.sqrt(count / (count - 1))
             deviations = [[d.sub(h).mul_(grown) for d, h in zip(sample, shift, strict=True)] for sample in deviations]
         norms = [[_norm(d) for d in sample] for sample in deviations]
@@ -320,12 +320,8 @@ class Explanation:
         """Return the noise of an update whose rounding has these deviations (), as measured by samples."""
         extra, stated = self._extra
         tau = rounding if extra is None else _each(torch.hypot, extra, rounding)
-        norm = math.hypot(
-            *(
-                float(t) * math.sqrt(len(p)) if t.ndim == 0 else _norm(t[t.isfinite()])
-                for t, p in zip(tau, self.seen, strict=True)
-            )
-        )
+        finite = (t.where(t.isfinite(), 0.0).expand_as(p) for t, p in zip(tau, self.seen, strict=True))
+        norm = math.hypot(*map(_norm, finite))
         allowed = _STATED if stated >= 0.95 * norm > 0 else _ROUNDING
         # What is infinitely uncertain weighs nothing.
         return Noise([1 / t for t in tau], deviations, factors, extra, norm / self.norm, allowed, self.seed + 1)
@@ -355,13 +351,6 @@ def times_noise(left: Tensor) -> float:
 
 def _norm(vector: Tensor) -> float:
     return float(vector.norm())
-
-
-def _mean(vectors: Sequence[Tensor]) -> Tensor:
-    total = vectors[0].clone()
-    for vector in vectors[1:]:
-        total.add_(vector)
-    return total.div_(len(vectors))
 
 
 def _each(function: Callable[[Tensor, Any], Tensor], one: Parts, other: Sequence[Tensor | float]) -> Parts:

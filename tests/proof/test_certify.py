@@ -206,6 +206,23 @@ def test_number_formats() -> None:
     assert number_format({"w": torch.ones(3)}) is torch.float32
 
 
+def test_a_certificate_costs_in_proportion_to_what_it_may_prove(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = victim()
+    update, simulate, runs = FedSGD()(model, batch).tensors, Simulator.update, []
+
+    def counted(self: Simulator, *arguments: Any) -> dict[str, Tensor]:
+        runs.append(1)
+        return simulate(self, *arguments)
+
+    monkeypatch.setattr(Simulator, "update", counted)
+    options: dict[str, Any] = {"training": FedSGD(), "uniqueness": False}
+    assert certify(model, update, batch.inputs.flip(3), batch.labels, **options).verdict == "unproved"
+    assert len(runs) == 3  # the candidate, and one sample of the rounding
+    runs.clear()
+    assert certify(model, update, batch.inputs, batch.labels, **options).verdict == "matched"
+    assert len(runs) == 7 + 13  # three samples, then six directions
+
+
 def test_the_jacobian_ends_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = victim()
     over = iter([False, True])  # before the Jacobian, within it
