@@ -29,6 +29,7 @@ from gradleak.attacks.spear import spear
 from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import InvalidInput, InvalidModel, MissingKnowledge, NotApplicable, ResourceLimit
 from gradleak.spaces import Category, TableSpace, TokenSpace
+from gradleak.structure.first_layer import find_input_layer
 from gradleak.structure.lookups import Tail
 from gradleak.threat import Knowledge, Observation
 from gradleak.training import FedSGD
@@ -146,6 +147,17 @@ def _batch(case: Case) -> str | None:
     return _values(case)
 
 
+def _read_off(case: Case) -> str | None:
+    why, observation = _values(case), case.observation
+    if why is None and observation.batch_size == 1:
+        with suppress(*_Refusal):
+            shape = tuple(observation.space.shape)
+            layer = find_input_layer(observation.model, observation.params, shape, mapped=True)
+            if layer is not None and layer.before and layer.bias_name is not None:
+                why = "The model scales or moves values before its first layer; recursion undoes that with one example."
+    return why
+
+
 def _one_example(case: Case) -> str | None:
     if case.sentences or case.observation.batch_size != 1:
         return "All layers together are solved for one example; a batch is matched."
@@ -229,7 +241,7 @@ WAYS = (
     Way("read_sentences", lambda _: read_sentences(), _sentences),
     Way("entity_embeddings", lambda options: EntityEmbeddings(options), _looked_up),
     Way("patch_embedding", lambda _: patch_embedding(), _values, starts=True),
-    Way("linear_inversion", lambda _: linear_inversion(), _values),
+    Way("linear_inversion", lambda _: linear_inversion(), _read_off),
     Way("spear", lambda _: spear(), _batch),
     Way("recursion", lambda _: recursion(), _values),
     Way("gauss_newton", lambda _: GaussNewton(layers_only=True), _one_example),

@@ -36,7 +36,6 @@ def read_filtered(
         dw: (m, n) its weight gradient.
         db: (m,) its bias gradient.
         close: relative distance at which numbers of the update count as equal.
-
     """
     kept = untouched(observation.update.tensors)
     if kept is None:
@@ -45,7 +44,7 @@ def read_filtered(
     if found is None or found[1] > close:
         return None
     x, misfit, hidden = found
-    inputs = x.reshape(1, *observation.space.shape)
+    inputs = layer.undo(x[None]).reshape(1, *observation.space.shape)
     label, apart = _simulated(observation, inputs, kept)
     exact = apart <= 10 * close
     share = sum(int(m.sum()) for m in kept.values()) / sum(m.numel() for m in kept.values())
@@ -56,7 +55,8 @@ def read_filtered(
         else Note(f"{told}, but do not agree with its simulated update, so its scale is not sure.", NoteKind.LIMIT)
     )
     alone = tells_examples_apart(observation.simulator, bias, torch.where(kept[bias], db, 0.0), inputs)
-    error = max(misfit, float(torch.finfo(dw.dtype).eps)) * float(inputs.square().mean().sqrt())
+    off = max(misfit, float(torch.finfo(dw.dtype).eps)) * x.abs() + hidden
+    error = float((layer.undo((x + off)[None]).flatten() - inputs.flatten()).square().mean().sqrt())
     decoded, why = present(observation, inputs, exact=exact)
     real = label is not None and label.is_floating_point()
     return Reconstruction(
@@ -68,7 +68,7 @@ def read_filtered(
         notes=(note,) if why is None else (why, note),
         construction=Construction(
             inputs.numel(),
-            max(error, hidden),
+            error,
             "the numbers that a filter left alone are the input times a known vector",
             alone=alone,
             scaled=exact,

@@ -39,6 +39,10 @@ _SUBSETS = 3000
 """Subsets of the inputs that rows agree on that are tried, at most: milliseconds each."""
 
 
+_SHARP = 1e-4
+"""Relative error up to which the scale of an input must show, where there is no bias to divide by."""
+
+
 @final
 @dataclass(frozen=True)
 class LinearInversion(Attack):
@@ -54,7 +58,8 @@ class LinearInversion(Attack):
 class _Reader:
     """The first layer of one observation: its weight gradient ``dw`` (m, n) and bias gradient ``db`` (m,).
 
-    ``close`` is the relative distance at which numbers of the update count as equal.
+    ``close`` is the relative distance at which numbers of the update count as equal. A layer without bias shows one
+    input up to a factor: ``along`` is that input (n,) of size 1, and ``db`` what a bias would show then.
     """
 
     observation: Observation
@@ -63,6 +68,7 @@ class _Reader:
     dw: Tensor
     db: Tensor
     close: float
+    along: Tensor | None = None
 
     @classmethod
     def of(cls, observation: Observation) -> _Reader:
@@ -71,28 +77,35 @@ class _Reader:
         Raises:
             NotApplicable: there is no such layer, or its update has no ratios to read.
         """
-        layer = find_input_layer(observation.model, observation.params, tuple(observation.space.shape))
+        layer = find_input_layer(observation.model, observation.params, tuple(observation.space.shape), mapped=True)
         if layer is None:
             raise NotApplicable(
                 "Linear inversion needs a linear layer that sees the flattened input itself, and this model has none; "
                 "use recursion() or matching, or entity_embeddings() where columns are looked up."
             )
-        if layer.bias_name is None:
+        if layer.bias_name is None and observation.batch_size != 1:
             raise NotApplicable(
-                f"Linear inversion divides by the bias gradient, but {layer.weight_name!r} has no trained bias; "
-                "use matching."
+                f"Linear inversion divides by the bias gradient, but {layer.weight_name!r} has no trained bias, which "
+                "takes a single example; use matching."
             )
         gradient = observation.gradient
         if not gradient.single and not gradient.scaled:
             raise NotApplicable(gradient.reason)
-        dw, db = gradient.tensors[layer.weight_name], gradient.tensors[layer.bias_name]
+        dw = gradient.tensors[layer.weight_name]
         if is_signs({"first layer": dw}):
             raise NotApplicable(
                 "The entries of the first layer's update all have one size, as signs do and the first step of an "
                 "adaptive optimizer; they show the input's signs only; use matching with what the client did stated."
             )
         # What was rounded may be stored in a wider format.
-        return cls(observation, layer, layer.bias_name, dw, db, agreement(number_format(observation.update.tensors)))
+        close = agreement(number_format(observation.update.tensors))
+        if layer.bias_name is not None:
+            return cls(observation, layer, layer.bias_name, dw, gradient.tensors[layer.bias_name], close)
+        if not bool(dw.any()):
+            raise NotApplicable("The first layer's gradient is zero, so it shows nothing; attack another update.")
+        along = torch.linalg.svd(dw.double(), full_matrices=False)[2][0] * math.sqrt(dw.shape[1])
+        along = along if float(along.sum()) >= 0 else -along
+        return cls(observation, layer, layer.weight_name, dw, dw.double() @ along / along.square().sum(), close, along)
 
     @property
     def size(self) -> int | None:
@@ -101,7 +114,7 @@ class _Reader:
 
     def read(self) -> Reconstruction:
         """Return what the first layer shows."""
-        if self.size == 1:
+        if self.size == 1 and self.along is None:
             close = max(self.close, self._subtraction())
             filtered = read_filtered(self.observation, self.layer, self.bias, self.dw, self.db, close)
             if filtered is not None:
@@ -129,7 +142,7 @@ class _Reader:
         return min(4 * rounding / max(float(delta.norm()), 1e-300), 1e-2)
 
     def _shaped(self, rows: Tensor) -> Tensor:
-        return rows.reshape(-1, *self.observation.space.shape)
+        return self.layer.undo(rows).reshape(-1, *self.observation.space.shape)
 
     # ------------------------------------------------------------------------------------------- one example
 
@@ -142,35 +155,36 @@ class _Reader:
                 "The model limits its input before the first layer (clamping, rectifying) just where the solution "
                 "lies, so the input itself does not show; use matching."
             )
-        alone = tells_examples_apart(simulator, self.bias, self.db, inputs)
         labels, soft = self._labels(inputs)
-        agrees = self._agrees(inputs, labels if soft is None else soft)
+        # Without a bias, soft labels make up for any scale.
+        agrees = self.along is None and self._agrees(inputs, labels if soft is None else soft)
         factor: float | None = 1.0
         if not agrees:
-            factor = self._factor(inputs)
+            factor = self._factor(x)
             if factor is not None and factor != 1.0:
-                inputs = factor * inputs
+                x = factor * x
+                inputs = self._shaped(x[None])
                 labels, soft = self._labels(inputs)
+        alone = tells_examples_apart(simulator, self.bias, self.db, inputs, self.along)
         notes = [
             f"The layer's gradient is an outer product down to {misfit:.1e}"
             + (", as one example would produce." if alone else ", as any batch may give whose examples pull alike.")
         ]
         if factor is None:
-            notes.append(
-                "Nothing else fixes the scale: weight and bias of the layer may carry factors of their own (clipping "
-                "per tensor), and the input is right up to one factor."
-            )
+            own = "weight and bias of the layer may carry factors of their own (clipping per tensor)"
+            why = own if self.along is None else "the layer has no bias"
+            notes.append(f"Nothing else fixes the scale: {why}, and the input is right up to one factor.")
+        elif self.along is not None:
+            notes.append("The layer has no bias; what follows it fixes the scale of its input.")
         elif factor != 1.0:
-            notes.append(
-                f"Weight and bias of the layer carry factors of their own; what follows fixes the input's scale, "
-                f"{factor:.4g} times their ratio."
-            )
+            own = "Weight and bias of the layer carry factors of their own"
+            notes.append(f"{own}; what follows fixes the input's scale, {factor:.4g} times their ratio.")
         # Without evidence of one example only the scale of the update tells it from a mixture.
         exact = factor is not None and (alone or agrees) and not (simulator.known and not alone and soft is not None)
-        error = max(misfit, float(torch.finfo(self.dw.dtype).eps)) * float(inputs.square().mean().sqrt())
+        error = max(misfit, float(torch.finfo(self.dw.dtype).eps))
         proof = Construction(
             inputs.numel(),
-            error,
+            float((self._shaped(((1 + error) * x)[None]) - inputs).square().mean().sqrt()),
             "the first layer's gradient is the input times a known vector",
             alone=alone,
             scaled=factor is not None,
@@ -194,22 +208,36 @@ class _Reader:
             return simulator.relative(inputs, labels, self.observation.update.tensors) <= 10 * self.close
         return False
 
-    def _factor(self, inputs: Tensor) -> float | None:
-        """Return the factor that fixes the input's scale, from what later layers saw or from the loss."""
-        for mismatch in (self._deeper(inputs), self._loss(inputs)):
-            found = None if mismatch is None else input_scale(mismatch, tolerance=self.close)
-            if found is not None:
-                return found
+    def _factor(self, x: Tensor) -> float | None:
+        """Return the factor that fixes the scale of the layer's input, from what later layers saw or from the loss."""
+        if self.along is None:
+            for mismatch in (self._deeper(x), self._loss(x)):
+                found = None if mismatch is None else input_scale(mismatch, tolerance=self.close)
+                if found is not None:
+                    return found
+            return None
+        rounding = float(torch.finfo(self.dw.dtype).eps)
+        for sign in (1.0, -1.0):
+            for make in (self._loss, self._deeper):
+                mismatch = None
+                with suppress(NotApplicable):  # Of an input of another size, the model may assert something else.
+                    mismatch = make(sign * x)
+                found = None if mismatch is None else input_scale(mismatch, tolerance=self.close, plain=False)
+                # It must be sharp: a mismatch of rounding may not leave more than a small share of it open.
+                if mismatch is not None and found is not None:
+                    least = max(mismatch(found), rounding)
+                    if min(mismatch(found * (1 + _SHARP)), mismatch(found * (1 - _SHARP))) > 4 * least:
+                        return sign * found
         return None
 
-    def _deeper(self, inputs: Tensor) -> Callable[[float], float] | None:
+    def _deeper(self, x: Tensor) -> Callable[[float], float] | None:
         """Return how far the inputs of later linear layers point elsewhere than their gradients show, by factor."""
         model, params, tensors = self.observation.model, self.observation.params, self.observation.gradient.tensors
         names = {id(p): k for k, p in model.named_parameters()}
         wide = {k: p.double() for k, p in params.items()}
         wide |= {k: b for k, b in self.observation.simulator.buffers(torch.float64).items() if k not in wide}
         targets: dict[str, Tensor] = {}
-        for name, seen in linear_inputs(model, wide, inputs).items():
+        for name, seen in linear_inputs(model, wide, self._shaped(x[None])).items():
             module = model.get_submodule(name)
             keys = names.get(id(module.weight), ""), names.get(id(module.bias), "")
             if name == self.layer.module or len(seen) > 1 or seen[0].ndim != 2 or not all(k in tensors for k in keys):
@@ -223,25 +251,34 @@ class _Reader:
             return None
 
         def mismatch(t: float) -> float:
-            found = linear_inputs(model, wide, t * inputs)
+            found = linear_inputs(model, wide, self._shaped((t * x)[None]))
             turns = [found[k][0][0] / found[k][0][0].norm().clamp_min(1e-300) - h for k, h in targets.items()]
             return max(float(v.norm()) for v in turns)
 
         return mismatch
 
-    def _loss(self, inputs: Tensor) -> Callable[[float], float] | None:
+    def _loss(self, x: Tensor) -> Callable[[float], float] | None:
         """Return how far the simulated update points elsewhere than the seen one, tensor by tensor, by factor."""
         observation, simulator = self.observation, self.observation.simulator
         head = find_head(observation.model, observation.params, tuple(observation.space.shape))
-        if head is None or head.bias_name is None or not isinstance(simulator.undefended.loss, CrossEntropy):
+        if head is None or not isinstance(simulator.undefended.loss, CrossEntropy):
             return None
-        label = torch.tensor([one_hot_label(None, observation.gradient.tensors[head.bias_name])])
+        rows = observation.gradient.tensors[head.bias_name or head.weight_name].double()
+        if (
+            head.bias_name is None
+        ):  # Then the rows of an outer product tell δ up to its sign, and one entry has its own.
+            rows = torch.linalg.svd(rows.flatten(1), full_matrices=False)[0][:, 0]
+            rows = rows if int((rows < 0).sum()) == 1 else -rows
+        label = torch.tensor([one_hot_label(None, rows)])
         seen = {k: t.double() / t.double().norm().clamp_min(1e-300) for k, t in observation.gradient.tensors.items()}
         sign = -1.0 if observation.update.kind is UpdateKind.WEIGHT_DELTA else 1.0
 
         def mismatch(t: float) -> float:
             with suppress(RuntimeError, InvalidModel):
-                found = simulator.update(t * inputs, label)
+                inputs = self._shaped((t * x)[None])
+                if self.along is not None and simulator.known:
+                    return simulator.relative(inputs, label, observation.update.tensors)
+                found = simulator.update(inputs, label)
                 return max(
                     float((sign * v / v.norm().clamp_min(1e-300) - seen[k]).norm())
                     for k, v in found.items()

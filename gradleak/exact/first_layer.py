@@ -94,7 +94,6 @@ def untouched_input(dw: Tensor, db: Tensor, kept_w: Tensor, kept_b: Tensor) -> t
         The input (n,), the relative distance of the untouched entries from the outer product, and a bound on the error
         of values of which every entry was zeroed. None where fewer than two rows are left, or every entry of some
         value was limited.
-
     """
     dw, db = dw.double()[kept_b], db.double()[kept_b]
     kept = kept_w[kept_b]
@@ -149,7 +148,7 @@ def single_example_inputs(dw: Tensor, db: Tensor, *, tolerance: float | None = N
     return torch.stack(found) if found else ratios[:0], rows
 
 
-def input_scale(mismatch: Callable[[float], float], *, tolerance: float) -> float | None:
+def input_scale(mismatch: Callable[[float], float], *, tolerance: float, plain: bool = True) -> float | None:
     """Return the factor t at which an input that is known up to a factor fits the rest of an update, None if none does.
 
     A layer's weight and bias may carry factors of their own (clipping per tensor, step sizes per group), and then their
@@ -160,8 +159,9 @@ def input_scale(mismatch: Callable[[float], float], *, tolerance: float) -> floa
         mismatch: t → how far the rest of the update is from what t times the input gives, 0 where it fits; it must not
             depend on any layer's own factor.
         tolerance: mismatch up to which it fits.
+        plain: whether 1 is taken where it fits, as factors of their own are rare.
     """
-    if mismatch(1.0) <= tolerance:
+    if plain and mismatch(1.0) <= tolerance:
         # Where every factor fits, the scale does not show.
         return 1.0 if max(mismatch(0.5), mismatch(2.0)) > 10 * tolerance else None
     grid = [10 ** (k / 12) for k in range(-36, 37)]

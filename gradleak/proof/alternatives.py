@@ -79,7 +79,7 @@ def mean_of_several(explanation: Explanation, fit: Fit) -> bool:
 
 def has_free_directions(model: nn.Module, params: dict[str, Tensor], shape: tuple[int, ...]) -> bool:
     """Tell whether the first layer leaves directions of the input unseen, or cannot be asked."""
-    layer = find_input_layer(model, params, shape)
+    layer = find_input_layer(model, params, shape, mapped=True)
     if layer is not None:
         weight = params[layer.weight_name].detach().double()
         return int(torch.linalg.matrix_rank(weight)) < math.prod(shape)
@@ -159,7 +159,9 @@ def _random_labels(explanation: Explanation, count: int, draw: torch.Generator) 
 
 
 @torch.no_grad()
-def tells_examples_apart(simulator: Simulator, bias: str, seen: Tensor, inputs: Tensor) -> bool:
+def tells_examples_apart(
+    simulator: Simulator, bias: str, seen: Tensor, inputs: Tensor, along: Tensor | None = None
+) -> bool:
     """Tell whether an outer product at a layer is evidence of one example, whatever the scale of the update.
 
     The gradients of several examples form an outer product where their gradients at the layer's output are parallel:
@@ -171,6 +173,8 @@ def tells_examples_apart(simulator: Simulator, bias: str, seen: Tensor, inputs: 
         bias: name of the layer's bias, whose gradient that gradient is.
         seen: its gradient as observed (m,); only live units count.
         inputs: (1, *shape) the input that the outer product shows.
+        along: (n,) for a layer without bias, by whose weight's gradient times this vector it goes; ``bias`` is then the
+            weight's name.
     """
     live = seen.detach().flatten() != 0
     if int(live.sum()) < 2 or not inputs.is_floating_point():
@@ -186,7 +190,8 @@ def tells_examples_apart(simulator: Simulator, bias: str, seen: Tensor, inputs: 
 
     def direction(z: Tensor, labels: Tensor) -> Tensor:
         with torch.random.fork_rng(devices=[]):  # A random mask is the same one in every run.
-            found = simulator.update(z, labels)[bias].flatten()[live]
+            found = simulator.update(z, labels)[bias]
+            found = (found if along is None else found @ along).flatten()[live]
         return found / found.norm().clamp_min(1e-300)
 
     wanted = seen.detach().double().flatten()[live]

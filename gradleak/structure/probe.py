@@ -30,14 +30,13 @@ def run_quietly(model: nn.Module, params: Tensors, inputs: Tensor, buffers: Tens
 
     Raises:
         NotApplicable: the model cannot be run on such inputs.
-
     """
     own = {k: b.clone() for k, b in model.named_buffers()}
     devices = [inputs.device] if inputs.device.type == "cuda" and torch.cuda.is_available() else []
     with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH):
         try:
             return functional_call(model, {**params, **own, **(buffers or {})}, (inputs,))
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+        except (AssertionError, RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
             raise NotApplicable(
                 f"The model does not run on {len(inputs)} probing inputs of shape {tuple(inputs.shape[1:])} "
                 f"({reason(error)}); describe what it takes, or use an attack that does not look into the model."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradleak.errors import NotApplicable, reason
+from gradleak.errors import InvalidModel, NotApplicable, reason
 from gradleak.training.base import LocalTraining, Tensors, check_repeatable, check_reproducible, parameters
 from gradleak.training.fedavg import FedAvg
 from gradleak.training.fedsgd import FedSGD
@@ -106,7 +107,7 @@ class Simulator:
         """
         values = {**self.params(dtype), **self.buffers(dtype)}
         try:
-            with sdpa_kernel(SDPBackend.MATH):
+            with sdpa_kernel(SDPBackend.MATH), _asserting():
                 return functional_call(self.model, values, (cast_one(inputs, dtype or self.dtype).to(self.device),))
         except RuntimeError as error:
             if dtype in (None, self.dtype) or isinstance(error, torch.OutOfMemoryError):
@@ -123,13 +124,14 @@ class Simulator:
         It is traceable by torch.func and differentiable in model inputs (N, *shape) and in labels, which are as the
         client's loss takes them.
         """
-        return self.undefended.tensors(
-            self.model,
-            self.params(dtype),
-            cast_one(inputs, dtype or self.dtype).to(self.device),
-            cast_one(labels, dtype or self.dtype).to(self.device),
-            buffers=self.buffers(dtype),
-        )
+        with _asserting():
+            return self.undefended.tensors(
+                self.model,
+                self.params(dtype),
+                cast_one(inputs, dtype or self.dtype).to(self.device),
+                cast_one(labels, dtype or self.dtype).to(self.device),
+                buffers=self.buffers(dtype),
+            )
 
     def residual(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
         """Return what a candidate leaves unexplained, by name, heeding known defenses."""
@@ -173,6 +175,19 @@ class Simulator:
             return Gradient(found, single=True, scaled=True)
         why = f"The client took {steps} local steps, so its update is no single gradient"
         return Gradient(found, False, True, f"{why}; use matching, which unrolls the training.")
+
+
+@contextmanager
+def _asserting() -> Iterator[None]:
+    """Say in one sentence where the model asserts what a candidate does not keep."""
+    try:
+        yield
+    except AssertionError as error:
+        told = f" ({error})" if str(error) else ""
+        raise InvalidModel(
+            f"The model asserts something of its inputs that a candidate does not keep{told}; take the assertion out "
+            "of its forward, which changes no gradient."
+        ) from error
 
 
 def cast(tensors: Tensors, dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -113,7 +115,7 @@ def test_conditions_are_named() -> None:
     with pytest.raises(NotApplicable, match="this model has none"):
         gl.simulate(client(model=lenet(classes=10, image_size=8, seed=0).double()), linear_inversion())
     with pytest.raises(NotApplicable, match="no trained bias"):
-        gl.simulate(client(model=network(bias=False)), linear_inversion())
+        gl.simulate(client(3, model=network(bias=False)), linear_inversion())
 
 
 def test_a_noised_update_is_not_called_exact() -> None:
@@ -188,3 +190,58 @@ def test_a_filtered_mean_of_two_is_not_taken_for_one() -> None:
 
 def percentile(bound: float) -> gl.defenses.UpdateDefense:
     return gl.defenses.compose(gl.defenses.prune(0.1, globally=True), gl.defenses.clamp(bound))
+
+
+class Normalizing(nn.Module):
+    """Asserts, normalizes by a buffer and turns axes around before its layers."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), *layers)
+        self.register_buffer("mean", torch.tensor([0.4]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert len(x) > 0
+        assert float(x.min()) > -1
+        return self.body(((x - self.mean) / 0.25).transpose(2, 3))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_normalization_inside_the_model_is_undone(count: int) -> None:
+    torch.manual_seed(0)
+    model = Normalizing(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 10))
+    x = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    exchange = gl.simulate(gl.Client(model, gl.Batch(x, torch.tensor([1, 2, 5])[:count])), linear_inversion())
+    found = exchange.reconstruction
+    assert found.certificate is not None
+    assert (found.status, found.certificate.verdict) == ("exact", "proved")
+    assert float(torch.cdist(found.inputs.flatten(1), x.flatten(1)).min(0).values.max()) < 1e-5
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.Tanh, nn.Sigmoid])
+@pytest.mark.parametrize("later", [True, False], ids=["later biases", "no bias at all"])
+@pytest.mark.parametrize("make", [Normalizing, lambda *layers: nn.Sequential(nn.Flatten(), *layers)])
+def test_without_a_bias_the_rest_fixes_the_scale(
+    act: type[nn.Module], later: bool, make: Callable[..., nn.Module]
+) -> None:
+    torch.manual_seed(0)
+    model = make(nn.Linear(64, 48, bias=False), act(), nn.Linear(48, 32, bias=later), act(), nn.Linear(32, 10, later))
+    x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    found = gl.simulate(gl.Client(model, gl.Batch(x, torch.tensor([5]))), linear_inversion()).reconstruction
+    assert found.certificate is not None
+    assert (found.status, found.certificate.verdict) == ("exact", "proved"), found.notes
+    assert float((found.inputs - x).square().mean()) < 1e-10
+
+
+def test_without_a_bias_and_a_known_scale_nothing_is_claimed_that_does_not_show() -> None:
+    """Without any bias, softmax alone tells the scale, and at initialization hardly."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 48, bias=False), nn.ReLU(), nn.Linear(48, 10, bias=False))
+    x = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    sent = gl.Client(model, gl.Batch(x, torch.tensor([5]))).send()
+    seen = gl.ThreatModel(gl.Knowledge.BATCH_SIZE).observe(
+        model, sent, space=gl.ImageSpace((1, 8, 8)), training=gl.FedSGD(), batch_size=1
+    )
+    found = linear_inversion().reconstruct(seen)
+    off = float((found.inputs - x).square().mean().sqrt())
+    assert found.status != "exact" or off < 1e-3
