@@ -76,8 +76,10 @@ class _Reader:
                 f"The gradient of the position embedding is a sum over the {observation.batch_size} examples of the "
                 f"batch, so it does not show the gradient at any token of one of them; use matching."
             )
-        gradient = observation.gradient.require_single()
-        own = {k: gradient[k] for k in (layer.weight_name, layer.bias_name, *layer.held) if k is not None}
+        gradient = observation.gradient
+        if not gradient.single and not gradient.scaled:  # Several steps on one image sum up in both tensors alike.
+            raise NotApplicable(gradient.reason)
+        own = {k: gradient.tensors[k] for k in (layer.weight_name, layer.bias_name, *layer.held) if k is not None}
         if is_signs(own):
             raise NotApplicable(
                 "The entries of each tensor all have one size, as signs do and the first step of an adaptive "
@@ -131,7 +133,7 @@ class _Reader:
         if not self.layer.shows(model, params, self.observation.simulator.buffers(torch.float64), inputs):
             raise NotApplicable(
                 "The model limits its input before the patch embedding (clamping, rectifying) just where the solution "
-                "lies, so the input itself does not show; use matching."
+                "lies, or changes it by chance, so the input itself does not show; use matching."
             )
         return self._found(positions, solution, embedded)
 

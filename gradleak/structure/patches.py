@@ -21,6 +21,8 @@ _Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _Holders = nn.Embedding | nn.ParameterList | nn.ParameterDict
 _FAR = 64.0
 """Spread of the probe: far beyond usual inputs, so that what clamps, rectifies or folds them shows."""
+_DRAWS = 12
+"""Random numbers under which the model must treat its input alike."""
 _SAME = 1e-4
 """Relative distance at which two rows of a gradient are the same row, summed in another order."""
 
@@ -59,11 +61,16 @@ class PatchLayer:
         return flat
 
     def shows(self, model: nn.Module, params: Tensors, buffers: Tensors, inputs: Tensor) -> bool:
-        """Tell whether the layer sees model inputs (N, *shape) as it is taken to, there and around."""
+        """Tell whether the layer sees model inputs (N, *shape) as it is taken to, there, around, and every time."""
         step = 1e-2 * inputs.abs().clamp_min(float(inputs.abs().mean()) + 1e-30)
         around = torch.cat([inputs, inputs + step, inputs - step])
-        seen = _read(model, params, buffers, self.module, around)
-        return seen is not None and _alike(seen, self.cut(around))
+        for seed in range(_DRAWS):  # A flip or a crop by chance shows only where chance falls differently.
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                seen = _read(model, params, buffers, self.module, around if seed == 0 else inputs)
+            if seen is None or not _alike(seen, self.cut(around if seed == 0 else inputs)):
+                return False
+        return True
 
 
 def find_patch_layer(model: nn.Module, params: Tensors, shape: tuple[int, ...], buffers: Tensors) -> PatchLayer | None:

@@ -232,6 +232,13 @@ class Clamped(Timm):
         return super().forward(x.clamp(0, 0.5))
 
 
+class Flipped(Timm):
+    """An augmentation in the forward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flip(-1) if float(torch.rand(())) < 0.5 else x)
+
+
 class Masked(Timm):
     """Dropout on the patches, before their positions are added."""
 
@@ -283,6 +290,7 @@ class Zero(Timm):
         (Twice, "runs 2 times"),
         (Standardized, "nothing but scaling before it"),
         (Clamped, "nothing but scaling before it"),
+        (Flipped, "by chance"),
         (Zero, "is zero"),
         (partial(lenet, classes=CLASSES, image_size=SHAPE[1]), "this model has none"),
     ],
@@ -293,9 +301,14 @@ def test_refusals_say_why(make: Callable[[], nn.Module], why: str) -> None:
         patch_embedding().reconstruct(observe(model, images()))
 
 
-def test_several_steps_and_signs_are_refused() -> None:
-    with pytest.raises(NotApplicable, match="3 local steps"):
-        patch_embedding().reconstruct(observe(build(Timm), images(), training=FedAvg(lr=0.1, epochs=3)))
+def test_several_steps_on_one_image_show_it_and_prove_nothing() -> None:
+    # The tokens move with the weights, so the span of what the first layer saw does not fix the scale.
+    found = patch_embedding().reconstruct(observe(build(Timm), images(), training=FedAvg(lr=0.1, epochs=3)))
+    assert psnr(found, images()) >= 90
+    assert proof(found).verdict == "matched"
+
+
+def test_signs_are_refused() -> None:
     signs = observe(build(Timm), images(), change=lambda u: {k: v.sign() for k, v in u.items()})
     with pytest.raises(NotApplicable, match="one size"):
         patch_embedding().reconstruct(signs)
