@@ -268,9 +268,10 @@ class _Walk:
         shared = gradient is not None and bool((gradient != 0).any())
         usable = int((known.weights > 0).sum())
         report, alone, reason = count(step, weight, len(known.values), usable, shared)
-        alone = alone and (len(known.values) > 1 or kinked)
         pool = next((i for i, s in enumerate(self.pending) if isinstance(s, Maximum)), None)
-        if reason is not None and not (alone and pool is None):
+        # Which outputs are known is certain behind pooling, once its choices are.
+        alone = alone and (len(known.values) > 1 or kinked) and pool is None
+        if reason is not None and not alone:
             self._end(report, reason)
             if too_long(step, weight, len(known.values)):
                 raise _StoppedError  # Not even a start is worth so much time.
