@@ -37,6 +37,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "recursion": ("--images", "2", "--auto", "1", "--published", "0", "--double", "1"),
     "disaggregate": ("--batches", "1", "--large", "0"),
     "recursion_batches": ("--batches", "1", "--largest", "8", "--lenets", "1"),
+    "spear": ("--batches", "1", "--largest", "4", "--beyond", "0"),
     "resnet_batches": ("--size", "4", "--batches", "1", "--steps", "4"),
     "tables": ("--batches", "1", "--largest", "2"),
     "vit": ("--images", "1", "--remains", "0"),
@@ -69,6 +70,9 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
         ("`disaggregate()`, C = 100, B = 1 to 32, unique classes: error of the features", "≤ 1e-4 in ≥ 95 %"),
         ("`disaggregate()`, C = 100: verdict per example right", "≥ 99 %"),
         ("`disaggregate()`, C = 100: time", "B = 16 ≤ 2 s, B = 64 ≤ 60 s"),
+    ),
+    "spear": (
+        ("`spear()`, ReLU perceptron of width 200 and six layers, N = 1 to 20: batches exact", "≥ 95 % each"),
     ),
     "resnet_batches": (
         ("ResNet-18, N = 4, 8, 16, cosine + TV, with and without features, and polished", "PSNR at equal time"),

@@ -2,12 +2,16 @@
 
 The weight gradient of a linear layer is ``G = Σ_i δ_i x_iᵀ`` over the examples of a batch, here with the bias gradient
 as one more column (and a one as one more input). Its column space holds every δ_i, and where the activation after the
-layer is flat, δ_i is zero: in about half of the units after a ReLU. Vectors of the column space with so many zeros are
-found by minimizing ``Σ_j log((U q)_j² + ε²)`` from random kernels, ε falling (iteratively reweighted least squares).
+layer is flat, δ_i is zero: in about half of the units after a ReLU.
 
-Where the next linear layer sees h_i = ReLU(z_i) itself, its gradient's row space holds every h_i, and one δ_i suffices
-to find x_i: its zeros say which units are active, and then ``h_i = D_i (W x_i + b)`` lies in that space for one x_i
-only. An example that is found is taken out, so the rest is an easier problem. Otherwise all δ together give the inputs.
+Where the next linear layer sees h_i = ReLU(z_i) itself, its gradient's row space holds every h_i. So the units that an
+example activates and its input are searched in turn: the input whose outputs at these units lie nearest to that space,
+then the units that this input activates. It ends where both agree, and most starts end at an example. The zeros of δ_i
+must be the same units then, which no part of the search has used. An example that is found is taken out, so the rest is
+an easier problem.
+
+Otherwise all δ are needed before one input is known: vectors of the column space with many zeros, found by minimizing
+``Σ_j log((U q)_j² + ε²)`` from random kernels, ε falling (iteratively reweighted least squares).
 
 In coordinates: G = U S Vᵀ, δ_i = U q_i, x_i = V a_i, and Σ_i q_i a_iᵀ = S, so that ``q_k · S⁻¹ a_i`` is zero for k ≠ i.
 """
@@ -103,12 +107,12 @@ class Factors:
         length = q.norm()
         return q / length, (spread @ spread.T) / length**2
 
-    def search(self, within: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Return ``count`` directions (K, r) in the span of ``within`` (r, k) with as many zeros as others nearby."""
-        k = within.shape[1]
+    def search(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return ``count`` directions (K, r) with as many zeros as others nearby."""
+        k = self.rank
         if k == 1:
-            return within.T
-        rows = self.left[self.live] @ within
+            return torch.ones_like(self.singular)[None]
+        rows = self.left[self.live]
         size = rows.norm(dim=1, keepdim=True)
         rows = (rows / size)[size[:, 0] > 1e-6 * size.max()]
         draw = torch.rand(count, len(rows), generator=generator, dtype=torch.float64).argsort(1)[:, : k - 1]
@@ -120,7 +124,7 @@ class Factors:
             weights = 1 / ((q @ rows.T).square() + eps**2)
             q = torch.linalg.eigh((weights[:, :, None] * rows).transpose(1, 2) @ rows)[1][:, :, 0]
             eps = (_FALL * eps).clamp_min(_FINEST)
-        return q @ within.T
+        return q
 
     def candidates(self, q: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return the directions of ``q`` (K, r), solved, with their active units (m,); most zeros first."""
@@ -180,28 +184,65 @@ def separate(
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     starts = idle = 0
     while len(found) < factors.rank and idle < patience and going(len(found)):
-        within = _outside(factors, [a for _, a, _ in found])
-        count = min(_ROUND, patience - idle)
         before = len(found)
-        for q, active in factors.candidates(factors.search(within, count, generator)):
-            if len(found) == factors.rank:
-                break
-            if any(float((q @ known).abs()) > 1 - 1e-9 for known, _, _ in found):
-                continue
-            a = _from_outputs(factors, project, seen, active)
+        for active in _alternate(factors, project, seen, [q for q, _, _ in found], generator):
+            known = any(torch.equal(active, other) for _, _, other in found)
+            a = None if known or len(found) == factors.rank else _from_outputs(factors, project, seen, active)
             if a is not None:
-                found.append((q, a, active))
-        starts += count
-        idle = 0 if len(found) > before else idle + count
+                q, _ = factors.solve(~active)
+                if torch.equal(~factors.zeros(q[None], _FINE)[0], active):
+                    found.append((q, a, active))
+        starts += _ROUND
+        idle = 0 if len(found) > before else idle + _ROUND
     if not found:
         return _nothing(factors, starts)
+    active = torch.stack([on for _, _, on in found])
     if len(found) == factors.rank:
-        inputs, error = _complete(factors, torch.stack([active for _, _, active in found]))
+        inputs, error = _complete(factors, active)
     else:
         inputs, error = torch.stack([a for _, a, _ in found]) @ factors.right.T, math.nan
-    return Separated(inputs / inputs[:, -1:], torch.stack([active for _, _, active in found]), error, starts)
+    return Separated(inputs / inputs[:, -1:], active, error, starts)
 
 
+def _alternate(
+    factors: Factors, project: Tensor, seen: Tensor, found: list[Tensor], generator: torch.Generator
+) -> list[Tensor]:
+    """Return the sets of units (m,) where searching units and inputs in turn ends, from mixtures of inputs on.
+
+    Inputs are searched where the directions ``found`` leave room: q_k · S⁻¹ a is zero for other examples.
+    """
+    within = _outside(factors, found)
+    rows, k = project @ within, within.shape[1]
+    squares = (rows[:, :, None] * rows[:, None]).flatten(1)
+    crossed = (seen[:, :, None] * rows[:, None]).flatten(1)
+    ridge = 1e-9 * rows.square().sum() / k * torch.eye(k).to(rows)
+    # A row of the gradient is a mixture of inputs, of few where few examples reach its unit.
+    live = factors.live.nonzero().flatten()
+    drawn = live[torch.randint(len(live), (_ROUND,), generator=generator).to(live.device)]
+    a = (factors.left[drawn] * factors.singular) @ within
+    noise = torch.randn(a.shape, generator=generator, dtype=torch.float64).to(a)
+    spread = torch.arange(_ROUND).to(a)[:, None] % 2  # Every other start is moved far from its row.
+    a = a / a.norm(dim=1, keepdim=True) + spread * noise / math.sqrt(k)
+    active = a @ rows.T > 0
+    active = torch.where((a @ within.T @ factors.right[-1] > 0)[:, None], active, ~active)
+    for _ in range(_TRIES):
+        before, on = active, active.to(rows)
+        whole = (on @ squares).view(-1, k, k)
+        inside = (on @ crossed).view(-1, seen.shape[1], k)
+        factor = torch.linalg.cholesky(whole + ridge)
+        rest = torch.linalg.solve_triangular(factor, whole - inside.transpose(1, 2) @ inside, upper=False)
+        rest = torch.linalg.solve_triangular(factor, rest.transpose(1, 2), upper=False)
+        least = torch.linalg.eigh((rest + rest.transpose(1, 2)) / 2)[1][:, :, :1]
+        a = torch.linalg.solve_triangular(factor.transpose(1, 2), least, upper=True)[:, :, 0]
+        z = a @ rows.T
+        active = torch.where((a @ within.T @ factors.right[-1] > 0)[:, None], z > 0, z < 0)
+        if torch.equal(active, before):
+            break
+    return list(torch.unique(active & factors.live, dim=0))
+
+
+_TRIES = 30
+"""Turns of searching units and inputs from one start."""
 _ROUND = 64
 """Starts that advance together."""
 
@@ -227,9 +268,8 @@ def together(
     """
     pool: list[tuple[Tensor, Tensor]] = []
     starts = idle = best = 0
-    everything = torch.eye(factors.rank, dtype=torch.float64, device=factors.left.device)
     while idle < patience and going(best):
-        for q, active in factors.candidates(factors.search(everything, _ROUND, generator)):
+        for q, active in factors.candidates(factors.search(_ROUND, generator)):
             new = all(float((q @ known).abs()) < 1 - 1e-9 for known, _ in pool)
             if new and (back is None or _comes_back(factors.left[active] @ q, back[active])):
                 pool.append((q, active))
@@ -279,7 +319,7 @@ def _independent(pool: list[tuple[Tensor, Tensor]], rank: int) -> list[tuple[Ten
 
 
 def _outside(factors: Factors, found: list[Tensor]) -> Tensor:
-    """Return an orthonormal basis (r, k) of the directions q that examples besides those ``found`` can have."""
+    """Return an orthonormal basis (r, k) of the inputs that examples besides those of the directions ``found`` have."""
     if not found:
         return torch.eye(factors.rank, dtype=torch.float64, device=factors.left.device)
     taken = torch.stack(found, 1) / factors.singular[:, None]
@@ -294,13 +334,18 @@ def _from_outputs(factors: Factors, project: Tensor, seen: Tensor, active: Tenso
     """
     rows = project * active[:, None]
     rest = rows - seen @ (seen.T @ rows)
-    a = torch.linalg.eigh(rest.T @ rest)[1][:, 0]
-    one = a @ factors.right[-1]
-    if float(one.abs()) < 1e-12:
+    values, vectors = torch.linalg.eigh(rest.T @ rest)
+    a, one = vectors[:, 0], vectors[:, 0] @ factors.right[-1]
+    only = len(values) == 1 or float(values[0]) < _ONLY * float(values[1])
+    if not only or float(one.abs()) < 1e-12:
         return None
     z = project @ (a / one)
     wrong = ((z > 0) != active) & factors.live & (z.abs() > _EDGE * z.abs().mean())
     return None if bool(wrong.any()) else a / one
+
+
+_ONLY = 1e-4
+"""Squared distance from a space, against that of the next best input, below which an input is the only one in it."""
 
 
 def _complete(factors: Factors, active: Tensor) -> tuple[Tensor, float]:
@@ -314,7 +359,7 @@ def _complete(factors: Factors, active: Tensor) -> tuple[Tensor, float]:
     whole = factors.left * factors.singular
     delta = factors.left @ q * active.T
     for _ in range(_TURNS):
-        a = torch.linalg.lstsq(delta, whole).solution.T
+        a = torch.linalg.lstsq(delta / factors.noise[:, None], whole / factors.noise[:, None]).solution.T
         for j in range(len(delta)):
             on = active[:, j]
             if bool(on.any()):
@@ -330,5 +375,5 @@ def _complete(factors: Factors, active: Tensor) -> tuple[Tensor, float]:
     return inputs, float(((direct + turned) / one**2).mean().sqrt())
 
 
-_TURNS = 5
+_TURNS = 10
 """Turns of solving inputs and directions."""
