@@ -85,7 +85,7 @@ def summary(rows: list[dict[str, Any]], largest: int, enough: bool) -> list[dict
             f"{net}, N = 1 to {largest}: batches exact",
             "≥ 95 % each",
             f"{sum(r['exact'] for r in few)} of {sum(r['batches'] for r in few)}, fewest {least['exact']} of "
-            f"{least['batches']} at N = {least['examples']}; at most {max(r['slowest s'] for r in few):.2g} processor s",
+            f"{least['batches']} at N = {least['examples']}; at most {max(r['slowest s'] for r in few):.2g} s",
             all(r["exact"] >= 0.95 * r["batches"] for r in few) if enough else None,
         ),
         *(

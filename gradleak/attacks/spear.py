@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import final
@@ -30,7 +31,7 @@ _FLAT = 0.02
 class Spear(Attack):
     """Takes a batch apart by the zeros of a ReLU; made by :func:`spear`, which says its options."""
 
-    starts: int = 4096
+    starts: int = 1024
 
     requires = Knowledge.NOTHING
 
@@ -43,6 +44,12 @@ class Spear(Attack):
         size, rank = observation.batch_size, factors.rank
         if size is not None and rank != size:
             raise NotApplicable(_other_rank(rank, size))
+        units = int(factors.live.sum())
+        if rank > max(units // 2, 1):
+            raise NotApplicable(
+                f"The first layer shows {rank} examples in {units} units, and about half of the units are silent for "
+                "each, too few to tell examples by; use matching."
+            )
         stopped: list[KeyboardInterrupt] = []
 
         def going(found: int) -> bool:
@@ -155,12 +162,14 @@ def _complete(observation: Observation, found: Separated) -> Reconstruction:
         labels, soft = read_labels(observation, inputs)
     wanted = labels.sort().values if labels is not None and observation.labels is None else observation.labels
     inputs, (labels, soft) = align(wanted, inputs, labels, soft)
-    decoded, why = present(observation, inputs, exact=True)
+    exact = observation.batch_size is not None and not math.isnan(found.error)
+    decoded, why = present(observation, inputs, exact=exact)
     count, width = found.active.shape
     note = Note(
         f"The gradient of the first layer has rank {count} and was taken apart into {count} examples, each of which "
         f"activates just the units, of {width}, that its part of the gradient does not leave zero."
     )
+    nested = Note("Some examples activate part of another's units only, so the units alone do not determine them.")
     proof = Construction(
         inputs.numel(),
         found.error,
@@ -168,16 +177,17 @@ def _complete(observation: Observation, found: Separated) -> Reconstruction:
         "units have full rank",
         local=True,
     )
+    known = not math.isnan(found.error)
     return Reconstruction(
         decoded,
         labels,
         0.0,
         label_probabilities=soft,
-        status=Status.EXACT,
+        status=Status.EXACT if exact else Status.CONVERGED,
         iterations=found.starts,
-        notes=(note,) if why is None else (why, note),
-        construction=proof,
-        solved=torch.ones(count, dtype=torch.bool),
+        notes=tuple(n for n in (why, note, None if known else nested) if n is not None),
+        construction=proof if known else None,
+        solved=torch.ones(count, dtype=torch.bool) if exact else None,
     )
 
 
@@ -198,19 +208,20 @@ def _partial(observation: Observation, found: Separated, size: int, status: Stat
     return replace(result, solved=torch.arange(size) < count, findings=(finding,))
 
 
-def spear(*, starts: int = 4096) -> Spear:
+def spear(*, starts: int = 1024) -> Spear:
     """Take the gradient of a first linear layer before a ReLU apart into the examples of a batch, exactly.
 
     Sources: Dimitrov et al., *SPEAR: Exact Gradient Inversion of Batches in Federated Learning*, NeurIPS 2024: low rank
     (Theorem 3.1), sparse directions (Theorem 3.3), scale from the bias gradient (Theorem 3.5), and the check by the
     units that the solution activates; *SPEAR++*, arXiv 2510.16200, which learns a dictionary instead of sampling.
-    Deviations: sparse directions are searched by reweighted least squares from sampled kernels; where the next linear
-    layer sees the ReLU's output itself, every single direction gives its example, which is taken out before the search
-    goes on; directions and inputs are solved again together. It takes as many examples as the gradient has rank, so
-    none equal, and no noise. Neither labels nor loss nor step size is needed.
+    Deviations: where the next linear layer sees the ReLU's output itself, its gradient is used as well: active units
+    and inputs are searched in turn, one example after another, each of which is taken out before the search goes on.
+    Elsewhere sparse directions are searched by reweighted least squares from sampled kernels. Directions and inputs
+    are solved again together. It takes as many examples as the gradient has rank, so none equal, and no noise. Neither
+    labels nor loss nor step size is needed.
 
     Args:
-        starts: directions that are searched from without finding another example before the search ends.
+        starts: starts without finding another example after which the search ends.
 
     Raises:
         InvalidInput: ``starts`` is below 1.

@@ -19,7 +19,7 @@ In coordinates: G = U S Vᵀ, δ_i = U q_i, x_i = V a_i, and Σ_i q_i a_iᵀ = S
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -37,10 +37,15 @@ _STEPS, _FALL = 40, 0.8
 _WIDEST, _FINEST = (-1.3, -0.3), 1e-6
 """Powers of ten between which ε starts, for rows of length one, and where it ends: wide starts find what has most zeros
 from anywhere, narrow ones find each what is near."""
-_COARSE, _FINE = 300.0, 60.0
-"""Multiples of the noise below which an entry counts as zero, of a direction as searched and as solved."""
+_COARSE, _FINE, _LOOSE = 300.0, 60.0, 3000.0
+"""Multiples of the noise below which an entry counts as zero: of a direction as searched, as solved, and as solved with
+inputs that carry errors of their own."""
 _SPARE = 2
 """Zeros beyond those that any direction can have, from which on a direction is looked at."""
+_ALONE = 1e4
+"""Squared size of the second-least zeros, in units of the noise, from which on a direction is the only one."""
+_SHARED = 1e-8
+"""What other zeros must at least say about what one zero says, relative and squared."""
 _EDGE = 1e-4
 """Size of a unit's output, relative to the mean, below which noise decides whether the unit is active."""
 
@@ -98,14 +103,24 @@ class Factors:
         reach = times * self.noise * (q / self.singular).norm(dim=1, keepdim=True)
         return ((q @ self.left.T).abs() <= reach) | ~self.live
 
-    def solve(self, off: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the direction (r,) whose entries ``off`` (m,) are zero, and its covariance in units of its length."""
-        rows = self.left[off] * self.singular / self.noise[off, None]
+    def solve(self, off: Tensor, found: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor, bool]:
+        """Return the direction (r,) whose entries ``off`` (m,) are zero, its covariance, whether it is the only one.
+
+        Another one has the same zeros where its example activates no other units than this one's; then inputs that are
+        ``found``, as coordinates (r,) each, still may leave one direction. No single zero may decide: of examples that
+        activate the same units, a mixture at the edge of one more unit looks like an example of its own.
+        """
+        within = _complement(found, self.singular)
+        rows = self.left[off] * self.singular / self.noise[off, None] @ within
         values, vectors = torch.linalg.eigh(rows.T @ rows)
-        q = self.singular * vectors[:, 0]
-        spread = self.singular[:, None] * vectors[:, 1:] / values[1:].clamp_min(1e-300).sqrt()
-        length = q.norm()
-        return q / length, (spread @ spread.T) / length**2
+        alone = len(values) == 1
+        if not alone and float(values[1]) > _ALONE * max(float(values[0]), len(off)):
+            leverage = (rows @ vectors[:, 1:]).square() / values[1:]
+            alone = float(leverage.sum(1).max()) < 1 - _SHARED
+        scaled = self.singular[:, None] * (within @ vectors)
+        length = scaled[:, 0].norm()
+        spread = scaled[:, 1:] / (values[1:].clamp_min(1e-300).sqrt() * length)
+        return scaled[:, 0] / length, spread @ spread.T, alone
 
     def search(self, count: int, generator: torch.Generator) -> Tensor:
         """Return ``count`` directions (K, r) with as many zeros as others nearby."""
@@ -138,8 +153,9 @@ class Factors:
             key = off[i].cpu().numpy().tobytes()
             if key not in seen:
                 seen.add(key)
-                solved, _ = self.solve(off[i])
-                found.append((solved, ~self.zeros(solved[None], _FINE)[0]))
+                solved, _, alone = self.solve(off[i])
+                if alone:
+                    found.append((solved, ~self.zeros(solved[None], _FINE)[0]))
         return found
 
 
@@ -151,7 +167,7 @@ class Separated:
     Attributes:
         inputs: (k, n) their inputs to the layer, the column of the bias included, scaled to a one there.
         active: (k, m) the units that each reaches.
-        error: estimated root mean square error of the inputs; NaN unless all were found.
+        error: estimated root mean square error of the inputs; NaN unless all were found and the units determine them.
         starts: directions that were searched from.
     """
 
@@ -189,18 +205,18 @@ def separate(
             known = any(torch.equal(active, other) for _, _, other in found)
             a = None if known or len(found) == factors.rank else _from_outputs(factors, project, seen, active)
             if a is not None:
-                q, _ = factors.solve(~active)
-                if torch.equal(~factors.zeros(q[None], _FINE)[0], active):
+                (q, _, alone), times = factors.solve(~active), _FINE
+                if not alone and found:
+                    (q, _, alone), times = factors.solve(~active, [other for _, other, _ in found]), _LOOSE
+                if alone and torch.equal(~factors.zeros(q[None], times)[0], active):
                     found.append((q, a, active))
         starts += _ROUND
         idle = 0 if len(found) > before else idle + _ROUND
     if not found:
         return _nothing(factors, starts)
     active = torch.stack([on for _, _, on in found])
-    if len(found) == factors.rank:
-        inputs, error = _complete(factors, active)
-    else:
-        inputs, error = torch.stack([a for _, a, _ in found]) @ factors.right.T, math.nan
+    whole = _complete(factors, active) if len(found) == factors.rank else None
+    inputs, error = whole or (torch.stack([a for _, a, _ in found]) @ factors.right.T, math.nan)
     return Separated(inputs / inputs[:, -1:], active, error, starts)
 
 
@@ -211,10 +227,8 @@ def _alternate(
 
     Inputs are searched where the directions ``found`` leave room: q_k · S⁻¹ a is zero for other examples.
     """
-    within = _outside(factors, found)
+    within = _complement([q / factors.singular for q in found], factors.singular)
     rows, k = project @ within, within.shape[1]
-    squares = (rows[:, :, None] * rows[:, None]).flatten(1)
-    crossed = (seen[:, :, None] * rows[:, None]).flatten(1)
     ridge = 1e-9 * rows.square().sum() / k * torch.eye(k).to(rows)
     # A row of the gradient is a mixture of inputs, of few where few examples reach its unit.
     live = factors.live.nonzero().flatten()
@@ -226,9 +240,8 @@ def _alternate(
     active = a @ rows.T > 0
     active = torch.where((a @ within.T @ factors.right[-1] > 0)[:, None], active, ~active)
     for _ in range(_TRIES):
-        before, on = active, active.to(rows)
-        whole = (on @ squares).view(-1, k, k)
-        inside = (on @ crossed).view(-1, seen.shape[1], k)
+        before, on = active, rows * active[:, :, None]
+        whole, inside = on.transpose(1, 2) @ rows, seen.T @ on
         factor = torch.linalg.cholesky(whole + ridge)
         rest = torch.linalg.solve_triangular(factor, whole - inside.transpose(1, 2) @ inside, upper=False)
         rest = torch.linalg.solve_triangular(factor, rest.transpose(1, 2), upper=False)
@@ -268,6 +281,7 @@ def together(
     """
     pool: list[tuple[Tensor, Tensor]] = []
     starts = idle = best = 0
+    tried = factors.live[None]
     while idle < patience and going(best):
         for q, active in factors.candidates(factors.search(_ROUND, generator)):
             new = all(float((q @ known).abs()) < 1 - 1e-9 for known, _ in pool)
@@ -278,13 +292,15 @@ def together(
         chosen = _independent(pool, factors.rank)
         if len(chosen) > best:
             best, idle = len(chosen), 0
-        if len(chosen) < factors.rank:
+        active = torch.stack([factors.live, *(active for _, active in chosen)])[1:]
+        if len(chosen) < factors.rank or torch.equal(active, tried):
             continue
-        active = torch.stack([active for _, active in chosen])
-        inputs, error = _complete(factors, active)
-        inputs = inputs / inputs[:, -1:]
-        if torch.equal(reached(inputs[:, :-1]), active):
-            return Separated(inputs, active, error, starts)
+        tried = active
+        whole = _complete(factors, active)
+        if whole is not None:
+            inputs = whole[0] / whole[0][:, -1:]
+            if torch.equal(reached(inputs[:, :-1]), active):
+                return Separated(inputs, active, whole[1], starts)
     return _nothing(factors, starts)
 
 
@@ -318,13 +334,12 @@ def _independent(pool: list[tuple[Tensor, Tensor]], rank: int) -> list[tuple[Ten
     return chosen
 
 
-def _outside(factors: Factors, found: list[Tensor]) -> Tensor:
-    """Return an orthonormal basis (r, k) of the inputs that examples besides those of the directions ``found`` have."""
-    if not found:
-        return torch.eye(factors.rank, dtype=torch.float64, device=factors.left.device)
-    taken = torch.stack(found, 1) / factors.singular[:, None]
-    taken = taken / taken.norm(dim=0)
-    return torch.linalg.svd(taken, full_matrices=True)[0][:, len(found) :]
+def _complement(taken: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Return an orthonormal basis (r, k) of what is orthogonal to all of ``taken``, (r,) each."""
+    if not taken:
+        return torch.eye(len(like)).to(like)
+    columns = torch.stack(list(taken), 1)
+    return torch.linalg.svd(columns / columns.norm(dim=0), full_matrices=True)[0][:, len(taken) :]
 
 
 def _from_outputs(factors: Factors, project: Tensor, seen: Tensor, active: Tensor) -> Tensor | None:
@@ -348,13 +363,17 @@ _ONLY = 1e-4
 """Squared distance from a space, against that of the next best input, below which an input is the only one in it."""
 
 
-def _complete(factors: Factors, active: Tensor) -> tuple[Tensor, float]:
+def _complete(factors: Factors, active: Tensor) -> tuple[Tensor, float] | None:
     """Return all inputs (r, n) from the units ``active`` (r, m) that each example reaches, and their error.
+
+    None where these do not determine them.
 
     Directions are solved one by one first, then directions and inputs in turn until both fit the whole gradient.
     """
     solved = [factors.solve(~on) for on in active]
-    q = torch.stack([s for s, _ in solved], 1)
+    if not all(alone for _, _, alone in solved):
+        return None
+    q = torch.stack([s for s, _, _ in solved], 1)
     a = torch.diag(factors.singular) @ torch.linalg.inv(q).T
     whole = factors.left * factors.singular
     delta = factors.left @ q * active.T
@@ -371,7 +390,7 @@ def _complete(factors: Factors, active: Tensor) -> tuple[Tensor, float]:
     direct = level**2 * torch.linalg.inv(delta.T @ delta).diagonal()
     dual = torch.linalg.inv(q)
     size = inputs.square().mean(1)
-    turned = sum(size[k] * torch.einsum("ir,rs,is->i", dual, cov, dual) for k, (_, cov) in enumerate(solved))
+    turned = sum(size[k] * torch.einsum("ir,rs,is->i", dual, cov, dual) for k, (_, cov, _) in enumerate(solved))
     return inputs, float(((direct + turned) / one**2).mean().sqrt())
 
 

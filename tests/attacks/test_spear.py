@@ -91,8 +91,10 @@ def test_one_step_of_local_training_is_a_gradient() -> None:
 
 
 def test_too_large_a_batch_is_refused() -> None:
+    with pytest.raises(NotApplicable, match="too few to tell"):
+        attack(client(29, network(hidden=50)))
     with pytest.raises(NotApplicable, match="0 were found in 64 starts"):
-        attack(client(28), spear(starts=64))
+        attack(client(24, network(nn.ReLU(), nn.Linear(60, 10))), spear(starts=64))
 
 
 def test_what_was_found_when_the_time_ends_is_right() -> None:
@@ -147,3 +149,20 @@ def test_one_output_mixes_nothing() -> None:
     for how in (gl.attacks.linear_inversion(), spear(), auto()):
         found = gl.simulate(sender, how, space=gl.TensorSpace((20,))).reconstruction
         assert float((found.inputs[:, None] - x).abs().amax(2).amin(1).max()) <= 1e-4
+
+
+@pytest.mark.parametrize("factor", [3.0, 1.0])
+def test_examples_that_activate_the_same_units_are_not_mixed(factor: float) -> None:
+    # Behind the same units a mixture at the edge of one more unit looks like an example of its own.
+    for seed in range(12):
+        torch.manual_seed(seed)
+        x = torch.randn(3, WIDTH)
+        x[1] = factor * x[0]
+        sender = gl.Client(network(hidden=20, seed=seed), gl.Batch(x, torch.tensor([1, 2, 3])))
+        try:
+            found = attack(sender, spear(starts=64))
+        except NotApplicable:
+            continue
+        if found.solved is not None:
+            shown = found.inputs[found.solved]
+            assert float((shown[:, None] - x).abs().amax(2).amin(1).max()) <= 1e-3
