@@ -1,9 +1,9 @@
 """The exact attack through max-pooling and ReLU: CNNs that people federate, random test images, no label.
 
-Models: the CNN of McMahan et al. 2017 (also after one epoch on at most 2,000 images), LEAF's CNN for FEMNIST, LeNet-5 and VGG-11
-without BatchNorm, drawn anew for each image. Target: 18 of 20 at MSE 1e-8 and proved, at most 30 s an image; of two
-images together 8 of 10. The small CNN of PyTorch's and Flower's tutorials has too few equations for its first layer:
-``auto()`` has its input of the second convolution exactly, and is set beside ``inverting_gradients()`` at equal time.
+Models: the CNN of McMahan et al. 2017 (also after one epoch on at most 2,000 images), LEAF's CNN for FEMNIST, LeNet-5
+and VGG-11 without BatchNorm, drawn anew for each image. Target: 18 of 20 at MSE 1e-8 and proved, at most 30 s an image;
+of two images together 8 of 10. The small CNN of PyTorch's and Flower's tutorials has too few equations for its first
+layer: ``auto()`` is set beside ``inverting_gradients()`` at equal time.
 ``--part`` measures one row at a time (0 to 9) and keeps the others.
 """
 

@@ -36,6 +36,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "inverting_gradients": ("--pairs", "1", "--steps", "1"),
     "recursion": ("--images", "2", "--auto", "1", "--published", "0", "--double", "1"),
     "disaggregate": ("--batches", "1", "--large", "0"),
+    "pooling": ("--images", "1", "--batches", "1", "--tutorial", "1", "--part", "7"),
     "recursion_batches": ("--batches", "1", "--largest", "8", "--lenets", "1"),
     "spear": ("--batches", "1", "--largest", "4", "--beyond", "0"),
     "resnet_batches": ("--size", "4", "--batches", "1", "--steps", "4"),
@@ -57,6 +58,7 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
         ("`recursion()`, one image, float64 update: MSE ≤ 1e-16", "64 of 64"),
         ("`auto()`, one image, float32 update: time per success", "≤ 1/40 of the published algorithm"),
     ),
+    "pooling": (("`recursion()`, CNNs with max-pooling, one image: MSE ≤ 1e-8 and proved", "≥ 18 of 20"),),
     "dlg": (
         ("`dlg()`, one image: MSE ≤ 1e-4", "≥ 31 of 32"),
         ("`dlg()`, one image, stopped at MSE 1e-4: time per success", "≤ 1/25 of the published algorithm"),
