@@ -21,6 +21,7 @@ from gradleak.exact.first_layer import (
     input_scale,
     invert_linear,
     outer_product_misfit,
+    sharp_scale,
     single_example_inputs,
 )
 from gradleak.exact.labels import one_hot_label
@@ -37,10 +38,6 @@ __all__ = ["LinearInversion", "linear_inversion"]
 
 _SUBSETS = 3000
 """Subsets of the inputs that rows agree on that are tried, at most: milliseconds each."""
-
-
-_SHARP = 1e-4
-"""Relative error up to which the scale of an input must show, where there is no bias to divide by."""
 
 
 @final
@@ -222,12 +219,11 @@ class _Reader:
                 mismatch = None
                 with suppress(NotApplicable):  # Of an input of another size, the model may assert something else.
                     mismatch = make(sign * x)
-                found = None if mismatch is None else input_scale(mismatch, tolerance=self.close, plain=False)
-                # It must be sharp: a mismatch of rounding may not leave more than a small share of it open.
-                if mismatch is not None and found is not None:
-                    least = max(mismatch(found), rounding)
-                    if min(mismatch(found * (1 + _SHARP)), mismatch(found * (1 - _SHARP))) > 4 * least:
-                        return sign * found
+                found = None
+                if mismatch is not None:
+                    found = sharp_scale(mismatch, tolerance=self.close, rounding=rounding)
+                if found is not None:
+                    return sign * found
         return None
 
     def _deeper(self, x: Tensor) -> Callable[[float], float] | None:

@@ -96,10 +96,15 @@ def from_layers(
         with suppress(InvalidModel):
             labels, soft = read_labels(observation, inputs)
     alone = not solved or chain is None
-    if chain is not None and solved and chain.anchor.bias_name is not None:
+    if chain is not None and solved:
         # Whether the layer where the recursion starts is evidence of a single example.
-        bias = chain.anchor.bias_name
-        alone = tells_examples_apart(observation.simulator, bias, observation.update.tensors[bias], inputs)
+        tensors, along = observation.update.tensors, None
+        name = chain.anchor.bias_name or ""
+        seen = tensors.get(name)
+        if seen is None:
+            name, along = chain.anchor.weight_name, result.features
+            seen = tensors[name].double() @ along
+        alone = tells_examples_apart(observation.simulator, name, seen, inputs, along)
     exact = plain and (alone or _agrees(observation, inputs, labels if soft is None else soft))
     construction = None
     if solved and not math.isnan(result.spread):

@@ -20,6 +20,7 @@ __all__ = [
     "input_scale",
     "invert_linear",
     "outer_product_misfit",
+    "sharp_scale",
     "single_example_inputs",
     "untouched",
     "untouched_input",
@@ -177,3 +178,19 @@ def input_scale(mismatch: Callable[[float], float], *, tolerance: float, plain: 
             low = left
     found = math.exp((low + high) / 2)
     return found if mismatch(found) <= tolerance < max(mismatch(0.5 * found), mismatch(2 * found)) / 10 else None
+
+
+def sharp_scale(mismatch: Callable[[float], float], *, tolerance: float, rounding: float) -> float | None:
+    """Return the factor of :func:`input_scale` where no factor is likely beforehand, None if it does not show sharply.
+
+    A mismatch as small as ``rounding`` may leave only a share of 1e-4 of it open.
+    """
+    found = input_scale(mismatch, tolerance=tolerance, plain=False)
+    if found is None:
+        return None
+    near = min(mismatch(found * (1 + _SHARP)), mismatch(found * (1 - _SHARP)))
+    return found if near > 4 * max(mismatch(found), rounding) else None
+
+
+_SHARP = 1e-4
+"""Relative error up to which a scale must show."""

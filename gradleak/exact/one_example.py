@@ -27,7 +27,7 @@ from gradleak.exact.chain_map import ChainMap, Linearized, feature_scale
 from gradleak.exact.counting import LayerReport
 from gradleak.exact.layer_iterative import SAMPLES, Going, Known
 from gradleak.exact.normal_matrix import factorize
-from gradleak.exact.outer_product import read_outer_product
+from gradleak.exact.outer_product import read_head, read_outer_product
 from gradleak.solve.cholesky import Factor
 from gradleak.solve.conjugate_gradients import Rows, conjugate_gradients
 from gradleak.solve.least_squares import State, minimize
@@ -275,11 +275,20 @@ class _Example:
         self.params = {k: p.detach().double() for k, p in params.items()}
         self.seen = {k: g.detach().double() for k, g in grads.items()}
         anchor = self.chain.anchor
-        if anchor.weight_name not in self.seen or anchor.bias_name is None or anchor.bias_name not in self.seen:
+        if anchor.weight_name not in self.seen:
             raise NotApplicable(
                 f"The update has no gradient of {anchor.name!r}, where the recursion starts; share it, or use matching."
             )
-        self.outer = read_outer_product(self.seen[anchor.weight_name], self.seen[anchor.bias_name])
+        gradient, bias = grads[anchor.weight_name].detach(), anchor.bias_name or ""
+        if bias in self.seen:
+            self.outer = read_outer_product(self.seen[anchor.weight_name], self.seen[bias])
+        elif self.chain.head:
+            self.outer = read_head(gradient, self.params[anchor.weight_name], self.params.get(bias))
+        else:
+            raise NotApplicable(
+                f"The update has no gradient of {anchor.name!r}'s bias, where the recursion starts; share it, or use "
+                "matching."
+            )
 
     def known(self, noise: float, draw: torch.Generator) -> Known:
         """Return what is known of the chain's output; rounding is relative."""

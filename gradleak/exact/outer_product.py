@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gradleak.errors import NotApplicable
+from gradleak.exact.first_layer import agreement, sharp_scale
 
-__all__ = ["OuterProduct", "read_outer_product"]
+__all__ = ["OuterProduct", "read_head", "read_outer_product"]
 
 
 @final
@@ -60,3 +61,45 @@ def read_outer_product(weight: Tensor, bias: Tensor) -> OuterProduct:
             "comes from more than one example or step, or was noised or pruned; disaggregate it, or use matching."
         )
     return OuterProduct(features, bias, max(noise, 2.0**-53))
+
+
+def read_head(gradient: Tensor, weight: Tensor, bias: Tensor | None) -> OuterProduct:
+    """Return input and output gradient of a last layer without a trained bias, for one example's cross-entropy.
+
+    The gradient shows both up to a factor. δ is p − y, and p = softmax(W h + b) has that direction for one size of h.
+
+    Args:
+        gradient: (C, d) of the weight, up to a factor.
+        weight: (C, d).
+        bias: (C,) which is not trained, None where there is none.
+
+    Raises:
+        NotApplicable: the gradient is zero or no outer product, or no size of h gives it.
+    """
+    refusal = NotApplicable(
+        "The last layer has no bias that is trained, and its gradient is not that of one example's cross-entropy with "
+        "a size that shows; use matching."
+    )
+    if not bool(gradient.any()):
+        raise refusal
+    dtype, gradient, weight = gradient.dtype, gradient.double(), weight.double()
+    left, size, right = torch.linalg.svd(gradient, full_matrices=False)
+    u = left[:, 0] if int((left[:, 0] < 0).sum()) == 1 else -left[:, 0]
+    noise = float(size[1:].norm() / size[0])
+    if int((u < 0).sum()) != 1 or len(u) < 3 or noise > 1e-2:
+        raise refusal
+    target = torch.zeros_like(u)
+    target[u.argmin()] = 1.0
+    for h in (right[0] * len(right[0]) ** 0.5, -right[0] * len(right[0]) ** 0.5):
+
+        def mismatch(t: float, h: Tensor = h) -> float:
+            delta = torch.softmax(t * (weight @ h) + (0.0 if bias is None else bias.double()), 0) - target
+            return float((delta / delta.norm().clamp_min(1e-300) - u).norm())
+
+        found = sharp_scale(
+            mismatch, tolerance=max(agreement(dtype), 4 * noise), rounding=float(torch.finfo(dtype).eps)
+        )
+        if found is not None:
+            features = found * h
+            return OuterProduct(features, gradient @ features / features.square().sum(), max(noise, 2.0**-53))
+    raise refusal

@@ -37,10 +37,11 @@ _EXACT = 1e-9
 
 
 def trace_chain(model: nn.Module, shape: Shape, *, anchor: str | None = None) -> Chain:
-    """Return the chain of ``model`` for inputs of ``shape``, back from its earliest linear layer with bias.
+    """Return the chain of ``model`` for inputs of ``shape``, back from its earliest linear layer with a trained bias.
 
     That layer sees one vector per example, so its weight gradient is an outer product, and input and output gradient
-    follow from it exactly, whatever comes later in the model. With ``anchor``, the name of a linear layer's weight, the
+    follow from it exactly, whatever comes later in the model; without any such layer it leads back from the last layer,
+    if the model ends with one. With ``anchor``, the name of a linear layer's weight, the
     chain leads back from that layer instead, bias or not.
 
     Raises:
@@ -248,8 +249,11 @@ class _Reader:
             stop = str(reason)
         shape = self.calls[0].out
         assert shape is not None
-        head = bool(self.outputs) and all(self._same(o, index) for o in self.outputs)
-        return Chain(shape[1:], tuple(steps), anchor, stop, head), begin, end
+        return Chain(shape[1:], tuple(steps), anchor, stop, self._head(index)), begin, end
+
+    def _head(self, index: int) -> bool:
+        """Whether the output of a call is the model's."""
+        return bool(self.outputs) and all(self._same(o, index) for o in self.outputs)
 
     def _same(self, index: int, wanted: int) -> bool:
         """Whether the output of a call is that of another, at most shaped anew."""
@@ -265,6 +269,7 @@ class _Reader:
 
     def _anchor(self, wanted: str | None) -> tuple[int, Affine]:
         reasons: list[str] = []
+        last: tuple[int, Affine] | None = None
         for index, call in enumerate(self.calls):
             if call.key != "linear" or index not in self.live:
                 continue
@@ -275,14 +280,17 @@ class _Reader:
                 continue
             if step is None or (wanted is not None and step.weight_name != wanted):
                 continue
-            if wanted is None and (step.bias_name is None or step.bias_name not in self.trained):
-                reasons.append(f"{step.name!r} has no bias that is trained")
-            elif len(step.in_shape) != 1:
+            if len(step.in_shape) != 1:
                 reasons.append(f"{step.name!r} sees several vectors per example")
             elif len(self.users[before]) > 1:
                 reasons.append(f"the input of {step.name!r} is used elsewhere, too")
+            elif wanted is None and (step.bias_name is None or step.bias_name not in self.trained):
+                reasons.append(f"{step.name!r} has no bias that is trained")
+                last = (index, step)
             else:
                 return index, step
+        if last is not None and self._head(last[0]):
+            return last
         why = f" ({'; '.join(reasons[:3])})" if reasons else ""
         raise NotApplicable(
             f"The model has no linear layer with bias that sees one vector per example{why}, "

@@ -197,10 +197,26 @@ def test_a_batch_of_two_is_refused() -> None:
         invert_layers(model, dict(model.named_parameters()), named, (3, 16, 16))
 
 
-def test_no_linear_layer_with_bias_is_refused() -> None:
+def test_softmax_fixes_the_scale_of_a_last_layer_without_bias() -> None:
+    for bias in (False, True):
+        model = seeded(
+            lambda bias=bias: nn.Sequential(
+                nn.Conv2d(1, 4, 3, bias=bias), nn.Sigmoid(), nn.Flatten(), nn.Linear(144, 5, bias=False)
+            )
+        )
+        result = invert(model, example((1, 8, 8), torch.float32))
+        assert result.input is not None, result.stopped_at
+        assert error(result, example((1, 8, 8), torch.float32)) < 1e-9
+        assert result.label is not None
+
+
+def test_a_last_layer_without_bias_under_another_loss_is_refused() -> None:
     model = seeded(lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sigmoid(), nn.Flatten(), nn.Linear(144, 5, bias=False)))
-    with pytest.raises(NotApplicable, match="has no bias"):
-        invert(model, example((1, 8, 8), torch.float32))
+    x = example((1, 8, 8), torch.float32)
+    grads = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    named = dict(zip(dict(model.named_parameters()), grads, strict=True))
+    with pytest.raises(NotApplicable, match="not that of one example's cross-entropy"):
+        invert_layers(model, dict(model.named_parameters()), named, (1, 8, 8))
 
 
 def test_outer_product_measures_the_rounding() -> None:
