@@ -41,7 +41,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "spear": ("--batches", "1", "--largest", "4", "--beyond", "0"),
     "resnet_batches": ("--size", "4", "--batches", "1", "--steps", "4"),
     "tables": ("--batches", "1", "--largest", "2"),
-    "vit": ("--images", "1", "--remains", "0"),
+    "vit": ("--images", "1", "--large", "1", "--remains", "0"),
     "certificate": ("--trials", "20"),
     "fedavg_memory": ("--steps", "4"),
     "cost": ("--repeats", "1", "--largest", "16"),

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from gradleak.audit.records import from_json
+from gradleak.models import vision_transformer
 
 FILES = ["reconstruction.safetensors", "report.html", "result.json", "trace.safetensors"]
 QUICK = ("--attack-option", "iterations=40")
@@ -321,3 +324,26 @@ def test_features_are_reported_as_such(case) -> None:
     assert found.examples is None
     assert any("--truth is unused" in note for note in found.outcome.notes)
     assert case.run("report", str(case.folder / "out")).code == 0
+
+
+def test_a_vision_transformer_with_dropout_on(run, tmp_path) -> None:
+    options = {"patch": 4, "width": 48, "depth": 1, "dropout": 0.1}
+    model = vision_transformer(**options, classes=10, image_size=16, seed=0).train()
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.random.fork_rng():
+        torch.nn.functional.cross_entropy(model(image), torch.tensor([3])).backward()
+    save_file(model.state_dict(), tmp_path / "W.safetensors")
+    save_file({k: p.grad for k, p in model.named_parameters()}, tmp_path / "U.safetensors")
+    given = ["--model", "vision_transformer", "--mode", "train", "--input-shape", "3,16,16", "--classes", "10"]
+    given += [s for k, v in options.items() for s in ("--model-arg", f"{k}={v}")]
+    given += ["--weights", "W.safetensors", "--update", "U.safetensors"]
+    for size, out in ((("--batch-size", "1"), "stated"), ((), "assumed")):
+        done = run("attack", *given, *size, "--out", out)
+        assert done.code == 0, done.err
+        found = from_json((tmp_path / out / "result.json").read_text(encoding="utf-8"))
+        assert (found.verdict.grade, found.outcome.attack) == ("proved", "patch_embedding")
+        inputs = load_file(tmp_path / out / "reconstruction.safetensors")["inputs"]
+        assert float((inputs - image).square().mean()) <= 1e-9
+    done = run("attack", *given, "--batch-size", "2", "--out", "two")
+    assert done.code == 2
+    assert "active dropout" in done.err
