@@ -52,6 +52,7 @@ class Way:
         against: (case) → why the way does not fit, None where it may.
         continues: whether it starts from the best result so far instead of competing with it.
         starts: whether matching starts from what it leaves open.
+        share: of the time that is left, which it may use up; a search that may miss leaves some to the others.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Way:
     against: Callable[[Case], str | None]
     continues: bool = False
     starts: bool = False
+    share: float = 1.0
 
 
 @final
@@ -243,7 +245,7 @@ WAYS = (
     Way("patch_embedding", lambda _: patch_embedding(), _values, starts=True),
     Way("linear_inversion", lambda _: linear_inversion(), _read_off),
     Way("spear", lambda _: spear(), _batch),
-    Way("recursion", lambda _: recursion(), _values),
+    Way("recursion", lambda _: recursion(), _values, share=0.5),
     Way("gauss_newton", lambda _: GaussNewton(layers_only=True), _one_example),
     Way("feature_matching", _matching(feature_matching), _separable),  # type: ignore[arg-type]
     Way("idlg", _matching(idlg), _labeled),
@@ -309,6 +311,12 @@ class Auto(Attack):
             except _Refusal as reason:
                 case.attempts.append(Attempt(way.name, False, None, str(reason)))
                 continue
+            except TimeSpent:
+                if deadline.over:
+                    raise
+                why = f"It was not done in {way.share:.0%} of the time."
+                case.attempts.append(Attempt(way.name, False, None, why))
+                continue
             if way.starts and found.status is Status.STALLED:
                 case.start = found.inputs
             name = f"{case.best.attack} and {way.name}" if way.continues and case.best is not None else way.name
@@ -317,6 +325,7 @@ class Auto(Attack):
     def _go(self, way: Way, case: Case, seed: int, callback: Callback | None, deadline: Deadline) -> Reconstruction:
         """Return what one way finds: around the rows that are solved already, or from the best so far."""
         observation, attack, best = case.observation, way.make(self), case.best
+        deadline = deadline.part(way.share) if way.share < 1 else deadline
         if way.continues:
             assert isinstance(attack, GaussNewton) and best is not None
             left = max(deadline.left(), 1e-3)

@@ -267,13 +267,14 @@ class _Walk:
         weight, kinked = self.params[step.weight_name], self.kink is not None
         shared = gradient is not None and bool((gradient != 0).any())
         usable = int((known.weights > 0).sum())
-        report, alone, reason = count(step, weight, len(known.values), usable, shared)
         pool = next((i for i, s in enumerate(self.pending) if isinstance(s, Maximum)), None)
+        pooled = pool is not None
+        report, alone, reason = count(step, weight, len(known.values), usable, shared, pooled=pooled)
         # Which outputs are known is certain behind pooling, once its choices are.
         alone = alone and (len(known.values) > 1 or kinked) and pool is None
         if reason is not None and not alone:
             self._end(report, reason)
-            if too_long(step, weight, len(known.values)):
+            if too_long(step, weight, len(known.values), pooled=pooled):
                 raise _StoppedError  # Not even a start is worth so much time.
         places: Tensor | None = None
         maps = _affine(self.pending)

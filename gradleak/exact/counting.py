@@ -21,6 +21,8 @@ _MARGIN = 1.02
 """Equations for an unknown from which on a batch's layer is tried: a square system would be ill-conditioned."""
 _WORK = 1 << 30
 """Multiplications of one pass through a layer, for all examples, up to which it is solved: some thousand passes."""
+_SEARCH = 1 << 27
+"""The same behind max-pooling, whose choices are searched: some ten thousand passes."""
 
 
 @final
@@ -74,8 +76,8 @@ def obstacle(chain: Chain, params: Tensors, names: Collection[str], examples: in
     for step in reversed(chain.steps):
         if isinstance(step, Affine):
             shared = step.weight_name in names
-            _, alone, reason = count(step, params[step.weight_name], examples, examples * known, shared)
             pooled = any(isinstance(s, Maximum) for s in pending)
+            _, alone, reason = count(step, params[step.weight_name], examples, examples * known, shared, pooled=pooled)
             if reason is not None and not (alone and examples > 1 and not pooled):
                 return reason
             pending, known = [], step.inputs
@@ -92,7 +94,7 @@ def obstacle(chain: Chain, params: Tensors, names: Collection[str], examples: in
 
 
 def count(
-    step: Affine, weight: Tensor, examples: int, forward: int, shared: bool
+    step: Affine, weight: Tensor, examples: int, forward: int, shared: bool, *, pooled: bool = False
 ) -> tuple[LayerReport, bool, str | None]:
     """Return a layer's report before it is solved, whether its gradient alone may do, and what stops it if not."""
     own, unknowns = counts(step, weight, examples), examples * step.inputs
@@ -102,15 +104,16 @@ def count(
     if rank + forward < (_MARGIN if examples > 1 else 1) * unknowns:
         reason = f"the input of {report}"
     else:
-        reason = too_long(step, weight, examples)
+        reason = too_long(step, weight, examples, pooled=pooled)
     return report, alone, reason
 
 
-def too_long(step: Affine, weight: Tensor, examples: int) -> str | None:
-    """Return why a layer is not solved where that takes too long."""
-    if examples * weight.numel() * math.prod(step.out_shape[1:]) <= _WORK:
+def too_long(step: Affine, weight: Tensor, examples: int, *, pooled: bool = False) -> str | None:
+    """Return why a layer is not solved where that takes too long; behind max-pooling it takes a search."""
+    most = _SEARCH if pooled else _WORK
+    if examples * weight.numel() * math.prod(step.out_shape[1:]) <= most:
         return None
-    return f"solving for the input of {step.name!r} takes more than {_WORK:.0e} multiplications in every iteration"
+    return f"solving for the input of {step.name!r} takes more than {most:.0e} multiplications in every iteration"
 
 
 def kept(pending: Sequence[Step], known: int, where: str) -> str:
