@@ -145,6 +145,10 @@ def invert_layers(
             state, spread = _polished(whole, start, _CLOSE * case.outer.noise, seed, going)
     residual = math.sqrt(state.cost) / whole.size
     found = state.z.view(chain.shape)
+    folded = [s.name for s in chain.steps if isinstance(s, Elementwise) and s.folds]
+    if folded and residual > _CLOSE * case.outer.noise:
+        reason = f"{folded[-1]!r} falls before it rises, and on which side its inputs lie is not known"
+        return case.result(None, reason, walked.layers, found, residual)
     return case.result(found, None, walked.layers, None, residual, spread, state.steps)
 
 

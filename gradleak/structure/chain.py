@@ -239,10 +239,11 @@ class Elementwise(Step):
     """An activation or a per-value affine map (BatchNorm in evaluation mode).
 
     Attributes:
-        function: the map, (B, *in_shape) → (B, *in_shape), increasing unless it is affine.
+        function: the map, (B, *in_shape) → (B, *in_shape), increasing unless it is affine or folds.
         inverse: its inverse, NaN-free on the closed range; values outside the range are moved into it.
         bounds: outputs there say only that the input lies there or beyond (ReLU: zero and infinity).
         affine: whether the map is scale · x + shift.
+        folds: whether it falls before it rises (GELU); ``inverse`` is then that of the rising branch.
 
     """
 
@@ -250,6 +251,7 @@ class Elementwise(Step):
     inverse: Callable[[Tensor], Tensor] = field(default=lambda a: a)
     bounds: tuple[float, float] = (-math.inf, math.inf)
     affine: bool = False
+    folds: bool = False
 
     def forward(self, x: Tensor, params: Tensors) -> Tensor:
         """Return φ(x)."""

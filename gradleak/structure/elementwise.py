@@ -54,6 +54,22 @@ def _leaky(slope: float | Tensor) -> tuple[Pointwise, Pointwise]:
     return lambda x: torch.where(x > 0, x, x * of(x)), lambda a: torch.where(a > 0, a, a / of(a))
 
 
+def _folded(function: Pointwise, low: float) -> tuple[Pointwise, Pointwise]:
+    """Return a function that falls up to ``low`` and rises from there, and the inverse of the rising branch."""
+
+    def inverse(a: Tensor) -> Tensor:
+        below, above = torch.full_like(a, low), a.clamp_min(0) + 1
+        for _ in range(60):
+            middle = (below + above) / 2
+            over = function(middle) > a
+            below, above = torch.where(over, below, middle), torch.where(over, middle, above)
+        return (below + above) / 2
+
+    return function, inverse
+
+
+_LOWEST = {"gelu": -0.7517915524667, "silu": -1.2784645427610, "mish": -1.1924406719870}
+"""Where the functions that fall before they rise are least."""
 _SELU = (1.6732632423543772848170429916717, 1.0507009873554804934193349852946)
 ACTIVATIONS: dict[str, Callable[..., tuple[Pointwise, Pointwise]]] = {
     "sigmoid": lambda: (torch.sigmoid, lambda a: torch.logit(_inside(a, 0.0, 1.0))),
@@ -76,6 +92,9 @@ ACTIVATIONS: dict[str, Callable[..., tuple[Pointwise, Pointwise]]] = {
     ),
     "softsign": lambda: (F.softsign, lambda a: a / (1 - _inside(a, -1.0, 1.0).abs())),
     "log_sigmoid": lambda: (F.logsigmoid, lambda a: -_softplus_inverse(-a, 1.0)),
+    "gelu": lambda approximate="none": _folded(lambda x: F.gelu(x, approximate=approximate), _LOWEST["gelu"]),
+    "silu": lambda: _folded(F.silu, _LOWEST["silu"]),
+    "mish": lambda: _folded(F.mish, _LOWEST["mish"]),
     "exp": lambda: (torch.exp, lambda a: torch.log(_inside(a, 0.0, math.inf))),
     "log": lambda: (torch.log, torch.exp),
     "log1p": lambda: (torch.log1p, torch.expm1),
@@ -100,4 +119,4 @@ def activation(name: str, key: str, args: Sequence[Any], options: Mapping[str, A
     if key == "hardtanh":
         low, high = function(torch.tensor([-math.inf, math.inf], dtype=torch.float64)).tolist()
         bounds = low, high
-    return Elementwise(name, shape, shape, function, inverse, bounds)
+    return Elementwise(name, shape, shape, function, inverse, bounds, folds=key in _LOWEST)
