@@ -323,7 +323,7 @@ class _Reader:
             return []
         layer = self._layer(call, *shapes) if call.key in _LAYERS else None
         if layer is not None:
-            return [layer]
+            return [layer] if not layer.linear or len(shapes[0]) == 1 else _per_vector(layer)
         if call.key in ACTIVATIONS:
             return [activation(call.label, call.key, call.args[1:], call.kwargs, shapes[0])]
         if call.key in _POOLS:
@@ -344,6 +344,25 @@ class _Reader:
                 raise Stop(f"parameter {name!r} is used {self.uses[name]} times, so its gradient is a sum")
         options: dict[str, Any] = {k: given[k] for k in order[3:] if k in given}
         return _affine(call, names, given["weight"], source, target, **options)
+
+
+def _per_vector(layer: Affine) -> list[Step]:
+    """Return a linear layer of several vectors per example as a convolution of one tap, between two transpositions."""
+    name, (width, out) = layer.name, (layer.in_shape[-1], layer.out_shape[-1])
+    count, target = math.prod(layer.in_shape[:-1]), layer.out_shape
+    return [
+        Fixed(name, layer.in_shape, (width, count), lambda x: x.reshape(len(x), count, width).mT),
+        replace(
+            layer,
+            in_shape=(width, count),
+            out_shape=(out, count),
+            taps=(1,),
+            stride=(1,),
+            padding=((0, 0),),
+            dilation=(1,),
+        ),
+        Fixed(name, (out, count), target, lambda x: x.mT.reshape(len(x), *target)),
+    ]
 
 
 def _affine(

@@ -86,6 +86,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "padding by ones": lambda: Around(lambda m, x: F.pad(x, (1, 1, 1, 1), value=1.0), lambda m, x: torch.tanh(x)),
     "upsampling": lambda: Around(lambda m, x: F.interpolate(x, scale_factor=2), lambda m, x: torch.tanh(x)),
     "PReLU": lambda: Around(same, lambda m, x: m.act(x), act=nn.PReLU(8, init=0.3)),
+    "a linear layer of every row": lambda: Around(
+        lambda m, x: torch.tanh(m.row(x)),
+        lambda m, x: torch.tanh(m.late(x)),
+        row=nn.Linear(6, 9),
+        late=nn.Linear(9, 10),
+    ),
     "CELU": lambda: Around(same, lambda m, x: F.celu(x, 0.7)),
     "a logarithm": lambda: Around(lambda m, x: torch.log1p(x), lambda m, x: torch.tanh(x)),
     "idle dropout, identity": lambda: Around(
