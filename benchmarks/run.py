@@ -433,6 +433,12 @@ def _solved_batch(record: Record) -> str:
     return f"{row['solved']} of {row['batches']} batches exact (error ≤ {error:.0e}), {seconds:.2g} s each"
 
 
+def _transformer(record: Record) -> str:
+    row = next(r for r in record["rows"] if r["model"].startswith("ViT-Base/16") and r["model"].endswith("0.1"))
+    hits, sure = row[">= 90 dB"], row["proved"]
+    return f"{hits} of {row['images']} at 90 dB or more, {sure} of them proved, {row['processor s']:.2g} s each"
+
+
 def _searched_batch(record: Record) -> str:
     row = next(r for r in record["rows"] if (r["width"], r["N"]) == (32, 8))
     minutes = row["s per batch"] / 60
@@ -451,6 +457,7 @@ def _wrong_proofs(record: Record) -> str:
 
 HEADLINES: tuple[tuple[str, str, Callable[[Record], str]], ...] = (
     ("recursion", "one 32 × 32 picture in one gradient, the network of the 2019 paper", _one_image),
+    ("vit", "one 224 × 224 photograph in one gradient of ViT-Base/16, dropout on", _transformer),
     ("recursion_batches", "8 pictures in one gradient, two-layer ReLU perceptron, solved", _solved_batch),
     ("batches", "8 pictures in one gradient, the 2019 network with 32 channels, searched", _searched_batch),
     ("resnet_batches", "4 pictures in one gradient, ResNet-18, searched", _deep),
