@@ -13,8 +13,9 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ Maker = Callable[[int, int], nn.Module]
 def main() -> None:
     """Measure and store the table."""
     options = arguments(__doc__ or "", images=20, batches=10, tutorial=20, part=-1)
-    parts: list[Callable[[], dict[str, object]]] = [
+    parts: list[Callable[[], Iterator[dict[str, object]]]] = [
         lambda: exact("McMahan et al., CIFAR-10", mcmahan, "cifar10", options, 1),
         lambda: exact("McMahan et al., MNIST", mcmahan, "mnist", options, 1),
         lambda: exact("McMahan et al., CIFAR-10, after an epoch", mcmahan, "cifar10", options, 1, trained=True),
@@ -44,17 +45,40 @@ def main() -> None:
     ]
     chosen = range(len(parts)) if options.part < 0 else [options.part]
     for index in chosen:
-        row = parts[index]()
-        stored = RESULTS / "pooling.json"
-        known = json.loads(stored.read_text())["rows"] if stored.exists() else []
-        rows = [r for r in known if r["model"] != row["model"]] + [row]
-        write_result("pooling", rows, target="18 of 20 at MSE 1e-8, proved, at most 30 s; N = 2: 8 of 10")
+        for row in parts[index]():  # After every image: what was measured stays where the run ends early.
+            store(row)
+
+
+def store(row: dict[str, object]) -> None:
+    """Put a row among those that were measured before."""
+    stored = RESULTS / "pooling.json"
+    known = json.loads(stored.read_text())["rows"] if stored.exists() else []
+    rows = [r for r in known if r["model"] != row["model"]] + [row]
+    write_result(
+        "pooling",
+        rows,
+        target="18 of 20 at MSE 1e-8, proved, at most 30 s; N = 2: 8 of 10",
+        summary=[summary(r) for r in rows if "at 1e-8 and proved" in r],
+    )
+
+
+def summary(row: Mapping[str, Any]) -> dict[str, object]:
+    """Return one line of the page: enough runs decide, fewer are only told."""
+    hits, count, single = row["at 1e-8 and proved"], row["batches"], "N =" not in row["model"]
+    slowest = row["processor seconds max"]
+    met = (hits >= 0.9 * count and slowest <= 30) if single else hits >= 0.8 * count
+    return {
+        "what": f"`recursion()` through max-pooling, {row['model']}: MSE ≤ 1e-8 and proved",
+        "target": "≥ 18 of 20, ≤ 30 s" if single else "≥ 8 of 10",
+        "measured": f"{hits} of {count}, slowest {slowest:.0f} processor s, one thread",
+        "met": bool(met) if count >= (20 if single else 10) else None,
+    }
 
 
 def exact(
     name: str, make: Maker, data: str, options: object, count: int, *, trained: bool = False
-) -> dict[str, object]:
-    """Return one line for ``recursion()``; the reconstruction never sees the images."""
+) -> Iterator[dict[str, object]]:
+    """Yield one line for ``recursion()`` after every batch; the reconstruction never sees the images."""
     images, labels = pictures(options.data, data)  # type: ignore[attr-defined]
     times = options.images if count == 1 else options.batches  # type: ignore[attr-defined]
     errors, walls, cores, proved, reasons = [], [], [], 0, []
@@ -78,22 +102,21 @@ def exact(
             reasons += [n[:160] for n in found.notes if "stops" in n]
         walls.append(time.perf_counter() - wall)
         cores.append(time.process_time() - core)
-        print(name, i, f"{errors[-1]:.1e}", proved, f"{cores[-1]:.1f}", reasons[-1:], flush=True)
-    return {
-        "model": name,
-        "batches": times,
-        "at 1e-8 and proved": proved,
-        **{f"MSE {k}": v for k, v in spread(errors).items()},
-        **{f"processor seconds {k}": v for k, v in spread(cores).items()},
-        "seconds median": spread(walls)["median"],
-        "reasons": sorted(set(reasons))[:4],
-    }
+        yield {
+            "model": name,
+            "batches": i + 1,
+            "at 1e-8 and proved": proved,
+            **{f"MSE {k}": v for k, v in spread(errors).items()},
+            **{f"processor seconds {k}": v for k, v in spread(cores).items()},
+            "seconds median": spread(walls)["median"],
+            "reasons": sorted(set(reasons))[:4],
+        }
 
 
-def tutorials(options: object) -> dict[str, object]:
-    """Return the line of the tutorials' CNN."""
+def tutorials(options: object) -> Iterator[dict[str, object]]:
+    """Yield the line of the tutorials' CNN."""
     images, labels = pictures(options.data, "cifar10")  # type: ignore[attr-defined]
-    ours, others, grays, proved, cores = [], [], [], 0, []
+    ours, others, grays, cores = [], [], [], []
     for i in range(options.tutorial):  # type: ignore[attr-defined]
         torch.manual_seed(i)
         _, seen = observe(gl.Client(tutorial(3, 32), gl.Batch(images[i : i + 1], labels[i : i + 1])))
@@ -106,17 +129,17 @@ def tutorials(options: object) -> dict[str, object]:
         ours.append(decibels(found.inputs, images[i]))
         others.append(decibels(other.inputs, images[i]))
         grays.append(decibels(torch.full_like(images[i], 0.5), images[i]))
-        proved += any(f.kind == "layer" and f.proved for f in found.findings)
-        print(i, found.attack, *(f"{v[-1]:.1f}" for v in (ours, others, grays, cores)), proved, flush=True)
-    return {
-        "model": "tutorials' CNN, CIFAR-10, auto(), 60 s",
-        "batches": len(ours),
-        "input of the second convolution proved": proved,
-        **{f"dB {k}": v for k, v in spread(ours).items()},
-        "dB above inverting_gradients(), median": spread([a - b for a, b in zip(ours, others, strict=True)])["median"],
-        "below gray": sum(a < g for a, g in zip(ours, grays, strict=True)),
-        "processor seconds median": spread(cores)["median"],
-    }
+        print(i, found.attack, *(f"{v[-1]:.1f}" for v in (ours, others, grays, cores)), flush=True)
+        yield {
+            "model": "tutorials' CNN, CIFAR-10, auto(), 60 s",
+            "batches": len(ours),
+            **{f"dB {k}": v for k, v in spread(ours).items()},
+            "dB above inverting_gradients(), median": spread([a - b for a, b in zip(ours, others, strict=True)])[
+                "median"
+            ],
+            "below gray": sum(a < g for a, g in zip(ours, grays, strict=True)),
+            "processor seconds median": spread(cores)["median"],
+        }
 
 
 def decibels(found: Tensor, image: Tensor) -> float:
