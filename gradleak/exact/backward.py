@@ -44,6 +44,8 @@ _SURE = 4.0
 """Standard errors above zero from which on a ReLU's output counts as active, until the solution says otherwise."""
 _UNSURE = 4.0
 """Factor around that, within which neither is taken for granted while choices are searched."""
+_GUESSED = 1e-3
+"""Error that a guess is treated with, relative to its size: with its true one, nothing before it would count as seen."""
 _SETTLED = 1e-7
 """Relative residual at which they do however small the noise: the search itself goes no further."""
 _CHOSEN = 4.0
@@ -188,7 +190,7 @@ class _Walk:
         if isinstance(step, Affine):
             self._layer(step, index)
         elif isinstance(step, Elementwise) and not (step.affine and self.pending):
-            if not all(isinstance(s, Maximum) for s in self.pending):  # Increasing maps commute with the maximum.
+            if step.folds or not all(isinstance(s, Maximum) for s in self.pending):  # Increasing maps commute with it.
                 self._resolve(f"the output of {step.name!r}")
             self._activation(step)
         elif isinstance(step, Maximum):
@@ -279,14 +281,14 @@ class _Walk:
         places: Tensor | None = None
         maps = _affine(self.pending)
         if pool is not None:
-            chosen = self._choose(step, index, pool, determined=reason is None)
+            chosen = self._choose(step, index, pool, determined=reason is None and self.stop is None)
             known, maps, places = self._seen(step, chosen.values, pool, None)
             if not chosen.found:
                 missed = f"at best the layer's equations hold to {chosen.residual:.1e}"
                 self._end(report, f"which values {self.pending[pool].name!r} took is not known: {missed}")
                 self._take(maps)
                 pull = LayerEquations(Composite((step, *maps), self.params), gradient, known.pull)
-                size = float(chosen.values.square().mean().sqrt())
+                size = _GUESSED * float(chosen.values.square().mean().sqrt())
                 self._reached(Known.plain(chosen.values, pull.adjoint(known.pull[None])[0], size, self.draw))
                 return
         for flip in range(_FLIPS + 1 if kinked or pool is not None else 1):
@@ -329,6 +331,9 @@ class _Walk:
             doubt = self.doubt.view(len(sides), maximum.in_shape[0], -1).any(2).any(0)
             unsure = doubt if len(doubt) == len(unsure) and float(doubt.double().mean()) < 0.5 else unsure
         live = sides == 0
+        if not bool((known.values * live).any()):
+            self.stop = self.stop or f"no output of {maximum.name!r} shows a value"
+            raise _StoppedError
         error = (1 / known.weights[live]).mean().sqrt() / known.values[live].square().mean().sqrt()
         earlier = (s for s in reversed(self.chain.steps[:index]) if isinstance(s, Affine | Elementwise))
         floor = next((s.bounds[0] for s in earlier if isinstance(s, Elementwise)), -math.inf)

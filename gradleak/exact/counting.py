@@ -84,7 +84,8 @@ def obstacle(chain: Chain, params: Tensors, names: Collection[str], examples: in
         elif isinstance(step, Fixed) and not step.reorders:
             pending.insert(0, step)
         elif isinstance(step, Maximum) or (isinstance(step, Elementwise) and not (step.affine and pending)):
-            if pending and all(isinstance(s, Maximum) for s in pending) and isinstance(step, Elementwise):
+            rises = isinstance(step, Elementwise) and not step.folds
+            if pending and rises and all(isinstance(s, Maximum) for s in pending):
                 continue
             if pending and (known < step.outputs or any(isinstance(s, Maximum) for s in pending)):
                 return kept(pending, known, f"the output of {step.name!r}")

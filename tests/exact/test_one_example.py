@@ -168,10 +168,11 @@ def test_kinks(between: tuple[nn.Module, ...], features: int) -> None:
         (small(nn.Sigmoid(), nn.AvgPool2d(2), features=144), (1, 8, 8), "144 of the 576"),
         (small(nn.Hardswish(), features=576), (1, 8, 8), "Hardswish"),
         (small(nn.ReLU(), nn.BatchNorm2d(16).eval(), nn.MaxPool2d(2), features=144), (1, 8, 8), "keeps 144 of the 576"),
+        (small(nn.GELU(), nn.MaxPool2d(2), features=144), (1, 8, 8), "keeps 144 of the 576"),
         (lambda: nn.Sequential(nn.MaxPool2d(2), small(features=64)()), (1, 8, 8), "the model's input is not"),
         (lambda: resnet18(width=4, seed=0).eval(), (3, 16, 16), "pool"),
     ],
-    ids=["average pooling", "Hardswish", "two kinks", "pooling the input", "global pooling"],
+    ids=["average pooling", "Hardswish", "two kinks", "a fold", "pooling the input", "global pooling"],
 )
 def test_what_stops_the_recursion_is_said(make: Callable[[], nn.Module], shape: tuple[int, ...], word: str) -> None:
     result = invert(seeded(make).double(), example(shape))
