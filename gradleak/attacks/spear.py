@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import final
 
 import torch
@@ -62,17 +63,21 @@ class Spear(Attack):
         draw = torch.Generator().manual_seed(seed)
         weight = torch.cat([observation.params[layer.weight_name], observation.params[_bias(layer)][:, None]], 1)
         back, seen = _next_layer(observation, layer, rank)
-        if seen is not None:
-            found = separate(factors, weight, seen, patience=self.starts, generator=draw, going=going)
+        wide = {**observation.simulator.params(torch.float64), **observation.simulator.buffers(torch.float64)}
+
+        def reached(rows: Tensor) -> Tensor:
+            shaped = rows.reshape(-1, *observation.space.shape)
+            return reached_units(observation.model, wide, layer, shaped) & factors.live
+
+        search = partial(together, factors, reached, back, patience=self.starts, generator=draw, going=going)
+        if seen is None:
+            found = search()
         else:
-            wide = {k: p.double() for k, p in observation.params.items()}
-            wide |= observation.simulator.buffers(torch.float64)
-
-            def reached(rows: Tensor) -> Tensor:
-                shaped = rows.reshape(-1, *observation.space.shape)
-                return reached_units(observation.model, wide, layer, shaped) & factors.live
-
-            found = together(factors, reached, back, patience=self.starts, generator=draw, going=going)
+            found = separate(factors, weight, seen, patience=self.starts, generator=draw, going=going)
+            if len(found.inputs) < rank and seen.shape[1] < rank and not stopped:
+                # Where gradients of examples depend on each other there, the layer shows mixtures of these.
+                whole = search(found)
+                found = whole if len(whole.inputs) == rank else found
         status = Status.INTERRUPTED if stopped else Status.STALLED
         if len(found.inputs) == rank:
             return _complete(observation, found)
@@ -137,7 +142,7 @@ def _other_rank(rank: int, size: int) -> str:
 def _next_layer(observation: Observation, layer: InputLayer, rank: int) -> tuple[Tensor | None, Tensor | None]:
     """Return what the gradient of a layer that sees max(z, 0) says; None where there is no such layer, or it does not.
 
-    That is a space (m, k) of what comes back to the units, and an orthonormal basis (m, r) of what it sees.
+    That is a space (m, k) of what comes back to the units, and an orthonormal basis (m, s) of what it sees.
     """
     name = find_rectified_layer(observation.model, observation.params, layer, tuple(observation.space.shape))
     if name is None:
@@ -147,7 +152,7 @@ def _next_layer(observation: Observation, layer: InputLayer, rank: int) -> tuple
         factors = Factors.of(observation.gradient.tensors[name], _eps(observation))
     except NotApplicable:
         return back, None
-    return back @ factors.left, factors.right if factors.rank == rank else None
+    return back @ factors.left, factors.right if factors.rank <= rank else None
 
 
 def _eps(observation: Observation) -> float:

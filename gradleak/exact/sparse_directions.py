@@ -37,9 +37,9 @@ _STEPS, _FALL = 40, 0.8
 _WIDEST, _FINEST = (-1.3, -0.3), 1e-6
 """Powers of ten between which ε starts, for rows of length one, and where it ends: wide starts find what has most zeros
 from anywhere, narrow ones find each what is near."""
-_COARSE, _FINE, _LOOSE = 300.0, 60.0, 3000.0
-"""Multiples of the noise below which an entry counts as zero: of a direction as searched, as solved, and as solved with
-inputs that carry errors of their own."""
+_COARSE, _FINE = 3000.0, 60.0
+"""Multiples of the noise below which an entry counts as zero: of a direction as searched, or as solved with inputs that
+carry errors of their own, and as solved from its zeros alone."""
 _SPARE = 2
 """Zeros beyond those that any direction can have, from which on a direction is looked at."""
 _ALONE = 1e4
@@ -122,12 +122,12 @@ class Factors:
         spread = scaled[:, 1:] / (values[1:].clamp_min(1e-300).sqrt() * length)
         return scaled[:, 0] / length, spread @ spread.T, alone
 
-    def search(self, count: int, generator: torch.Generator) -> Tensor:
-        """Return ``count`` directions (K, r) with as many zeros as others nearby."""
-        k = self.rank
+    def search(self, within: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Return ``count`` directions (K, r) in the span of ``within`` (r, k) with as many zeros as others nearby."""
+        k = within.shape[1]
         if k == 1:
-            return torch.ones_like(self.singular)[None]
-        rows = self.left[self.live]
+            return within.T
+        rows = self.left[self.live] @ within
         size = rows.norm(dim=1, keepdim=True)
         rows = (rows / size)[size[:, 0] > 1e-6 * size.max()]
         draw = torch.rand(count, len(rows), generator=generator, dtype=torch.float64).argsort(1)[:, : k - 1]
@@ -139,7 +139,7 @@ class Factors:
             weights = 1 / ((q @ rows.T).square() + eps**2)
             q = torch.linalg.eigh((weights[:, :, None] * rows).transpose(1, 2) @ rows)[1][:, :, 0]
             eps = (_FALL * eps).clamp_min(_FINEST)
-        return q
+        return q @ within.T
 
     def candidates(self, q: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return the directions of ``q`` (K, r), solved, with their active units (m,); most zeros first."""
@@ -191,7 +191,7 @@ def separate(
     Args:
         factors: of the layer's gradient, the bias gradient as last column.
         weight: (m, n) the layer's weight, the bias as last column.
-        seen: (m, r) orthonormal basis of a space that holds what the next layer sees of every example.
+        seen: (m, s) orthonormal basis of a space that holds what the next layer sees of the examples that can be found.
         patience: starts without a new example after which the search ends.
         generator: draws the starts.
         going: (examples found) → whether to go on, asked between searches.
@@ -207,7 +207,7 @@ def separate(
             if a is not None:
                 (q, _, alone), times = factors.solve(~active), _FINE
                 if not alone and found:
-                    (q, _, alone), times = factors.solve(~active, [other for _, other, _ in found]), _LOOSE
+                    (q, _, alone), times = factors.solve(~active, [other for _, other, _ in found]), _COARSE
                 if alone and torch.equal(~factors.zeros(q[None], times)[0], active):
                     found.append((q, a, active))
         starts += _ROUND
@@ -264,6 +264,7 @@ def together(
     factors: Factors,
     reached: Callable[[Tensor], Tensor],
     back: Tensor | None = None,
+    begun: Separated | None = None,
     *,
     patience: int,
     generator: torch.Generator,
@@ -275,21 +276,25 @@ def together(
         factors: of the layer's gradient, the bias gradient as last column.
         reached: layer inputs (r, n) → which units (r, m) they reach, by the model.
         back: (m, k) spans what comes back to the layer's units before the activation's zeros, where that is known.
+        begun: examples that are known already.
         patience: starts without a better set of directions after which the search ends.
         generator: draws the starts.
         going: (examples that agree) → whether to go on, asked between searches.
     """
+    known = [] if begun is None else [(factors.solve(~on)[0], on) for on in begun.active]
+    inputs = [] if begun is None else list(begun.inputs @ factors.right / factors.singular)
+    within = _complement(inputs, factors.singular)
     pool: list[tuple[Tensor, Tensor]] = []
     starts = idle = best = 0
     tried = factors.live[None]
     while idle < patience and going(best):
-        for q, active in factors.candidates(factors.search(_ROUND, generator)):
-            new = all(float((q @ known).abs()) < 1 - 1e-9 for known, _ in pool)
+        for q, active in factors.candidates(factors.search(within, _ROUND, generator)):
+            new = all(float((q @ other).abs()) < 1 - 1e-9 for other, _ in (*known, *pool))
             if new and (back is None or _comes_back(factors.left[active] @ q, back[active])):
                 pool.append((q, active))
         pool.sort(key=lambda pair: int(pair[1].sum()))
         starts, idle = starts + _ROUND, idle + _ROUND
-        chosen = _independent(pool, factors.rank)
+        chosen = _independent([*known, *pool], factors.rank)
         if len(chosen) > best:
             best, idle = len(chosen), 0
         active = torch.stack([factors.live, *(active for _, active in chosen)])[1:]
@@ -298,9 +303,9 @@ def together(
         tried = active
         whole = _complete(factors, active)
         if whole is not None:
-            inputs = whole[0] / whole[0][:, -1:]
-            if torch.equal(reached(inputs[:, :-1]), active):
-                return Separated(inputs, active, whole[1], starts)
+            shown = whole[0] / whole[0][:, -1:]
+            if torch.equal(reached(shown[:, :-1]), active):
+                return Separated(shown, active, whole[1], starts)
     return _nothing(factors, starts)
 
 
