@@ -45,7 +45,7 @@ _SURE = 4.0
 _UNSURE = 4.0
 """Factor around that, within which neither is taken for granted while choices are searched."""
 _GUESSED = 1e-3
-"""Error that a guess is treated with, relative to its size: with its true one, nothing before it would count as seen."""
+"""Error that a guess is treated with, relative to its size; with its true one, nothing before it would be seen."""
 _SETTLED = 1e-7
 """Relative residual at which they do however small the noise: the search itself goes no further."""
 _CHOSEN = 4.0

@@ -40,6 +40,8 @@ _STATED = 1.5
 """The same where nearly all of the noise is that of a known defense, whose size is told."""
 _TENSOR = 1.5
 """By how much a single tensor may exceed that, since fewer numbers are averaged."""
+_FAINT = 4.0
+"""Size of a tensor, in deviations of its rounding, up to which it is taken for rounding."""
 _MUCH = 0.1
 """Share of the residual that free factors must leave at most to count as the better explanation."""
 _HIDDEN = 0.5
@@ -272,7 +274,11 @@ class Explanation:
             factor = _ratio(*(_each(torch.mul, u, common.weights) for u in (simulated, self.seen)))
             tried.append(self.compare([factor * p for p in simulated], common, factor=factor))
             if not tried[-1].matched and len(rms) > 1 and not self.simulator.defended:
-                each = [_ratio([ours], [theirs]) for ours, theirs in zip(simulated, self.seen, strict=True)]
+                # What is all rounding (the biases of attention's keys) shows no factor of its own.
+                each = [
+                    _ratio([ours], [theirs]) if _norm(ours) > _FAINT * r * math.sqrt(len(ours)) else factor
+                    for ours, theirs, r in zip(simulated, self.seen, rms, strict=True)
+                ]
                 if len({f > 0 for f in each if f != 0}) == 1 and all(map(math.isfinite, each)):
                     scaled = [f * p for f, p in zip(each, simulated, strict=True)]
                     by_name = dict(zip(self.names, each, strict=True))

@@ -311,7 +311,7 @@ def test_an_attack_of_ones_own(case) -> None:
     assert case.record().attack.options == {"level": 0.25}
     assert "must return an Attack" in case.attack(attack="mine:broken").err
     assert "no factory named" in case.attack(attack="mine:nothing").err
-    assert "module:factory" in case.attack(attack="nothing").err
+    assert "module:factory" in case.attack(attack="qqqq").err
 
 
 def test_features_are_reported_as_such(case) -> None:

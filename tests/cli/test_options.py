@@ -111,7 +111,7 @@ def test_defenses_are_told_to_the_attacker_in_order(job) -> None:
 @pytest.mark.parametrize("name", [n for n in gl.defenses.__all__ if n[0].islower() and n != "compose"])
 def test_every_defense_has_its_name(job, name: str) -> None:
     options = {"clip": ":norm=1", "prune": ":ratio=0.9", "top_k": ":share=0.1"}
-    options |= {"gaussian_noise": ":sigma=0.1", "laplacian_noise": ":scale=0.1"}
+    options |= {"gaussian_noise": ":sigma=0.1", "laplacian_noise": ":scale=0.1", "clamp": ":bound=0.1"}
     (observation,) = job("--defense", name + options.get(name, "")).observations
     assert observation.training.undefended == FedSGD()
     assert observation.training != FedSGD()
