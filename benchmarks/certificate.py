@@ -61,6 +61,7 @@ SCENARIOS = (
     "two clients averaged",
     "sure of a wrong class",
     "even in the input",
+    "alike, unstated size",
 )
 CLEAN = (
     "clean",
@@ -133,6 +134,7 @@ HIDDEN = (
     "one-unit bottleneck",
     "one class in bfloat16",
     "sure of a wrong class",
+    "alike, unstated size",
 )
 """Scenarios in which several examples may be taken for one."""
 ONE_CLASS = ("zero weights", "tiny weights", "one class in bfloat16", "sure of a wrong class")
@@ -190,7 +192,7 @@ def _model(draw: _Draw, scenario: str) -> tuple[str, nn.Module, tuple[int, ...],
 
 def _inputs(draw: _Draw, scenario: str, count: int, shape: tuple[int, ...]) -> Tensor:
     x = draw.normal(count, *shape)
-    if scenario == "near duplicates":
+    if scenario in ("near duplicates", "alike, unstated size"):
         x[1:] = x[:1] + 10 ** draw.uniform(-9, -1) * draw.normal(count - 1, *shape)
     if scenario == "exact duplicates":
         x[1] = x[0]
@@ -282,6 +284,8 @@ def trial(seed: int) -> Trial:
     y = draw.ints(classes, hidden)
     if scenario in ONE_CLASS:
         y[:] = y[0] if scenario != "sure of a wrong class" else classes - 1
+    if scenario == "alike, unstated size" and draw.uniform(0, 1) < 0.7:
+        y[:] = y[0]
     if "duplicates" in scenario and draw.uniform(0, 1) < 0.7:
         y[1] = y[0]
     training = _client(draw, scenario)
@@ -301,7 +305,7 @@ def trial(seed: int) -> Trial:
         kind, why = str(dtype).removeprefix("torch."), "The update is zero or not finite."
         return Trial(seed, scenario, candidate, name, kind, count, "unproved", 0, 0.0, math.nan, False, False, why)
     aware = defended if scenario.startswith(("known", "noise above")) else training
-    stated = scenario != "unstated size"
+    stated = "unstated size" not in scenario
     belief = _believed(draw, scenario, aware).known()
     labels = y[:count].clone()
     if scenario == "wrong labels":

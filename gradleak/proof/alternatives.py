@@ -28,7 +28,7 @@ from gradleak.structure.first_layer import find_input_layer
 from gradleak.structure.reader import trace_chain
 from gradleak.training import Loss, Simulator, TargetKind, class_axis, target_kind
 
-__all__ = ["has_free_directions", "mean_of_several", "reversed_sign", "shortage", "tells_examples_apart"]
+__all__ = ["has_free_directions", "reversed_sign", "shortage", "tells_examples_apart", "unseen_spread"]
 
 _STEPS = {torch.float32: 1e-4, torch.float64: 1e-3}
 """Size of second differences, relative to the inputs', by the update's arithmetic: small enough to cross few kinks,
@@ -45,11 +45,15 @@ _SPAN = 1e-12
 
 
 @torch.no_grad()
-def mean_of_several(explanation: Explanation, fit: Fit) -> bool:
-    """Tell whether a mean of several examples around a candidate explains the update as well as the candidate does."""
-    x, size = explanation.inputs, explanation.size
+def unseen_spread(explanation: Explanation, fit: Fit) -> float:
+    """Return how far several examples may lie from a candidate that is their mean without the update showing it.
+
+    Relative to the size of the inputs; infinite where means of examples as far apart as that explain the update as well
+    as the candidate does. The deviation grows with the square of the distance.
+    """
+    x, size, spread = explanation.inputs, explanation.size, 0.0
     if not x.is_floating_point() or size == 0:
-        return False
+        return spread
     draw = torch.Generator().manual_seed(explanation.seed + 3)
     step, here = _STEPS[explanation.arithmetic], explanation.update(x)
     rounding = 16 * 2.0**-52 / step**2 * max(float(h.abs().max()) for h in here)  # What float64 leaves of a bend.
@@ -67,14 +71,21 @@ def mean_of_several(explanation: Explanation, fit: Fit) -> bool:
 
         # The mean of x + d and x − d deviates from x by the bend; several examples of one label are more of the same.
         # What the candidate leaves unexplained itself is not held against it. One tensor that tells them apart will do.
-        if not explanation.simulator.defended and any(
-            times_noise(fit.left[i] + fit.noise.weights[i] * bend(i)) > fit.noise.most for i in smallest
-        ):
-            continue
-        moved = [s + bend(i) for i, s in enumerate(fit.simulated)]
-        if explanation.compare(moved, fit.noise, factor=fit.factor).matched:
-            return True
-    return False
+        shown = 0.0
+        if not explanation.simulator.defended:
+            shown = next((t for i in smallest if (t := _shown(fit, i, bend(i))) > fit.noise.most), 0.0)
+        if not shown:
+            moved = [s + bend(i) for i, s in enumerate(fit.simulated)]
+            other = explanation.compare(moved, fit.noise, factor=fit.factor)
+            if other.matched:
+                return math.inf
+            shown = max(other.times, fit.noise.most)
+        spread = max(spread, math.sqrt(fit.noise.most / shown))
+    return spread
+
+
+def _shown(fit: Fit, tensor: int, bend: Tensor) -> float:
+    return times_noise(fit.left[tensor] + fit.noise.weights[tensor] * bend)
 
 
 def has_free_directions(model: nn.Module, params: dict[str, Tensor], shape: tuple[int, ...]) -> bool:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
 from gradleak.clock import Deadline, TimeSpent
-from gradleak.proof.alternatives import has_free_directions, mean_of_several, reversed_sign, shortage
+from gradleak.proof.alternatives import has_free_directions, reversed_sign, shortage, unseen_spread
 from gradleak.proof.explained import Explanation, Fit
 from gradleak.proof.unique import SAFETY
 from gradleak.proof.unique import uniqueness as by_jacobian
@@ -28,6 +29,8 @@ _CHECKED = 256
 """Unknowns up to which the error bound of a construction is checked against the Jacobian's."""
 _LARGEST = 1024
 """Unknowns up to which the Jacobian is computed without being asked for."""
+_UNSEEN = 4.0
+"""Factor between the distance of examples that random directions leave unseen and the one of their best direction."""
 _MIXTURE = "means of several examples explain it as well, so that what is shown may be such means"
 
 
@@ -65,6 +68,16 @@ class _Case:
             factors=self.fit.factors,
         )
 
+    @cached_property
+    def spread(self) -> float:
+        """How far several examples may lie from their mean unnoticed, relative to the inputs' size."""
+        return unseen_spread(self.explanation, self.fit)
+
+    @property
+    def least(self) -> float:
+        """The least error that a proof may state: without the number of examples, near ones may hide in their mean."""
+        return 0.0 if self.stated else _UNSEEN * self.spread * self.explanation.size
+
     def doubt(self, *, alone: bool) -> tuple[str | None, bool]:
         """Return what speaks against a proof, and whether that is a mean or mixture of several examples."""
         explanation, fit = self.explanation, self.fit
@@ -73,7 +86,7 @@ class _Case:
             return sign, False
         if fit.factors:
             return "every tensor needs a factor of its own, so the scale of the update is no evidence", False
-        if mean_of_several(explanation, fit):
+        if math.isinf(self.spread):
             return _MIXTURE, True
         if not alone and (fit.free or explanation.free_labels):
             return "up to a factor a mixture of several examples would be explained as well", True
@@ -150,7 +163,7 @@ def certify(
         return _constructed(case, construction)
     if not asked or not inputs.is_floating_point():
         why = "was not asked" if uniqueness is False else f"takes a Jacobian of {unknowns} columns"
-        mixture = mean_of_several(explanation, fit)
+        mixture = math.isinf(case.spread)
         tail = f"whether it is the only explanation nearby is unknown, since that {why} (uniqueness=True)"
         return replace(case.certificate(Verdict.MATCHED, _MIXTURE if mixture else tail), mixture=mixture)
     try:
@@ -193,6 +206,7 @@ def _constructed(case: _Case, proof: Construction) -> Certificate:
         if doubt is None and bound <= case.tolerance * case.unit:
             doubt = shortage(explanation, fit)
             mixture = doubt is not None
+    bound = max(bound, case.least)
     small = bound <= case.tolerance * case.unit
     if doubt is not None:
         tail = f"{proof.statement}, but {doubt}"
@@ -228,9 +242,11 @@ def _by_jacobian(case: _Case, deadline: Deadline | None) -> Certificate:
     elif any(own.determined):
         doubt = shortage(explanation, fit)
         mixture = doubt is not None
+    if doubt is None and case.least > case.tolerance * case.unit:
+        doubt = f"the number of examples was not stated, and several within {case.least:.1e} would not be told apart"
     verdicts = tuple(Verdict.PROVED if good and doubt is None else Verdict.MATCHED for good in own.determined)
     sure = [e for e, v in zip(own.errors, verdicts, strict=True) if v is Verdict.PROVED]
-    bound = max(sure or own.errors)
+    bound = max(*(sure or own.errors), case.least)
     if all(v is Verdict.PROVED for v in verdicts):
         tail = (
             f"its Jacobian has full rank {own.rank} (weakest direction {own.weakest:.1e}), so nothing nearby explains "

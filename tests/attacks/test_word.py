@@ -159,6 +159,21 @@ def test_a_number_of_examples_that_nobody_stated_carries_no_proof_where_means_fi
     assert verdict(auto().reconstruct(observe(wide, tensors, 1, space, batch_size_stated=False))) == "proved"
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_without_the_number_of_examples_the_bound_covers_examples_that_are_alike(seed: int) -> None:
+    # Two examples this near have the gradient of their mean, down to rounding.
+    x, apart = rows(1, seed=seed), 10.0 ** -(2 + seed) * rows(1, seed=seed + 10)
+    model = perceptron(width=64)
+    update = gl.FedSGD()(model, gl.Batch(torch.cat([x + apart, x - apart]), torch.tensor([3, 3])))
+    leak = linear_inversion().reconstruct(
+        observe(model, dict(update.tensors), 1, gl.TensorSpace((30,)), batch_size_stated=False)
+    )
+    assert leak.certificate is not None
+    if leak.certificate.verdict == "proved":
+        assert leak.certificate.bound is not None
+        assert float((leak.inputs - x - apart).square().mean().sqrt()) <= leak.certificate.bound
+
+
 def test_noise_that_is_stated_and_hides_the_update_matches_nothing() -> None:
     told = gl.ThreatModel(gl.ThreatModel().knows | gl.Knowledge.DEFENSE)
     training = gl.defenses.gaussian_noise(1.0).wrap(gl.FedSGD(), seed=1)
