@@ -262,7 +262,8 @@ class _Walk:
         size = float(self.known.values.square().mean().sqrt())
         deviation = self.known.weights.clamp(min=1e-300).rsqrt().clamp(min=1e-12 * size + 1e-150)
         over = torch.maximum(low - self.known.values, self.known.values - high) / deviation
-        return deviation * max(_SURE, 3 * float(over.max()))
+        # A guess violates the bounds by far; what it says of the values inside is all that there is.
+        return deviation * (max(_SURE, 3 * float(over.max())) if self.stop is None else _SURE)
 
     def _layer(self, step: Affine, index: int) -> None:
         gradient, known = self.seen.get(step.weight_name), self.known

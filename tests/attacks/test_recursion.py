@@ -8,7 +8,7 @@ from torch import nn
 
 from gradleak.attacks import auto, recursion
 from gradleak.errors import MissingKnowledge, NotApplicable
-from gradleak.exact import counting, normal_matrix
+from gradleak.exact import choices, counting, normal_matrix
 from gradleak.exchange import Client, simulate
 from gradleak.metrics import assign
 from gradleak.models import dlg_resnet, lenet, resnet18
@@ -71,6 +71,17 @@ def test_two_examples_through_max_pooling() -> None:
     assert proof.verdict == "proved", found.notes
     order = assign(found.inputs, exchange.truth.inputs)
     assert float((found.inputs[order] - exchange.truth.inputs).square().mean()) < 1e-10
+
+
+def test_a_guess_behind_choices_that_were_not_found_is_finite_and_unproved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "_TRIES", 1)
+    monkeypatch.setattr(choices, "_BETAS", (4.0, 100.0))
+    exchange = simulate(Client(pooled(0, (4, 6), side=16), image(side=16)), recursion())
+    found, proof = exchange.reconstruction, exchange.reconstruction.certificate
+    assert "is not known" in " ".join(found.notes)
+    assert bool(torch.isfinite(found.inputs).all())
+    assert proof is not None
+    assert proof.verdict == "unproved"
 
 
 def test_a_search_for_choices_leaves_time_to_others() -> None:
