@@ -31,6 +31,8 @@ _LARGEST = 1024
 """Unknowns up to which the Jacobian is computed without being asked for."""
 _UNSEEN = 4.0
 """Factor between the distance of examples that random directions leave unseen and the one of their best direction."""
+_PARTLY = 8.0
+"""The same where the first layer leaves directions unseen, in which most of the distance may lie."""
 _MIXTURE = "means of several examples explain it as well, so that what is shown may be such means"
 
 
@@ -86,7 +88,8 @@ class _Case:
             return sign, False
         if fit.factors:
             return "every tensor needs a factor of its own, so the scale of the update is no evidence", False
-        if math.isinf(self.spread):
+        # A batch that is taken for one example is the likeliest slip.
+        if math.isinf(self.spread) or (self.count == 1 and _PARTLY * self.spread >= 1 and self._splits()):
             return _MIXTURE, True
         if not alone and (fit.free or explanation.free_labels):
             return "up to a factor a mixture of several examples would be explained as well", True
