@@ -29,8 +29,8 @@ demo: $(STAMP) ## leak a real photograph from one gradient, of a LeNet and of a 
 test: $(STAMP) ## fast tests (under three minutes on two cores)
 	$(PYTEST) -n $(WORKERS) --dist loadgroup
 
-test-slow: $(STAMP) ## slow tests, on their own
-	$(PYTEST) -n $(WORKERS) -m 'slow and not gpu and not network'
+test-slow: $(STAMP) ## the tests that take longer, which CI runs too
+	$(PYTEST) -n $(WORKERS) --dist loadgroup -m 'slow and not gpu and not network'
 
 check: $(STAMP) ## lint, formatting, strict types, import contracts
 	$(BIN)/ruff check .

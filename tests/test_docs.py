@@ -73,6 +73,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", t.lower()).strip().replace(" ", "-") for t in titles}
 
 
+@pytest.mark.slow
 def test_blocks_run_in_an_empty_folder(tmp_path: Path) -> None:
     files = []
     for page in RUN:
@@ -85,6 +86,7 @@ def test_blocks_run_in_an_empty_folder(tmp_path: Path) -> None:
     run(files, tmp_path / "empty", "-W", "error")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pages", "proved"),
     [

@@ -100,6 +100,7 @@ def test_a_first_linear_layer_is_divided_out() -> None:
     assert error(client, found) < 1e-12
 
 
+@pytest.mark.slow
 def test_a_batch_is_matched() -> None:
     batch, lone = victim(2, joins=True), victim()
     found, solved = auto().reconstruct_all([observe(batch), observe(lone)])

@@ -111,6 +111,7 @@ def test_a_first_layer_behind_a_limit_shows_no_inputs(limit: Callable[[Tensor], 
     assert found.certificate.verdict != "proved"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [nn.ReLU, nn.Tanh], ids=["relu", "saturated"])
 def test_the_recursion_does_not_look_behind_a_first_activation(first: type[nn.Module]) -> None:
     for count, width in ((1, 300), (3, 60)):

@@ -25,6 +25,7 @@ def observe(dtype: torch.dtype, activation: str) -> tuple[gl.Observation, gl.Bat
     return seen, client.batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["sigmoid", "leaky_relu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_from_nearby_they_reach_the_rounding_of_the_update(

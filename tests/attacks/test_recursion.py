@@ -73,6 +73,7 @@ def test_two_examples_through_max_pooling() -> None:
     assert float((found.inputs[order] - exchange.truth.inputs).square().mean()) < 1e-10
 
 
+@pytest.mark.slow
 def test_a_guess_behind_choices_that_were_not_found_is_finite_and_unproved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "_TRIES", 1)
     monkeypatch.setattr(choices, "_BETAS", (4.0, 100.0))
@@ -84,6 +85,7 @@ def test_a_guess_behind_choices_that_were_not_found_is_finite_and_unproved(monke
     assert proof.verdict == "unproved"
 
 
+@pytest.mark.slow
 def test_a_search_for_choices_leaves_time_to_others() -> None:
     client = Client(pooled(0, (4, 6), side=16), image(side=16))
     found = simulate(client, auto(budget=2)).reconstruction
@@ -146,6 +148,7 @@ def test_residual_blocks_without_strides_are_refused_before_any_large_matrix(mon
         simulate(client, recursion())
 
 
+@pytest.mark.slow
 def test_what_the_walk_found_stands_where_the_matrices_of_further_steps_do_not_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -53,6 +53,7 @@ def observe(lm: MaskedLanguageModel, ids: Tensor, positions: Tensor, labels: Ten
     return ThreatModel().observe(lm, update, space=lm.space(ids.shape[1]), training=TRAINING, batch_size=len(ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1, 2, 3])

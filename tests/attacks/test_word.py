@@ -91,6 +91,7 @@ def test_layers_clipped_by_themselves_do_not_hide_the_better_result() -> None:
     assert verdict(chosen) != "proved"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granted", [False, True])
 @pytest.mark.parametrize(
     "loss", [MeanSquaredError(), F.mse_loss, BinaryCrossEntropy()], ids=["ours", "torch", "binary"]

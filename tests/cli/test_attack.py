@@ -252,6 +252,7 @@ def test_batchnorm_in_training_mode_and_the_remedy_it_names(case) -> None:
     assert done.code == 0, done.err
 
 
+@pytest.mark.slow
 def test_batchnorm_that_was_trained_on_batch_statistics_and_the_remedy_for_it(case) -> None:
     from gradleak.exchange import Client
 

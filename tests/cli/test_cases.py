@@ -136,6 +136,7 @@ def test_a_flat_base_line_does_not_hide_what_came_back(captured) -> None:
     assert found.verdict.grade == "leaked"
 
 
+@pytest.mark.slow
 def test_a_budget_that_ends_any_phase_is_a_budget(captured) -> None:
     """More examples than a search can tell apart on a smooth network, polish included."""
     x, y = random(12, 1, 8, 8), torch.arange(12) % 5

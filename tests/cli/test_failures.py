@@ -373,6 +373,7 @@ def test_what_a_terminal_cannot_show_does_not_cost_the_result(case, monkeypatch)
     assert "?" in text
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_has_its_own_exit_code(tmp_path) -> None:
     import subprocess
     import sys

@@ -31,6 +31,7 @@ def test_every_option_is_tried() -> None:
     assert {*OPTIONS, "out"} == set(inspect.signature(commands.attack).parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
 def test_unexpected_values_end_in_a_job_or_one_sentence(case, monkeypatch, part: int) -> None:
     monkeypatch.setattr("gradleak.cli.attack.run", lambda job, watch: 0)

@@ -31,6 +31,7 @@ def work(one: float, two: float, calls: list[int] | None = None) -> Callable[[],
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two")
 @pytest.mark.parametrize(("one", "many", "chosen"), [(0.01, 0.004, 2), (0.01, 0.02, 1), (0.01, 0.1, 1), (0.5, 0.1, 2)])
 def test_several_threads_must_pay_clearly(one: float, many: float, chosen: int) -> None:

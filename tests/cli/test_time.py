@@ -60,6 +60,7 @@ def slow(case):
     return go
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asks", [True, False])
 def test_a_spent_budget_is_no_interruption_and_holds_in_every_phase(case, slow, asks: bool) -> None:
     slow(budget="0.01s")  # what is imported and rendered for the first time counts for nobody
@@ -71,6 +72,7 @@ def test_a_spent_budget_is_no_interruption_and_holds_in_every_phase(case, slow, 
     assert sorted(os.listdir(case.folder / "out")) == FILES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asks", [True, False])
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_signal_writes_the_best_so_far_and_says_so(case, slow, name: str, code: int, asks: bool) -> None:

@@ -58,6 +58,7 @@ def images() -> Tensor:
     return torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
+@pytest.mark.slow
 def test_a_new_defense_is_listed_and_known_to_attackers(run_extended: Callable[[str, str, str, str], str]) -> None:
     code = (
         "import sys, torch, gradleak as gl\n"

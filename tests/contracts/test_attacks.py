@@ -150,6 +150,7 @@ def test_result_is_well_formed(name: str) -> None:
     assert found.status in ("converged", "budget", "stalled", "interrupted", "exact")
 
 
+@pytest.mark.slow
 def test_same_seed_same_result_and_nothing_touched(name: str) -> None:
     sender, _ = applicable(name)
     seen = observe(sender)

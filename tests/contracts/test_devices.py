@@ -209,6 +209,7 @@ ATTACKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attack_stays_on_its_device(name: str) -> None:
     attack, make, count, side, training = ATTACKS[name]

@@ -44,7 +44,7 @@ def test_smoke(name: str, data_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.data
 def test_one_image_is_exact_from_its_float32_gradient(data_dir: Path, tmp_path: Path) -> None:
-    record = module("images").ours(Lab("images", tmp_path, data_dir), name="mnist", image=7)
+    record = module("images").ours(Lab("images", tmp_path, data_dir), name="mnist", image=7, iterations=3000)
     assert record["status"] == "exact"
     assert record["mse"][0] < 1e-10
 

@@ -173,6 +173,7 @@ def attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     return go
 
 
+@pytest.mark.slow
 def test_broken_files_on_the_command_line(hostile: ModuleType, attack: Callable[..., str], tmp_path: Path) -> None:
     count = 0
     whole = hostile.tensor_files() | hostile.image_files() | hostile.batch_files()

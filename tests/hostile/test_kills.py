@@ -17,6 +17,7 @@ KILLS = 34
 """Kills of each of three kinds."""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 def test_kills_at_random_moments(tmp_path: Path) -> None:
     script = ROOT / "benchmarks" / "_kills.py"

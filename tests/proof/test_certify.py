@@ -55,6 +55,7 @@ def benchmark() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_never_wrong_on_random_trials(benchmark: ModuleType) -> None:
     trials = [benchmark.trial(seed) for seed in range(5000, 5000 + len(benchmark.SCENARIOS))]
     found = benchmark.summary(trials)

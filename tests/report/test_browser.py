@@ -79,6 +79,7 @@ def show(browser, tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize(("n", "truth"), [(1, True), (5, True), (1, False), (4, False)])
 def test_nothing_overflows(show, case, width: int, n: int, truth: bool) -> None:
@@ -88,6 +89,7 @@ def test_nothing_overflows(show, case, width: int, n: int, truth: bool) -> None:
     assert page.evaluate(OVERFLOWING) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 400])
 @pytest.mark.parametrize("kind", ["sentences", "rows", "refusal"])
 def test_what_is_no_picture_does_not_overflow_either(show, case, kind: str, width: int) -> None:
@@ -147,6 +149,7 @@ def test_the_slider_changes_picture_figures_and_marker(show, case) -> None:
     assert state()[0] not in (first[0], last[0])
 
 
+@pytest.mark.slow
 def test_play_runs_to_the_end_and_pauses(show, case) -> None:
     good = case(1, frames=6)
     page = show(render(good.record, good.pictures), 1280)

@@ -132,6 +132,7 @@ def mismatch(training: FedAvg, model: nn.Module, observed: dict[str, Tensor], la
     return distance
 
 
+@pytest.mark.slow
 @forward_mode
 @pytest.mark.parametrize("rule", [SGD(0.1, momentum=0.9), Adam(0.01)])
 def test_recomputed_equals_stored_under_every_transform(rule: Optimizer) -> None:

@@ -41,6 +41,7 @@ def observe(threat: gl.ThreatModel = TOLD, labels: Tensor = LABELS) -> tuple[gl.
 SEARCH = GradientMatching(solver=LBFGS(iterations=2500), tolerance=1e-13, trace=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [[True, False, True], [False, True, False]])
 @pytest.mark.parametrize("restarts", [1, 3])
 def test_known_rows_stay_bit_for_bit_and_the_rest_is_found(mask: list[bool], restarts: int) -> None:

@@ -38,6 +38,7 @@ def same(ours: gl.Reconstruction, theirs: gl.Reconstruction) -> None:
     torch.testing.assert_close(ours.inputs, theirs.inputs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_traced_vmapped_and_looped_agree() -> None:
     seen = observe()
     plain = attack("eager").reconstruct(seen)

@@ -148,6 +148,7 @@ def test_normalized_inputs_are_decoded() -> None:
     assert float((exchange.reconstruction.inputs - images).square().mean()) <= 1e-6
 
 
+@pytest.mark.slow
 def test_an_attacker_who_knows_the_pruning_beats_one_who_does_not() -> None:
     generator = torch.Generator().manual_seed(6)
     batch = gl.Batch(torch.rand(1, *SHAPE, generator=generator, dtype=torch.float64), torch.tensor([1]))

@@ -222,6 +222,7 @@ def test_a_penalty_across_restarts_takes_a_solver_without_line_search() -> None:
 # ------------------------------------------------------------------------------------------------------ a new paper
 
 
+@pytest.mark.slow
 def test_a_new_paper_is_one_file_and_one_line(run_extended: Callable[[str, str, str, str], str]) -> None:
     """The block of ``docs/extend.md``, put where the page says, is listed and runs."""
     page = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
@@ -267,6 +268,7 @@ def test_relative_priors_multiply_the_objective() -> None:
     assert multiplied.objective == pytest.approx(free.objective * math.exp(2), rel=1e-3)  # Adam adds ε.
 
 
+@pytest.mark.slow
 def test_on_kinks_a_strong_prior_beats_the_published_weight() -> None:
     gains = []
     for seed in range(3):
