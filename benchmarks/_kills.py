@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from gradleak.audit import store
 from gradleak.audit.folder import Folder, read_folder, write_folder
 from gradleak.audit.records import AttackRun, Outcome, Record, Subject, Threat, Verdict
 from gradleak.errors import InvalidFile
 from gradleak.files import sweep
-from gradleak.papers import store
 from gradleak.papers.experiment import Lab
 
 PAUSE = 0.001

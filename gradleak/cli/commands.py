@@ -201,10 +201,10 @@ def reproduce(
     jobs: Annotated[int, typer.Option(min=1, help="Processes that measure side by side.")] = 1,
 ) -> None:
     """Run the experiments of a paper and set its numbers beside ours."""
+    from gradleak.audit.store import count_measured
     from gradleak.cli.threads import choose_threads, typical_work
     from gradleak.papers.reproduce import default_out
     from gradleak.papers.reproduce import reproduce as run
-    from gradleak.papers.store import count_measured
 
     if smoke and full:
         raise InvalidInput("--smoke and --full exclude each other; give one of them, or none for the default scale.")

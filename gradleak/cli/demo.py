@@ -10,11 +10,11 @@ import torch
 
 import gradleak.models
 from gradleak.audit.build import build_record
+from gradleak.audit.factories import build_attack
 from gradleak.audit.folder import check_writable
 from gradleak.audit.numbers import duration, sig
 from gradleak.audit.scores import score
 from gradleak.cli.console import say
-from gradleak.cli.factories import build_attack
 from gradleak.cli.running import Job, about, attack_one, publish
 from gradleak.cli.signals import Watch
 from gradleak.cli.threads import choose_threads

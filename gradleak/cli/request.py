@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gradleak.cli.factories import ChosenAttack, build_attack, build_defense, find_loss
+from gradleak.audit.factories import ChosenAttack, build_attack, build_defense, find_loss
 from gradleak.data import read_schema
 from gradleak.defenses import UpdateDefense
 from gradleak.errors import InvalidInput, UnknownName

@@ -13,10 +13,10 @@ from torch import Tensor
 from gradleak.attacks.base import Progress, nothing_found
 from gradleak.attacks.certifying import better
 from gradleak.audit.build import build_record, build_refusal
+from gradleak.audit.factories import ChosenAttack
 from gradleak.audit.folder import Folder, write_folder
 from gradleak.audit.scores import score
 from gradleak.cli.console import progress_bar, tell, warn
-from gradleak.cli.factories import ChosenAttack
 from gradleak.cli.signals import Watch
 from gradleak.clock import Deadline, TimeSpent
 from gradleak.errors import MissingKnowledge, NotApplicable, clean

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _NormBase
 
-import gradleak.models
 from gradleak.cli.request import ModelChoice
 from gradleak.data.tensors import float64_bytes, named, read_tensors
 from gradleak.errors import (
     GradleakError,
-    InvalidFile,
     InvalidInput,
     InvalidModel,
     InvalidUpdate,
@@ -30,13 +25,14 @@ from gradleak.errors import (
     is_memory,
     reason,
 )  # fmt: skip
-from gradleak.models.loading import check_values, load
+from gradleak.models.loading import check_values, load_sized
+from gradleak.models.weights import load_weights, statistics, such
 from gradleak.spaces import InputSpace
 from gradleak.structure.patches import find_patch_layer
 from gradleak.structure.probe import probe_inputs
 from gradleak.training import Simulator, batch_statistics, check_reproducible, parameters
 from gradleak.training.base import check_repeatable
-from gradleak.types import Note, NoteKind, Update, UpdateKind, name_prefix
+from gradleak.types import Note, NoteKind, Update, UpdateKind
 
 __all__ = ["Subject", "load_subject"]
 
@@ -99,7 +95,7 @@ def load_subject(
             dtype = max([torch.float32, *floats], key=lambda d: torch.finfo(d).bits)
     model = model if dtype is None else model.to(dtype=dtype)
     if choice.weights is not None:
-        notes += _load_weights(model, weights, choice.weights)
+        notes += load_weights(model, weights, choice.weights)
     check_values(model, choice.spec)
     if choice.mode == "batch":
         model = batch_statistics(model)
@@ -123,69 +119,10 @@ def _taken(text: str) -> Note:
 
 
 def _load_model(choice: ModelChoice, space: InputSpace) -> nn.Module:
-    options = dict(choice.options)
-    if choice.spec in gradleak.models.__all__:
-        # gradleak's own models are sized to the data that were described anyway.
-        accepted = inspect.signature(getattr(gradleak.models, choice.spec)).parameters
-        sizes: dict[str, Any] = {}
-        if len(space.shape) == 3:
-            sizes = {"in_channels": space.shape[0], "image_size": (space.shape[1], space.shape[2])}
-        elif len(space.shape) == 1:
-            sizes = {"in_channels": 1, "image_size": (1, space.shape[0])}
-        if choice.classes is not None:
-            sizes["classes"] = choice.classes
-        options = {k: v for k, v in sizes.items() if k in accepted} | options
-    model = load(choice.spec, options)
+    model = load_sized(choice.spec, choice.options, tuple(space.shape), choice.classes)
     if not any(p.requires_grad for p in model.parameters()):
         raise InvalidModel(f"The model {choice.spec!r} has no trainable parameter, so there is nothing to attack.")
     return model
-
-
-def _statistics(model: nn.Module) -> set[str]:
-    """Return the names of the model's buffers, and of running statistics that its normalization does without."""
-    names = {k for k, _ in model.named_buffers()}
-    for path, module in model.named_modules():
-        if isinstance(module, _NormBase):
-            names |= {f"{path}.{k}" if path else k for k in ("running_mean", "running_var", "num_batches_tracked")}
-    return names
-
-
-def _such(names: list[str]) -> str:
-    return f"{names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-
-
-def _load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> tuple[Note, ...]:
-    """Load ``weights``, which must name every parameter and buffer that the model stores; return notes.
-
-    Of other names, only running statistics that the model's normalization does without are allowed, and left out.
-    """
-    own = model.state_dict()
-    unused = [k for k in weights if k not in own and k in _statistics(model)]
-    weights = {k: v for k, v in weights.items() if k not in unused}
-    # Counters of BatchNorm do not enter the computation, and some tools drop them.
-    missing = [k for k in own if k not in weights and not k.endswith("num_batches_tracked")]
-    # Tied parameters appear under each of their names in a state dict, but often once in a file.
-    stored = {v.data_ptr() for k, v in own.items() if k in weights and v.numel()}
-    missing = [k for k in missing if own[k].data_ptr() not in stored or not own[k].numel()]
-    extra = [k for k in weights if k not in own]
-    wrapped = name_prefix(missing, extra) if missing and extra else None
-    if wrapped is not None:
-        raise InvalidFile(f"The names in the weights file {str(path)!r} {wrapped}")
-    if missing or extra:
-        what = f"lacks {_such(missing)}" if missing else f"has {_such(extra)}, which the model does not know"
-        raise InvalidFile(f"The weights file {str(path)!r} {what}; check --model and --model-arg against the client's.")
-    for name, tensor in weights.items():
-        if tensor.shape != own[name].shape:
-            raise InvalidFile(
-                f"{name!r} has shape {tuple(own[name].shape)} in the model but {tuple(tensor.shape)} in the weights "
-                "file; check --model-arg and --classes against the client's."
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            raise InvalidFile(f"{name!r} of the weights has NaN or infinite values; save the weights again.")
-    model.load_state_dict({**own, **weights})
-    if not unused:
-        return ()
-    return (Note(f"Left out of the weights: {_such(unused)}, which the model does without.", NoteKind.METHOD),)
 
 
 def _read_update(
@@ -196,9 +133,9 @@ def _read_update(
     notes: tuple[Note, ...] = ()
     if positional:
         notes += (_taken("The update's arrays have no names; they were taken in the order of the model's parameters."),)
-    idle = [k for k in shared if k in _statistics(model)]
+    idle = [k for k in shared if k in statistics(model)]
     if idle:
-        what = f"Left out of the update: {_such(idle)}, which the client does not train but keeps as buffers."
+        what = f"Left out of the update: {such(idle)}, which the client does not train but keeps as buffers."
         notes += (Note(what, NoteKind.METHOD),)
     like = next(p for p in model.parameters() if p.requires_grad)
     tensors = {k: v for k, v in shared.items() if k not in idle}

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from torch import nn
 import gradleak.models
 from gradleak.errors import GradleakError, InvalidInput, InvalidModel, UnknownName
 
-__all__ = ["Option", "check_values", "load", "locate", "parse_options"]
+__all__ = ["Option", "check_values", "load", "load_sized", "locate", "parse_options"]
 
 Option = bool | int | float | str
 
@@ -81,6 +82,27 @@ def load(spec: str, options: Mapping[str, Option] | None = None) -> nn.Module:
         return _call(spec, getattr(gradleak.models, spec), options)
     with _current_directory_importable():
         return _call(spec, _find(spec), options)
+
+
+def load_sized(
+    spec: str, options: Mapping[str, Option], shape: tuple[int, ...], classes: int | None = None
+) -> nn.Module:
+    """Return the model that ``spec`` names; gradleak's own are sized to inputs of ``shape`` and to ``classes``.
+
+    What ``options`` say of sizes counts. See :func:`load` for the rest.
+    """
+    options = dict(options)
+    if spec in gradleak.models.__all__:
+        accepted = inspect.signature(getattr(gradleak.models, spec)).parameters
+        sizes: dict[str, Any] = {}
+        if len(shape) == 3:
+            sizes = {"in_channels": shape[0], "image_size": (shape[1], shape[2])}
+        elif len(shape) == 1:
+            sizes = {"in_channels": 1, "image_size": (1, shape[0])}
+        if classes is not None:
+            sizes["classes"] = classes
+        options = {k: v for k, v in sizes.items() if k in accepted} | options
+    return load(spec, options)
 
 
 def locate(spec: str) -> object:

@@ -21,14 +21,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gradleak.audit import store
 from gradleak.audit.scores import wilson
+from gradleak.audit.store import Measured
+from gradleak.audit.workers import side_by_side
 from gradleak.data import public
 from gradleak.data.archives import read_arrays
 from gradleak.errors import InvalidFile, InvalidInput
 from gradleak.files import read_file, sweep
-from gradleak.papers import store
-from gradleak.papers.store import Measured
-from gradleak.papers.workers import side_by_side
+from gradleak.papers.packages import Address, address, at
 
 __all__ = [
     "Estimate", "Figure", "Lab", "Measured", "Result", "Row", "bootstrap", "mean", "median", "share",
@@ -176,10 +177,9 @@ class Lab:
             InvalidInput: a case is not plain JSON.
             InvalidFile: a record cannot be stored.
         """
-        module, name = sys.modules[function.__module__], function.__name__
-        folder = self.out / self.name
+        name, folder = function.__name__, self.out / self.name
         sweep(folder)
-        paths = [store.place(folder, module, name, case) for case in cases]
+        paths = [_place(folder, function, case) for case in cases]
         found = {path: store.read_case(path, case) for path, case in zip(paths, cases, strict=True)}
         waiting = [(path, dict(case)) for path, case in zip(paths, cases, strict=True) if found[path] is None]
         waiting = list({path: (path, case) for path, case in waiting}.values())
@@ -187,12 +187,12 @@ class Lab:
         again = f" ({damaged} stored ones are damaged)" if damaged else ""
         self._say(f"{self.name}: {name}, {len(waiting)} of {len(cases)} cases to measure{again}")
 
-        def tell(done: int, item: tuple[Path, dict[str, Any]]) -> None:
+        def tell(done: int, item: tuple[Path, dict[str, Any]], _: object = None) -> None:
             self._say(f"{self.name}: {name} {done}/{len(waiting)} {store.short(item[1])}")
 
         if self.jobs > 1 and len(waiting) > 1:
-            work = functools.partial(_measure, replace(self, jobs=1, callback=None))
-            side_by_side(self.jobs, function, work, waiting, tell)
+            work = functools.partial(_measure_there, replace(self, jobs=1, callback=None), address(function))
+            side_by_side(self.jobs, work, waiting, tell)
         else:
             for done, item in enumerate(waiting, 1):
                 _measure(self, function, item)
@@ -211,8 +211,7 @@ class Lab:
             InvalidInput: the case is not plain JSON.
             InvalidFile: what was built cannot be stored.
         """
-        module, name = sys.modules[function.__module__], function.__name__
-        path = store.place(self.out / store.BUILT, module, name, case)
+        name, path = function.__name__, _place(self.out / store.BUILT, function, case)
         found = store.read_case(path, case)
         if found is None or _NOTES not in found.values:
             again = " again, because what was stored is damaged" if path.exists() else ""
@@ -278,6 +277,16 @@ class Lab:
     def _say(self, phrase: str) -> None:
         if self.callback is not None:
             self.callback(phrase)
+
+
+def _place(folder: Path, function: Callable[..., Any], case: Mapping[str, Any]) -> Path:
+    module = sys.modules[function.__module__]
+    version = getattr(module, "VERSION", 1)
+    return store.place(folder, module.__name__.rpartition(".")[2], function.__name__, case, version=version)
+
+
+def _measure_there(lab: Lab, where: Address, item: tuple[Path, dict[str, Any]]) -> None:
+    _measure(lab, at(where), item)
 
 
 def _measure(lab: Lab, function: Measure, item: tuple[Path, dict[str, Any]]) -> None:

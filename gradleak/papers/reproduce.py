@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
+from gradleak.audit.store import hardware, today
 from gradleak.data import public
 from gradleak.errors import GradleakError, InvalidFile, InvalidInput, UnknownName
 from gradleak.files import check_writable, read_file, write_bytes
 from gradleak.papers.expected import drift, enter, read_expected, to_toml
 from gradleak.papers.experiment import Figure, Lab, Result
+from gradleak.papers.packages import load_package
 from gradleak.papers.page import to_html, to_markdown
-from gradleak.papers.store import hardware, today
-from gradleak.papers.workers import load_package
 
 __all__ = ["Reproduction", "default_out", "experiments", "papers", "reproduce"]
 

@@ -68,7 +68,7 @@ def test_a_new_defense_is_listed_and_known_to_attackers(run_extended: Callable[[
         "client = gl.Client(model.double(), gl.Batch(torch.rand(1, 1, 4, 4).double(), torch.tensor([1])), training)\n"
         "found = gl.simulate(client, gl.attacks.linear_inversion()).reconstruction\n"
         "print(found.certificate.verdict, (found.inputs - client.batch.inputs).abs().max().item() < 1e-9)\n"
-        "from gradleak.cli.factories import build_defense\n"
+        "from gradleak.audit.factories import build_defense\n"
         "print(build_defense(['double']))\n"
         "from gradleak.cli import main\n"
         "sys.argv = ['gradleak', 'list', 'defenses']\n"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradleak.defenses import gaussian_noise, half_precision
 from gradleak.errors import InvalidInput, InvalidUpdate
-from gradleak.papers.workers import load_package
+from gradleak.papers.packages import load_package
 from gradleak.training import SGD, FedAvg, LocalTraining
 
 load_package("experiments_under_test", Path(__file__).resolve().parents[2] / "experiments" / "2019_zhu_dlg")

@@ -12,7 +12,7 @@ import gradleak as gl
 from gradleak.attacks.base import Progress
 from gradleak.clock import TimeSpent
 from gradleak.errors import InvalidInput, MissingKnowledge, NotApplicable
-from gradleak.papers.workers import load_package
+from gradleak.papers.packages import load_package
 
 load_package("experiments_under_test", Path(__file__).resolve().parents[2] / "experiments" / "2019_zhu_dlg")
 model_inversion = importlib.import_module("experiments_under_test._model_inversion").model_inversion

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from gradleak.papers.experiment import Lab
+from gradleak.papers.packages import load_package
 from gradleak.papers.reproduce import reproduce
-from gradleak.papers.workers import load_package
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "2019_zhu_dlg"
 NAMES = (

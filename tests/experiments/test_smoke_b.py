@@ -14,7 +14,7 @@ import torch
 import gradleak as gl
 from gradleak.papers import reproduce
 from gradleak.papers.experiment import share
-from gradleak.papers.workers import load_package
+from gradleak.papers.packages import load_package
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "2019_zhu_dlg"
 NAMES = ("defenses", "property_inference", "synthetic")

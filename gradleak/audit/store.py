@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import re
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -56,16 +55,16 @@ class Measured:
         return self.values[name]
 
 
-def place(folder: Path, module: types.ModuleType, function: str, case: Mapping[str, Any]) -> Path:
-    """Return the file of one case: its name is the hash of the experiment, its ``VERSION``, the function, the case.
+def place(folder: Path, module: str, function: str, case: Mapping[str, Any], *, version: int = 1) -> Path:
+    """Return the file of one case: its name is the hash of the module, its version, the function and the case.
 
     Raises:
         InvalidInput: the case is not plain JSON.
     """
     content = {
-        "module": module.__name__.rpartition(".")[2],
+        "module": module,
         "function": function,
-        "version": getattr(module, "VERSION", 1),
+        "version": version,
         "case": dict(case),
     }
     try:
