@@ -1,5 +1,7 @@
 """Bounds: what no attacker can beat, whatever it knows. Adding one is a file and an import line here."""
 
+from gradleak.bounds.accounting import privacy_budget
 from gradleak.bounds.robustness import reconstruction_robustness
+from gradleak.bounds.upper import Bound, upper_bound
 
-__all__ = ["reconstruction_robustness"]
+__all__ = ["Bound", "privacy_budget", "reconstruction_robustness", "upper_bound"]

@@ -6,6 +6,7 @@ one who does not know it inverts ``.undefended``.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,6 +57,13 @@ class UpdateDefense(Defense):
         Least squares weighted by its inverse is the best linear estimate. 0 where nothing is lost (but a common
         factor), infinite where the value says nothing.
         """
+
+    def largest(self, norm: float, order: int, coordinates: int | None) -> float:
+        """Return the largest norm of what is sent for updates of at most this norm; infinite where nothing limits it.
+
+        ``order`` is 1 or 2, ``coordinates`` the number of all numbers of an update, None if it is not known.
+        """
+        return math.inf
 
     def residual(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
         """Return what a defense-aware attacker drives to zero; the true batch reaches zero, or the noise.

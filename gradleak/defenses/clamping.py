@@ -45,6 +45,10 @@ class Clamping(UpdateDefense):
         """Return 0 within the bound, and infinity at it: the number may be anything beyond."""
         return {k: torch.where(self._at(o), float("inf"), 0.0).to(o) for k, o in observed.items()}
 
+    def largest(self, norm: float, order: int, coordinates: int | None) -> float:
+        """Return the limit of one coordinate times the number of them, or its root."""
+        return norm if coordinates is None else min(norm, self.bound * coordinates ** (1 / order))
+
     def _at(self, observed: Tensor) -> Tensor:
         return observed.abs() >= self.bound * (1 - _ROUNDED)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,12 @@ class Clipping(UpdateDefense):
     def deviation(self, observed: Tensors) -> dict[str, Tensor]:
         """Return zero: only a common factor is lost."""
         return {k: torch.zeros_like(o) for k, o in observed.items()}
+
+    def largest(self, norm: float, order: int, coordinates: int | None) -> float:
+        """Return the limit, times √coordinates for the sum of magnitudes."""
+        if order == 2:
+            return min(norm, self.norm)
+        return norm if coordinates is None else min(norm, math.sqrt(coordinates) * self.norm)
 
     def residual(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
         """Return a · ``simulated`` − ``observed`` with the clipping factor a in [0, 1] that fits best.

@@ -42,6 +42,12 @@ class Composition(UpdateDefense):
         each = [d.deviation(observed) for d in self.defenses]
         return {k: torch.stack([e[k] for e in each]).square().sum(0).sqrt() for k in observed}
 
+    def largest(self, norm: float, order: int, coordinates: int | None) -> float:
+        """Return what the defenses let through, one after another."""
+        for defense in self.defenses:
+            norm = defense.largest(norm, order, coordinates)
+        return norm
+
     def residual(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
         """Return the residual of the last defense, after the ones before it."""
         return self.defenses[-1].residual(self._before_last(simulated), observed)

@@ -49,6 +49,10 @@ class Pruning(UpdateDefense):
         bounds = self._bounds(observed)
         return {k: torch.where(o != 0, 0.0, bounds[k] / 3**0.5) for k, o in observed.items()}
 
+    def largest(self, norm: float, order: int, coordinates: int | None) -> float:
+        """Return ``norm``: zeros make nothing larger."""
+        return norm
+
     def _bounds(self, observed: Tensors) -> dict[str, Tensor]:
         smallest = {k: torch.where(o != 0, o.abs(), float("inf")).amin() for k, o in observed.items()}
         if self.globally:

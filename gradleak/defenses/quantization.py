@@ -52,6 +52,10 @@ class Quantization(UpdateDefense):
         """Return the distance of levels over √12: errors of rounding are uniform."""
         return {k: (self._scale(o) / 12**0.5).expand_as(o).clone() for k, o in observed.items()}
 
+    def largest(self, norm: float, order: int, coordinates: int | None) -> float:
+        """Return twice the norm: a number of half a level becomes one level."""
+        return 2 * norm
+
     def _scale(self, x: Tensor) -> Tensor:
         return x.abs().amax() / (2 ** (self.bits - 1) - 1)
 

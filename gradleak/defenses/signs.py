@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,10 @@ class Sign(UpdateDefense):
     def deviation(self, observed: Tensors) -> dict[str, Tensor]:
         """Return infinity: a sign says nothing about the size."""
         return {k: torch.full_like(o, float("inf")) for k, o in observed.items()}
+
+    def largest(self, norm: float, order: int, coordinates: int | None) -> float:
+        """Return that of ones everywhere."""
+        return math.inf if coordinates is None else coordinates ** (1 / order)
 
     def residual(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
         """Return the coordinates of the wrong sign over the root mean square of their tensor, zero elsewhere.
