@@ -169,7 +169,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """One metric over the examples that have a value: n, center and spread."""
+    """One metric over the examples that have a value: n, center and spread.
+
+    ``guessed`` is the mean of the best guess without the update (``Success.guess``), None where there is no such guess.
+    """
 
     metric: str
     unit: str
@@ -180,6 +183,7 @@ class Aggregate:
     median: float
     maximum: float
     meaning: str = ""
+    guessed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,7 @@ class Success:
     high: float
     labels: float | None = None
     error: str = "MSE"
+    guess: str = ""
 
 
 @dataclass(frozen=True)

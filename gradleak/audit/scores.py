@@ -15,6 +15,7 @@ from gradleak.audit.records import Aggregate, ColumnScore, Example, Lift, Succes
 from gradleak.errors import InvalidInput
 from gradleak.metrics import Metric, label_accuracy, mse, psnr
 from gradleak.spaces import InputSpace
+from gradleak.spaces.base import NullGuess
 from gradleak.types import Batch, Reconstruction
 
 __all__ = ["Scores", "error_curve", "score", "wilson"]
@@ -118,11 +119,18 @@ def score(
     if any(error is None for error in errors):
         notes = (*notes, "Some examples have no usable reconstruction; they count as failures.")
     cells = space.cells(assigned, inputs)
+    null = None if lifts or cells is not None else _best_guess(space, inputs, public)
     return Scores(
         examples=tuple(examples),
-        aggregates=tuple(a for m in used if (a := _aggregate(m, columns[m.name])) is not None),
+        aggregates=tuple(a for m in used if (a := _aggregate(m, columns[m.name], null, inputs)) is not None),
         success=Success(
-            threshold, successes, len(examples), *wilson(successes, len(examples)), share, space.error_name
+            threshold,
+            successes,
+            len(examples),
+            *wilson(successes, len(examples)),
+            share,
+            space.error_name,
+            "" if null is None else null.description,
         ),
         lifts=lifts,
         unassigned=max(0, len(guesses) - len(truth)),
@@ -210,14 +218,21 @@ def _or_infinite(value: float | None) -> float:
     return math.inf if value is None else value
 
 
-def _aggregate(metric: Metric, column: list[float | None]) -> Aggregate | None:
+def _best_guess(space: InputSpace, truth: Tensor, public: Tensor | None) -> NullGuess | None:
+    """Return the guess without the update that comes closest over the whole batch."""
+    nulls = space.null_guesses(truth, public)
+    return min(nulls, key=lambda null: float(space.errors(null.inputs, truth).nanmean()), default=None)
+
+
+def _aggregate(metric: Metric, column: list[float | None], null: NullGuess | None, truth: Tensor) -> Aggregate | None:
     values = [v for v in column if v is not None]
     if not values:
         return None
     sd = statistics.stdev(values) if len(values) > 1 else None
     mean, median = statistics.fmean(values), statistics.median(values)
     name, unit = metric.name, metric.unit
-    return Aggregate(name, unit, len(values), mean, sd, min(values), median, max(values), metric.meaning)
+    guessed = None if null is None or metric is label_accuracy else float(metric(null.inputs, truth).nanmean())
+    return Aggregate(name, unit, len(values), mean, sd, min(values), median, max(values), metric.meaning, guessed)
 
 
 def _overlap(found: list[int], labels: list[int]) -> float:

@@ -9,9 +9,18 @@ from gradleak.metrics.peak_signal import psnr
 from gradleak.metrics.relative_error import relative_error
 from gradleak.metrics.squared_error import mse
 from gradleak.metrics.structural import ssim
-from gradleak.metrics.tokens import rouge_1, rouge_2, rouge_l, token_accuracy, token_recall
+from gradleak.metrics.tokens import (
+    exact_match,
+    rouge_1,
+    rouge_2,
+    rouge_l,
+    token_accuracy,
+    token_precision,
+    token_recall,
+)
 
 __all__ = [
+    "exact_match",
     "label_accuracy",
     "mse",
     "null_guess_ratio",
@@ -22,6 +31,7 @@ __all__ = [
     "rouge_l",
     "ssim",
     "token_accuracy",
+    "token_precision",
     "token_recall",
 ]
 

@@ -112,7 +112,7 @@ def _texts(title: str, shown: Shown, index: int, guess: int | None, scored: bool
     found = shown.guess[guess] if guess is not None and guess < len(shown.guess) else ()
     count = len(truth) if truth is not None else len(found)
     names = shown.names[:count] if shown.names else ()
-    padded = (*found, *("–" for _ in range(count - len(found))))[:count]
+    padded = (*found, *("–" if names else "" for _ in range(count - len(found))))[:count]
     right = shown.found[index] if truth is not None and shown.found is not None and index < len(shown.found) else ()
     right = right if len(right) == count else ()
     told = shown.confidence or ()

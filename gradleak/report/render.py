@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Any
 
 import jinja2
@@ -93,7 +94,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     filters = {"sig": sig, "duration": duration, "shape": _shape, "metric": metric_name, "capital": capital}
-    environment.filters.update(filters, percent=_percent, pieces=_pieces, sentence=_sentence)
+    environment.filters.update(filters, percent=_percent, words=_words, sentence=_sentence)
     return environment
 
 
@@ -105,11 +106,26 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f}" if math.isfinite(share) else "–"
 
 
-def _pieces(values: Values) -> list[tuple[str, bool]]:
-    """Return the words of a reconstructed sentence with the space before each, and whether each is wrong."""
-    truth = values.truth if values.truth is not None else values.guess
-    pairs = [(g, g != t) for g, t in zip(values.guess, truth, strict=False) if t]
-    return [(g.removeprefix(_GLUE) if g.startswith(_GLUE) else f" {g}", wrong) for g, wrong in pairs]
+def _words(values: Values) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
+    """Return the words of the private sentence and of the reconstructed one, and whether each lacks its like."""
+    guess = _joined(values.guess)
+    truth = guess if values.truth is None else _joined(values.truth)
+    lone_truth, lone_guess = set(range(len(truth))), set(range(len(guess)))
+    for a, b, size in SequenceMatcher(None, truth, guess, autojunk=False).get_matching_blocks():
+        lone_truth -= set(range(a, a + size))
+        lone_guess -= set(range(b, b + size))
+    return [(w, i in lone_truth) for i, w in enumerate(truth)], [(w, i in lone_guess) for i, w in enumerate(guess)]
+
+
+def _joined(pieces: Sequence[str]) -> list[str]:
+    """Return whole words, made of their pieces; an empty piece is none."""
+    words: list[str] = []
+    for piece in pieces:
+        if piece.startswith(_GLUE) and words:
+            words[-1] += piece.removeprefix(_GLUE)
+        elif piece:
+            words.append(piece.removeprefix(_GLUE))
+    return words
 
 
 def _marks(record: Record, count: int) -> list[str]:

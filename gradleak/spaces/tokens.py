@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from gradleak.errors import InvalidInput
-from gradleak.metrics import token_accuracy
+from gradleak.metrics import rouge_1, token_accuracy
+from gradleak.metrics.assignment import cheapest
 from gradleak.spaces.base import InputSpace, NullGuess
 
 __all__ = ["TokenSpace"]
 
+_NO_WORD = -2
 _PHRASES = (
     "The sentence did not come back.",
     "Half of its words are among those read, but not in their places.",
@@ -30,9 +32,12 @@ class TokenSpace(InputSpace):
 
     Attributes:
         table: (V, d) word embeddings of the model that was sent out.
-        length: number of tokens T, special tokens among them.
-        excluded: ids that no sentence contains (padding, unused slots), never decoded to.
-        words: the text of every id, for a reader; ids are shown where it is empty.
+        length: number of tokens T of the longest sentence, special tokens among them.
+        excluded: ids that no sentence contains (unused slots), never decoded to.
+        words: the text of every id, or what spells the ids of a sentence, one text each; "##" continues the word
+            before. Ids are shown where it is empty.
+        special: ids that are no words (padding, beginning, end): neither scored nor shown.
+        samples: (M, T) sentences that the model itself writes, a guess that needs no update; none if None.
 
     Raises:
         InvalidInput: the table is not a matrix, the length is not positive, or no token is left to decode to.
@@ -41,7 +46,9 @@ class TokenSpace(InputSpace):
     table: Tensor
     length: int
     excluded: tuple[int, ...] = ()
-    words: Sequence[str] = ()
+    words: Sequence[str] | Callable[[Sequence[int]], Sequence[str]] = ()
+    special: tuple[int, ...] = ()
+    samples: Tensor | None = None
 
     kind: ClassVar[str] = "tokens"
     noun: ClassVar[str] = "sentence"
@@ -102,16 +109,41 @@ class TokenSpace(InputSpace):
         return self.table[inputs]
 
     def prepare(self, inputs: Tensor) -> Tensor:
-        """Return token ids on the CPU; embeddings are decoded, −1 stays: it counts for nothing."""
-        return self.decode(inputs.detach()).to("cpu", torch.long)
+        """Return token ids on the CPU, −2 for special ones, as metrics read them; embeddings are decoded."""
+        ids = self.decode(inputs.detach()).to("cpu", torch.long)
+        return ids.masked_fill(torch.isin(ids, torch.tensor(self.special, dtype=torch.long)), _NO_WORD)
+
+    def assign(self, guess: Tensor, truth: Tensor) -> Tensor:
+        """Return for each sentence its reconstruction: by tokens in their places, and by those it has at all."""
+        costs = [2 - token_accuracy(guess, t) - rouge_1(guess, t) for t in (t.expand_as(guess) for t in truth)]
+        return cheapest(torch.stack(costs))
 
     def errors(self, guess: Tensor, truth: Tensor) -> Tensor:
         """Return the share of wrong tokens of each sentence, (N,)."""
         return 1 - token_accuracy(guess, truth)
 
     def null_guesses(self, truth: Tensor, public: Tensor | None = None) -> tuple[NullGuess, ...]:
-        """Return none: no sentence guessed without the update has half of its words in their places."""
-        return ()
+        """Return the private batch's most frequent token everywhere, and what the model itself writes."""
+        truth = self.prepare(truth)
+        usual = truth[truth >= 0].mode().values if bool((truth >= 0).any()) else truth.new_tensor(_NO_WORD)
+        guesses = [NullGuess("the most frequent token of the private batch, everywhere", usual.expand_as(truth), True)]
+        if self.samples is not None and len(self.samples):
+            written = self.prepare(self.samples)[torch.arange(len(truth)) % len(self.samples)]
+            order = self.assign(written, truth)
+            guesses.append(NullGuess("sentences that the model itself writes", written[order]))
+        return tuple(guesses)
+
+    def better(self, guess: Tensor, truth: Tensor, public: Tensor | None = None) -> Tensor:
+        """Return which sentences are clearly better than every guess: by tokens in their places, or wherever."""
+        result = torch.ones(len(truth), dtype=torch.bool)
+        for null in self.null_guesses(truth, public):
+            clear = [
+                1 - metric(guess, truth) <= self.margin * (1 - metric(null.inputs, truth))
+                for metric in (token_accuracy, rouge_1)
+            ]
+            # A guess that is the sentence itself, as of one word repeated, tells nothing.
+            result &= clear[0] | clear[1] | (null.inputs == truth).all(1)
+        return result
 
     def closeness(self, values: Mapping[str, float | None]) -> tuple[int, str]:
         """Return 4 for every token in its place, 3 from nine tenths on, 2 from half, 1 where half occur at all."""
@@ -124,8 +156,11 @@ class TokenSpace(InputSpace):
 
     def texts(self, inputs: Tensor) -> tuple[tuple[str, ...], ...]:
         """Return the words of each sentence (ids where no words are known); an empty one where nothing counts."""
+        return tuple(tuple(self._spell(row)) for row in self.prepare(inputs).tolist())
 
-        def word(token: int) -> str:
-            return "" if token < 0 else self.words[token] if token < len(self.words) else str(token)
-
-        return tuple(tuple(map(word, row)) for row in self.prepare(inputs).tolist())
+    def _spell(self, ids: list[int]) -> list[str]:
+        words = self.words
+        if callable(words):
+            spelled = iter(words([token for token in ids if token >= 0]))
+            return ["" if token < 0 else next(spelled) for token in ids]
+        return ["" if t < 0 else words[t] if t < len(words) else str(t) for t in ids]

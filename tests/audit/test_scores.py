@@ -315,6 +315,25 @@ class TestSentences:
         for guess, level in (([1, 2, 3, 9, 9], 2), ([5, 1, 2, 3, 4], 1), ([9, 9, 9, 9, 9], 0)):
             assert score(result(torch.tensor([guess])), truth, self.SPACE).examples[0].level == level
 
+    def test_lengths_order_and_special_tokens(self):
+        space = TokenSpace(torch.eye(12), 5, special=(0, 1))  # padding, beginning
+        truth = Batch(torch.tensor([[1, 2, 3, 0, 0], [1, 4, 5, 6, 7]]), torch.zeros(2, 5).long())
+        scores = score(result(torch.tensor([[1, 4, 5, 6, 7], [1, 2, 3, 0, 0]])), truth, space)
+        assert {a.metric: a.minimum for a in scores.aggregates}.keys() >= {"exact_match", "token_precision"}
+        assert all(a.minimum == 1 for a in scores.aggregates)
+        longer = score(result(torch.tensor([[1, 4, 5, 6, 7], [1, 2, 3, 8, 0]])), truth, space)
+        assert longer.aggregate("token_precision").minimum == pytest.approx(2 / 3)
+        assert (longer.successes, longer.aggregate("token_recall").minimum) == (1, 1)
+
+    def test_what_the_model_writes_is_a_guess(self):
+        truth = Batch(torch.tensor([[1, 2, 3, 4, 5], [7, 8, 9, 10, 11]]), torch.zeros(2, 5).long())
+        space = TokenSpace(torch.eye(12), 5, samples=torch.tensor([[7, 8, 9, 1, 1], [1, 2, 3, 1, 1]]))
+        scores = score(result(truth.inputs), truth, space)
+        assert (scores.success.guess, scores.successes) == ("sentences that the model itself writes", 2)
+        assert scores.aggregate("token_accuracy").guessed == pytest.approx(3 / 5)
+        # What the model writes anyway is no success of an attack.
+        assert score(result(space.samples), truth, space).examples[0].level == 0
+
     def test_embeddings_are_decoded(self):
         truth = Batch(torch.tensor([[1, 2, 3, 4, 5]]), torch.zeros(1, 5).long())
         assert score(result(self.SPACE.encode(truth.inputs) * 2), truth, self.SPACE).successes == 1

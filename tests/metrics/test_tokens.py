@@ -13,22 +13,24 @@ from gradleak.errors import InvalidInput
 from gradleak.metrics import (
     Metric,
     assign,
+    exact_match,
     pair_costs,
     rouge_1,
     rouge_2,
     rouge_l,
     token_accuracy,
+    token_precision,
     token_recall,
 )
 from gradleak.spaces import TokenSpace
 from gradleak.types import Batch, Reconstruction
 
-ALL = (token_accuracy, token_recall, rouge_1, rouge_2, rouge_l)
+ALL = (token_accuracy, token_recall, rouge_1, rouge_2, rouge_l, token_precision, exact_match)
 
 
 def ids(*rows: str) -> Tensor:
-    """Read words as ids: equal letters are equal tokens, "." counts for nothing."""
-    return torch.tensor([[ord(c) if c != "." else -1 for c in row] for row in rows])
+    """Read words as ids: equal letters are equal tokens, "." counts for nothing, "_" stands behind the end."""
+    return torch.tensor([[{".": -1, "_": -2}.get(c, ord(c)) for c in row] for row in rows])
 
 
 @pytest.mark.parametrize(
@@ -48,8 +50,24 @@ def ids(*rows: str) -> Tensor:
     ],
 )
 def test_by_hand(guess: str, truth: str, expected: tuple[float, ...]) -> None:
-    values = [float(m(ids(guess), ids(truth))) for m in ALL]
+    values = [float(m(ids(guess), ids(truth))) for m in ALL[:5]]
     assert values == pytest.approx(expected, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("guess", "truth", "expected"),
+    [
+        # accuracy, recall, ROUGE-1, ROUGE-2, ROUGE-L, precision, exact, counted by hand
+        ("abc_", "abc_", (1, 1, 1, 1, 1, 1, 1)),
+        ("abcd", "abc_", (3 / 4, 1, 6 / 7, 4 / 5, 6 / 7, 3 / 4, 0)),  # 2·3 of 4 + 3; 2·2 of 3 + 2
+        ("abc_", "abcd", (3 / 4, 3 / 4, 6 / 7, 4 / 5, 6 / 7, 1, 0)),
+        ("bcd_", "abcd", (0, 3 / 4, 6 / 7, 4 / 5, 6 / 7, 1, 0)),  # one word short at the beginning
+        ("____", "abcd", (0, 0, 0, 0, 0, 0, 0)),
+        ("aab_", "ab__", (1 / 3, 1, 4 / 5, 2 / 3, 4 / 5, 1, 0)),
+    ],
+)
+def test_sentences_of_unequal_length_by_hand(guess: str, truth: str, expected: tuple[float, ...]) -> None:
+    assert [float(m(ids(guess), ids(truth))) for m in ALL] == pytest.approx(expected, abs=1e-15)
 
 
 def test_what_cannot_be_counted_is_nan() -> None:
@@ -109,6 +127,8 @@ def test_scores_of_sentences() -> None:
     assert scores.aggregate("token_accuracy").mean == pytest.approx(7 / 8)
     assert "mse" not in {a.metric for a in scores.aggregates}
     assert scores.lifts == ()
+    assert scores.success.guess.startswith("the most frequent token")
+    assert scores.aggregate("rouge_1").guessed == pytest.approx(1 / 4)  # 5, 8 and 9 twice each: the least of them
     alone = score(Reconstruction(found.inputs[:1], None, 0.0), truth, space)
     assert alone.successes == 1
     assert alone.examples[0].guess is None

@@ -238,9 +238,21 @@ def test_sentences_stand_side_by_side(case, truth: bool) -> None:
     words = Page(html).words
     assert "playing chess well" in words.replace("  ", " ")
     assert ("playing go well" in words) is truth
-    assert re.findall(r"<mark>(.*?)</mark>", html) == ([" chess"] if truth else [])
+    assert re.findall(r"<mark>(.*?)</mark>", html) == (["chess"] if truth else [])
     assert "<img" not in html
     assert ("Sentence 1" in words) is truth
+
+
+def test_words_are_compared_in_their_order(case) -> None:
+    record = sentences(case(1).record, True)
+    shown = Shown((), (("we", "play", "##ed", "chess", "", ""),), (("we", "all", "play", "##s", "chess", ""),))
+    ids = np.zeros((1, 6))
+    html = render(replace(record, shown=shown), picture(replace(record, shown=shown), ids, ids))
+    assert re.findall(r"<mark>(.*?)</mark>", html) == ["played"]
+    assert re.findall(r'<mark class="missed">(.*?)</mark>', html) == ["all", "plays"]
+    nothing = replace(shown, guess=(("", "", "", "", "", ""),))
+    html = render(replace(record, shown=nothing), picture(replace(record, shown=nothing), ids, ids))
+    assert "nothing was read" in html
 
 
 def test_a_row_of_named_texts_is_a_table(case) -> None:
