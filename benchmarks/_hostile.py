@@ -34,6 +34,7 @@ from gradleak.audit.records import (
     Threat,
     Verdict,
 )  # fmt: skip
+from gradleak.capture import read_capture
 from gradleak.data import load_images, read_batch, read_rows, read_schema, read_tensors
 from gradleak.errors import InvalidFile, InvalidInput
 from gradleak.papers.expected import read_expected
@@ -109,6 +110,17 @@ def table_files() -> dict[str, bytes]:
     return {"s.json": SCHEMA.encode(), "r.csv": ROWS.encode()}
 
 
+CAPTURE = """{"schema": "gradleak-capture", "version": 1, "framework": "Flower 1.41", "round": 3, "client": "site-1",
+"model": "lenet", "model_arg": {"width": 4}, "weights": "W.npz", "update": "U.npz", "kind": "weight_delta", "lr": 0.1,
+"input_shape": [3, 8, 8], "mean": [0.5], "batch_size": 4, "defense": ["clip:norm=1"], "unknown_filters": ["Mine"]}
+"""
+
+
+def capture_files() -> dict[str, bytes]:
+    """Return the content of a valid manifest of a capture, by name."""
+    return {"capture.json": CAPTURE.encode()}
+
+
 def result() -> Folder:
     """Return a result that uses every field of a record."""
     inputs = np.random.default_rng(0).random((2, *SHAPE))
@@ -156,6 +168,9 @@ def read(folder: Path, name: str) -> None:
     elif name.startswith("r."):
         (folder / "s.json").write_text(SCHEMA)
         read_rows(path, read_schema(folder / "s.json"))
+    elif name == "capture.json":
+        entry = read_capture(folder).entry()
+        assert all(map(str, (entry.name, entry.notes, entry.options())))
     elif name == "expected.toml":
         read_expected(folder)
     elif name == "result":

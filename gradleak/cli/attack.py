@@ -86,7 +86,7 @@ def _job(
         subject.outputs,
         request.command,
         batch_size_source=source,
-        notes=(*subject.notes, *noted),
+        notes=(*request.notes, *subject.notes, *noted),
         warnings=suspicious,
         truth=truth,
         public=None if request.data is None else public_images(request.data, request.space),

@@ -62,9 +62,20 @@ def demo(
 
 
 def attack(
-    model: Annotated[str, typer.Option(help="A model of gradleak's, or module:factory from your own code.")],
-    update: Annotated[Path, typer.Option(help="The captured update (.safetensors), by parameter name.")],
+    context: typer.Context,
     out: Out,
+    capture: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[CAPTURE]", help="Folder of a capture, whose manifest states what the options here do not."
+        ),
+    ] = None,
+    round: Annotated[int | None, typer.Option(min=0, help="Of the capture: the round to attack.")] = None,
+    client: Annotated[str | None, typer.Option(help="Of the capture: the client to attack.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model of gradleak's, or module:factory from your own code.")
+    ] = None,
+    update: Annotated[Path | None, typer.Option(help="The captured update (.safetensors), by parameter name.")] = None,
     input_shape: Annotated[
         values.Shape | None, _option(values.shape, "C,H,W", "Shape of one input, such as 3,32,32.")
     ] = None,
@@ -164,8 +175,9 @@ def attack(
     """Reconstruct the private batch behind a captured update; no ground truth is needed."""
     asked = dict(locals())  # the options by name, each parsed by itself
     from gradleak.cli.attack import attack as run
+    from gradleak.cli.captures import completed
 
-    raise typer.Exit(run(**asked, command=_command()))
+    raise typer.Exit(run(**completed(asked), command=_command()))
 
 
 def report(

@@ -19,7 +19,7 @@ from gradleak.models.loading import Option
 from gradleak.spaces import ImageSpace, InputSpace, TensorSpace
 from gradleak.training import SGD, Adam, FedAvg, FedSGD, LocalTraining, Loss, Optimizer
 from gradleak.training.losses import BinaryCrossEntropy, CrossEntropy, MeanSquaredError, as_loss
-from gradleak.types import UpdateKind
+from gradleak.types import Note, UpdateKind
 
 __all__ = ["DTYPES", "ModelChoice", "Request", "StatedLoss", "read_request"]
 
@@ -113,6 +113,7 @@ class Request:
     data: str | None
     out: Path
     command: str
+    notes: tuple[Note, ...] = ()
 
     def training(self, loss: Loss, examples: int) -> LocalTraining:
         """Return the client's forward map of a batch of so many examples with this loss, under its defenses.
@@ -153,6 +154,7 @@ def read_request(asked: Mapping[str, Any]) -> Request:
         data=o.data,
         out=o.out.absolute(),
         command=o.command,
+        notes=o.notes,
     )
 
 

@@ -21,7 +21,7 @@ from gradleak.errors import InvalidFile, InvalidInput, UnknownName
 from gradleak.files import read_file, write_bytes
 from gradleak.spaces.tables import Category, Column, Number, TableSpace
 
-__all__ = ["read_rows", "read_schema", "table_of_frame", "table_of_transformer", "write_schema"]
+__all__ = ["read_rows", "read_schema", "schema_bytes", "table_of_frame", "table_of_transformer", "write_schema"]
 
 _LARGEST = 1 << 26
 """Bytes of a schema or a file of rows, at most."""
@@ -59,9 +59,14 @@ def write_schema(path: str | Path, space: TableSpace) -> None:
     Raises:
         InvalidFile: it cannot be written there.
     """
+    write_bytes(path, schema_bytes(space))
+
+
+def schema_bytes(space: TableSpace) -> bytes:
+    """Return the content of a file with a table's description."""
     columns = [_plain(c) for c in space.columns]
     data = {"columns": columns} | ({} if space.target is None else {"target": _plain(space.target)})
-    write_bytes(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
+    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def read_rows(path: str | Path, space: TableSpace, *, count: int | None = None) -> tuple[Tensor, Tensor | None]:

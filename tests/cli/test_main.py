@@ -57,8 +57,11 @@ def test_unknown_commands(run) -> None:
 def test_a_missing_option_is_named(run) -> None:
     done = run("attack", "--model", "lenet")
     assert done.code == 2
-    assert "--update" in done.err
+    assert "--out" in done.err
     assert "gradleak attack --help" in done.err
+    done = run("attack", "--model", "lenet", "--out", "x")
+    assert done.code == 2
+    assert "--update" in done.err
 
 
 @pytest.mark.parametrize("kind", ["attacks", "models", "metrics", "defenses"])

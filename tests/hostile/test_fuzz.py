@@ -22,7 +22,7 @@ TIMES = 40
 """Ways in which each file is broken."""
 
 
-@pytest.mark.parametrize("kind", ["tensor_files", "image_files", "batch_files", "table_files"])
+@pytest.mark.parametrize("kind", ["tensor_files", "image_files", "batch_files", "table_files", "capture_files"])
 def test_broken_bytes_are_read_or_refused_in_one_sentence(hostile: ModuleType, tmp_path: Path, kind: str) -> None:
     for name, data in getattr(hostile, kind)().items():
         path = tmp_path / name
@@ -36,6 +36,12 @@ def test_broken_bytes_are_read_or_refused_in_one_sentence(hostile: ModuleType, t
                 refused += hostile.refusal(hostile.read, tmp_path, name) is not None
             assert not said, (name, seed, [str(w.message) for w in said])
         assert refused >= TIMES // 3, name  # a flipped bit may be any number, and most decoders forgive
+
+
+def test_broken_manifests_are_read_or_refused_in_one_sentence(hostile: ModuleType, tmp_path: Path) -> None:
+    for seed in range(200):
+        (tmp_path / "capture.json").write_text(hostile.broken_json(hostile.CAPTURE, seed))
+        hostile.refusal(hostile.read, tmp_path, "capture.json")
 
 
 def test_small_files_that_would_take_all_memory(hostile: ModuleType, tmp_path: Path) -> None:
@@ -210,7 +216,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "labels": SEVERAL, "class_weights": SEVERAL, "budget": (*REAL, "0", "-1s", "1e400h", "s"), "model": NAME,
     "kind": NAME, "mode": NAME, "reduction": NAME, "dtype": NAME, "device": NAME, "attack": NAME, "loss": NAME,
     "optimizer": NAME, "input_kind": NAME, "update": NAME, "weights": NAME, "truth": NAME, "data": NAME,
-    "table": NAME,
+    "table": NAME, "round": WHOLE, "client": NAME,
     "defense": (*NAME, "gaussian_noise:sigma=nan", "gaussian_noise:x=1", "gaussian_noise:", "pruning:share=2"),
     "attack_option": (*NAME, "iterations=-1", "iterations=nan", "iterations=1e400", "iterations=", "=3", "x=1",
                       "iterations=" + "9" * 5000, "restarts=0", "restarts=-1", "solver=x"),
