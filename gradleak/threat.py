@@ -93,7 +93,7 @@ class Observation:
         probe = self.space.neutral().to(self.simulator.device, self.simulator.dtype)
         try:
             with torch.no_grad():
-                run_quietly(self.model, self.params, probe.expand(self.batch_size or 1, *self.space.shape))
+                run_quietly(self.model, self.params, probe.expand(self.batch_size or 1, *probe.shape))
         except NotApplicable as error:
             return error
         return None

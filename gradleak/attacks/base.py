@@ -158,7 +158,8 @@ def _timed(callback: Callback | None, deadline: Deadline) -> Callback:
 
 def nothing_found(observation: Observation) -> Reconstruction:
     """Return the guess that says least, where the time ended before there was any other."""
-    guess = observation.space.neutral().expand(observation.batch_size or 1, *observation.space.shape)
+    neutral = observation.space.neutral()
+    guess = neutral.expand(observation.batch_size or 1, *neutral.shape)
     decoded = observation.space.decode(guess.to(observation.simulator.device))
     why = "The time was over before any attack had found anything; what is shown is the guess that says least."
     proof = unproved(len(decoded), why)

@@ -17,6 +17,8 @@ from gradleak.spaces.base import InputSpace, NullGuess
 __all__ = ["TokenSpace"]
 
 _NO_WORD = -2
+_FEW = 4
+"""Tokens with which a model of ids is tried out."""
 _PHRASES = (
     "The sentence did not come back.",
     "Half of its words are among those read, but not in their places.",
@@ -30,14 +32,19 @@ _PHRASES = (
 class TokenSpace(InputSpace):
     """Sentences of ``length`` tokens; candidates are embeddings (T, d), decoded inputs are token ids (T,).
 
+    In ids −1 is padding, at the end of sentences that are shorter than others of their batch.
+
     Attributes:
         table: (V, d) word embeddings of the model that was sent out.
-        length: number of tokens T of the longest sentence, special tokens among them.
+        length: number of tokens T of the longest sentence, special tokens among them; no sentence is longer where
+            ``looked_up``.
         excluded: ids that no sentence contains (unused slots), never decoded to.
         words: the text of every id, or what spells the ids of a sentence, one text each; "##" continues the word
             before. Ids are shown where it is empty.
         special: ids that are no words (padding, beginning, end): neither scored nor shown.
         samples: (M, T) sentences that the model itself writes, a guess that needs no update; none if None.
+        looked_up: whether the model takes ids, of any number up to ``length``, and looks them up itself, so that its
+            embeddings may be part of the update.
 
     Raises:
         InvalidInput: the table is not a matrix, the length is not positive, or no token is left to decode to.
@@ -49,6 +56,7 @@ class TokenSpace(InputSpace):
     words: Sequence[str] | Callable[[Sequence[int]], Sequence[str]] = ()
     special: tuple[int, ...] = ()
     samples: Tensor | None = None
+    looked_up: bool = False
 
     kind: ClassVar[str] = "tokens"
     noun: ClassVar[str] = "sentence"
@@ -72,6 +80,11 @@ class TokenSpace(InputSpace):
         """(T, d)."""
         return (self.length, int(self.table.shape[1]))
 
+    def neutral(self) -> Tensor:
+        """Return zero embeddings; a few of them where sentences have any length."""
+        tokens = min(self.length, _FEW) if self.looked_up else self.length
+        return torch.zeros(tokens, self.table.shape[1], dtype=torch.float64)
+
     def _usable(self) -> Tensor:
         # The cosine to a zero row ([PAD] of a fresh table) is 0/0 and would win every maximum.
         usable = self.table.norm(dim=1) > 0
@@ -93,20 +106,26 @@ class TokenSpace(InputSpace):
         """Check the shape of embeddings, or the shape and range of ids (N, T)."""
         if inputs.is_floating_point():
             super().check(inputs)
-        elif tuple(inputs.shape[1:]) != (self.length,):
+            return
+        found = tuple(inputs.shape[1:])
+        if found != (self.length,) and not (self.looked_up and len(found) == 1 and 1 <= found[0] <= self.length):
             raise InvalidInput(
-                f"The inputs have shape {tuple(inputs.shape[1:])}, not {self.length} token ids each; pass a space of "
-                "their length."
+                f"The inputs have shape {found}, not {self.length} token ids each; pass a space of their length."
             )
-        elif not bool(((inputs >= 0) & (inputs < len(self.table))).all()):
+        padding = inputs == -1
+        if not bool(((inputs >= -1) & (inputs < len(self.table))).all()) or bool(padding[:, 0].any()):
             raise InvalidInput(
                 f"The inputs have ids outside 0 to {len(self.table) - 1}, the rows of the embedding table; pass ids of "
-                "the model's own tokenizer."
+                "the model's own tokenizer, and -1 for padding after a sentence."
             )
+        if bool((padding[:, :-1] & ~padding[:, 1:]).any()):
+            raise InvalidInput("A sentence goes on behind its padding; pass -1 at the end of rows only.")
 
     def encode(self, inputs: Tensor) -> Tensor:
-        """Return the embeddings (..., T, d) of token ids (..., T)."""
-        return self.table[inputs]
+        """Return the embeddings (..., T, d) of token ids (..., T), zero for padding; the ids where ``looked_up``."""
+        if self.looked_up and not inputs.is_floating_point():
+            return inputs
+        return self.table[inputs.clamp_min(0)] * (inputs >= 0)[..., None]
 
     def prepare(self, inputs: Tensor) -> Tensor:
         """Return token ids on the CPU, −2 for special ones, as metrics read them; embeddings are decoded."""
