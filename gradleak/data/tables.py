@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradleak.errors import InvalidFile, InvalidInput, UnknownName
+from gradleak.errors import InvalidFile, InvalidInput, UnknownName, reason
 from gradleak.files import read_file, write_bytes
 from gradleak.spaces.tables import Category, Column, Number, TableSpace
 
@@ -48,7 +48,7 @@ def read_schema(path: str | Path) -> TableSpace:
         raise InvalidFile(f"The table's schema {str(path)!r} cannot be used: {error}") from error
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise InvalidFile(
-            f"{str(path)!r} is no schema of a table ({_said(error)}); write JSON such as "
+            f"{str(path)!r} is no schema of a table ({reason(error)}); write JSON such as "
             '{"columns": [{"name": "age", "mean": 38.6, "std": 13.6}, {"name": "sex", "values": ["Female", "Male"]}]}.'
         ) from error
 
@@ -90,7 +90,7 @@ def read_rows(path: str | Path, space: TableSpace, *, count: int | None = None) 
         header = [name.strip() for name in next(lines, [])]
         rows = [(lines.line_num, line) for line in lines if line]
     except csv.Error as error:
-        raise InvalidFile(f"{str(path)!r} is no CSV file ({_said(error)}); save the rows with commas.") from error
+        raise InvalidFile(f"{str(path)!r} is no CSV file ({reason(error)}); save the rows with commas.") from error
     places = []
     for column in space.columns:
         place = next((header.index(n) for n in (column.name, column.heading) if n in header), None)
@@ -294,7 +294,3 @@ def _text(path: str | Path) -> str:
         return read_file(path, limit=_LARGEST).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidFile(f"{str(path)!r} is no text in UTF-8; save it as such.") from error
-
-
-def _said(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120].rstrip(".")

@@ -38,14 +38,32 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
     """Return the trainable parameters of ``model`` by name, detached; tied parameters appear once.
 
     Raises:
-        InvalidModel: a lazy layer has no parameters yet.
+        InvalidModel: a lazy layer has no parameters yet, or the model is wrapped or compiled.
     """
+    for path, module in model.named_modules():
+        inner = _wrapped(module)
+        if inner is not None:
+            raise InvalidModel(
+                f"{path or 'The model'} is wrapped as {type(module).__name__}, through which no second derivatives "
+                f"pass; give {inner}."
+            )
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise InvalidModel(
                 f"Parameter {name!r} belongs to a lazy layer and has no values yet; run the model once on an input."
             )
     return {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
+
+
+def _wrapped(module: nn.Module) -> str | None:
+    """Return what to give in place of a compiled, scripted or replicated ``module``; None if it is plain Python."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "the Python module that was scripted or traced"
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return "the model inside, its attribute module"
+    if "_orig_mod" in module._modules:  # torch.compile's class, whose import takes a second
+        return "the model that was compiled, its attribute _orig_mod"
+    return None
 
 
 def check_reproducible(model: nn.Module, *, masks: bool = True) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 import gradleak as gl
 from gradleak.errors import InvalidModel
-from gradleak.training import FedSGD, batch_statistics, check_reproducible
+from gradleak.training import FedSGD, batch_statistics, check_reproducible, parameters
 from gradleak.types import Batch
 
 
@@ -24,3 +26,20 @@ def test_batch_statistics_compute_what_training_mode_computes() -> None:
     assert before
     assert not dict(same.named_buffers())
     assert all(torch.equal(b, before[k]) for k, b in model.named_buffers())
+
+
+@pytest.mark.filterwarnings("ignore:.*jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("wrap", "remedy"),
+    [
+        (torch.jit.script, "the Python module that was scripted"),
+        (torch.nn.DataParallel, "its attribute module"),
+        (torch.compile, "its attribute _orig_mod"),
+        (lambda m: torch.nn.Sequential(torch.nn.Identity(), torch.compile(m)), "its attribute _orig_mod"),
+    ],
+)
+def test_a_wrapped_model_is_refused_with_what_to_give_instead(
+    wrap: Callable[[torch.nn.Module], torch.nn.Module], remedy: str
+) -> None:
+    with pytest.raises(InvalidModel, match=remedy):
+        parameters(wrap(torch.nn.Linear(2, 2)))
