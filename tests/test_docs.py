@@ -176,11 +176,25 @@ def test_defenses_that_the_readme_names_exist() -> None:
 def test_options_that_the_pages_name_exist() -> None:
     from gradleak.cli import commands
 
-    functions = (commands.demo, commands.attack, commands.report, commands.list_names, commands.reproduce)
+    functions = (
+        commands.demo,
+        commands.attack,
+        commands.audit,
+        commands.report,
+        commands.list_names,
+        commands.reproduce,
+    )
     known = {"--help", "--version"} | {
         "--" + name.replace("_", "-") for f in functions for name in inspect.signature(f).parameters
     }
-    for name in ("README.md", "docs/quickstart.md", "docs/tables.md", "docs/command-line.md", "docs/capture.md"):
+    for name in (
+        "README.md",
+        "docs/quickstart.md",
+        "docs/tables.md",
+        "docs/audit.md",
+        "docs/command-line.md",
+        "docs/capture.md",
+    ):
         text = (ROOT / name).read_text(encoding="utf-8")
         used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
         assert used <= known, f"{name} names {sorted(used - known)}"

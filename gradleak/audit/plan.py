@@ -188,7 +188,7 @@ class Places:
     def line(self, table: str, number: int, key: str, value: str = "") -> int:
         """Return the line of ``key`` in the ``number``-th ``table``, of the part ``value`` of it if there is one."""
         outer, _, inner = key.rpartition(".")
-        asked = [(f"{table}.{outer}", number, inner)] if outer else []
+        asked = [(f"{table}.{outer}", number, inner), (f"{table}.{outer}", number, "")] if outer else []
         asked += [(table, number, outer or key), (table, number, "")]
         at = next((self._at[place] for place in asked if place in self._at), 1)
         near = range(at - 1, min(at - 1 + _SPAN, len(self._lines))) if value else ()

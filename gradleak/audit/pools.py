@@ -192,7 +192,7 @@ def _synthetic(
         space = ImageSpace(shape, mean, std)
         around = torch.randn(classes, shape[0], _COARSE, _COARSE, generator=g, dtype=torch.float64)[labels]
         own = torch.randn(count, shape[0], 2 * _COARSE, 2 * _COARSE, generator=g, dtype=torch.float64)
-        inputs = (0.5 + 0.15 * _enlarged(around, shape) + 0.15 * _enlarged(own, shape)).clamp(0, 1)
+        inputs = (0.5 + 0.25 * _enlarged(around, shape) + 0.1 * _enlarged(own, shape)).clamp(0, 1)
     elif shape:
         space = TensorSpace(shape)
         around = torch.randn(classes, *shape, generator=g, dtype=torch.float64)[labels]

@@ -140,8 +140,10 @@ def score(
     )
 
 
-def wilson(successes: int, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
     """Return the Wilson score interval of a success rate (Wilson 1927), within [0, 1]; (0, 1) for n = 0.
+
+    Trials may succeed in part: a mean of shares varies no more than one of zeros and ones, so the interval holds.
 
     Raises:
         InvalidInput: more successes than trials, or a confidence outside (0, 1).

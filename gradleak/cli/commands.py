@@ -1,4 +1,4 @@
-"""The command line: ``gradleak demo``, ``attack``, ``report``, ``list``, ``reproduce``.
+"""The command line: ``gradleak demo``, ``attack``, ``audit``, ``report``, ``list``, ``reproduce``.
 
 This module imports neither torch nor the packages that do: ``gradleak --help`` answers at once, and each command
 imports what it needs. A new command is a function here (or in a file of its own) and one line under "commands".
@@ -194,6 +194,32 @@ def report(
     typer.echo(f"Report: {directory / REPORT}")
 
 
+def audit(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan in TOML, as docs/audit.md describes it.")],
+    out: Annotated[Path, _option(values.folder, "PATH", "Folder for the evidence and the trials.", "--out")],
+    data: Annotated[Path | None, typer.Option(help="Folder of named data sets, in place of the plan's own.")] = None,
+    fail_above: Annotated[
+        Number, _option(values.share, "SHARE", "Exit with code 1 where a larger share came back, such as 0.05.")
+    ] = None,
+    executor: Annotated[
+        str, _option(values.word("here", "processes", "ray"), "WHERE", "Where trials run: here, processes or ray.")
+    ] = "here",
+    jobs: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 2,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster, such as auto or HOST:PORT.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Measure failed trials again.")] = False,
+) -> None:
+    """Say what a federation as it ships gives away, what nobody can get, and what its filters cost."""
+    from gradleak.cli.audit import audit as run
+
+    options = {"data": data, "fail_above": fail_above, "executor": executor, "jobs": jobs, "address": address}
+    try:
+        code = run(plan, out, **options, retry_failed=retry_failed, command=_command())
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; what was measured stays: run the same command again to go on.", err=True)
+        raise typer.Exit(130) from None
+    raise typer.Exit(code)
+
+
 def list_names(
     kind: Annotated[str | None, typer.Argument(help="attacks, models, metrics or defenses; all if left out.")] = None,
 ) -> None:
@@ -258,10 +284,15 @@ _CODES = (
     "told what it needs, recorded; 130, 143, 129 interrupted (Ctrl-C, SIGTERM, SIGHUP), best so far written; 141 the "
     "reader of a pipe has gone."
 )
+_AUDIT_CODES = (
+    "Exit codes: 0 the evidence is written; 1 a target is missed, or was not measured in full; 2 the plan cannot run, "
+    "nothing was tried; 130 interrupted, what was measured stays."
+)
 
 # Commands, in the order of `gradleak --help`.
 app.command(cls=_Command)(demo)
 app.command(cls=_Command, epilog=_CODES)(attack)
+app.command(cls=_Command, epilog=_AUDIT_CODES)(audit)
 app.command(cls=_Command)(report)
 app.command("list", cls=_Command)(list_names)
 app.command(cls=_Command)(reproduce)

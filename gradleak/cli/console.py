@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -16,10 +17,12 @@ from gradleak.audit.numbers import duration, sig
 from gradleak.audit.records import Record
 from gradleak.errors import clean
 
-__all__ = ["progress_bar", "say", "tell", "warn"]
+__all__ = ["progress_bar", "say", "show", "tell", "trial_bar", "warn"]
 
 _ROWS = 20
 """Examples that the table shows."""
+_QUIET = 30.0
+"""Seconds between two lines about an audit where nobody watches."""
 
 
 class _Console(Console):
@@ -32,6 +35,11 @@ class _Console(Console):
 def say(text: str, style: str = "") -> None:
     """Print one line; it is text, not markup: a path may contain brackets, or codes that a terminal would obey."""
     _Console(highlight=False).print(Text(clean(text), style=style), soft_wrap=True)
+
+
+def show(table: Table) -> None:
+    """Print a table."""
+    _Console(highlight=False).print(table)
 
 
 def warn(text: str) -> None:
@@ -52,7 +60,7 @@ def tell(record: Record, out: Path) -> None:
             values = (sig(e.values.get(a.metric), 3) for a in record.aggregates)
             table.add_row(str(e.index + 1), "–" if e.label is None else str(e.label), *values)
         say("")
-        _Console(highlight=False).print(table)
+        show(table)
         if len(record.examples) > _ROWS:
             say(f"… and {len(record.examples) - _ROWS} better ones in result.json.")
     say("")
@@ -82,5 +90,24 @@ def progress_bar(name: str) -> Iterator[Callable[[Step], None]]:
 
         def move(step: Step) -> None:
             bar.update(task, completed=step.done, total=step.total, objective=sig(step.objective), visible=True)
+
+        yield move
+
+
+@contextmanager
+def trial_bar() -> Iterator[Callable[[int, int, str], None]]:
+    """Show on stderr how many trials are done and how long the rest takes; without a terminal, a line now and then."""
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("{task.completed:,.0f} of {task.total:,.0f} trials"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=console, disable=not console.is_terminal) as bar:
+        task, told = bar.add_task("", total=None), 0.0
+
+        def move(done: int, total: int, what: str) -> None:
+            nonlocal told
+            if console.is_terminal:
+                bar.update(task, completed=done, total=total, description=clean(what))
+            elif done in (0, total) or time.monotonic() - told > _QUIET:
+                told = time.monotonic()
+                warn(f"{done:,} of {total:,} trials: {what}")
 
         yield move

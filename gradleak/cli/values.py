@@ -13,7 +13,7 @@ import typer
 
 from gradleak.errors import UnknownName, clean
 
-__all__ = ["Numbers", "Shape", "finite", "folder", "numbers", "positive", "seconds", "shape", "word"]
+__all__ = ["Numbers", "Shape", "finite", "folder", "numbers", "positive", "seconds", "shape", "share", "word"]
 
 _LONGEST = 1e8
 """Longest time limit, three years: what is longer is a slip, and overflows in timers."""
@@ -79,6 +79,11 @@ def finite(text: str | float) -> float:
 def positive(text: str | float) -> float:
     """Return a finite number above 0."""
     return _number(text, lambda value: 0 < value < math.inf, "is not a number above 0; write for example 0.1.")
+
+
+def share(text: str | float) -> float:
+    """Return a share in [0, 1)."""
+    return _number(text, lambda value: 0 <= value < 1, "is not a share in [0, 1); write for example 0.05 for 5 %.")
 
 
 def folder(text: str | Path) -> Path:
