@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 RUN = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{p}.md" for p in ("quickstart", "tables", "threat-models", "capture", "extend")),
+    *(ROOT / "docs" / f"{p}.md" for p in ("quickstart", "tables", "threat-models", "defenses", "capture", "extend")),
 ]
 
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)

@@ -203,19 +203,14 @@ class Problem:
         """Return the weighted residual (m,); traceable by torch.func."""
         training = self.observation.training
         assert training is not None
-        undefended = training.undefended
+        undefended = training.simulated
         found = undefended.tensors(
             self.observation.model, self.params, z.reshape(self.shape), self.labels, buffers=self.buffers
         )
         if undefended is training:
             left = {k: found[k] - o for k, o in self.observed.items()}
         else:
-            told = training.residual(found, self.observed)
-            # Where the loss of information is known as a spread, the center of it is the best guess.
-            left = {
-                k: torch.where((d > 0) & torch.isfinite(d), found[k] - self.observed[k], told[k])
-                for k, d in self.deviation.items()
-            }
+            left = training.centered(found, self.observed)
         return torch.cat([left[k].flatten() for k in self.observed]) * self.weight
 
     @torch.no_grad()

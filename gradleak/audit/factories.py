@@ -17,7 +17,7 @@ import gradleak.attacks
 import gradleak.defenses
 from gradleak.attacks.base import Attack
 from gradleak.attacks.sentences import ReadSentences
-from gradleak.defenses import UpdateDefense, compose
+from gradleak.defenses import Defense, InTurn, UpdateDefense, compose
 from gradleak.errors import GradleakError, InvalidInput, UnknownName, is_memory, reason
 from gradleak.models import locate, parse_options
 from gradleak.models.loading import Option
@@ -63,7 +63,7 @@ def build_attack(name: str, options: Mapping[str, Any], budget: float | None = N
     return ChosenAttack(built, name, defaults | given)
 
 
-def build_defense(specs: Sequence[str]) -> UpdateDefense | None:
+def build_defense(specs: Sequence[str]) -> Defense | None:
     """Return the defenses ``NAME[:key=value,…]`` one after another, None where there are none.
 
     Raises:
@@ -74,10 +74,13 @@ def build_defense(specs: Sequence[str]) -> UpdateDefense | None:
         name, _, rest = spec.partition(":")
         factory = _among(gradleak.defenses, "defense", name)
         defense, _ = _call("defense", name, factory, parse_options(rest.split(",") if rest else ()))
-        if not isinstance(defense, UpdateDefense):
+        if not isinstance(defense, Defense):
             raise InvalidInput(f"{name!r} is no defense by itself; choose one of `gradleak list defenses`.")
         built.append(defense)
-    return None if not built else built[0] if len(built) == 1 else compose(*built)
+    if len(built) < 2:
+        return built[0] if built else None
+    updates = [d for d in built if isinstance(d, UpdateDefense)]
+    return compose(*updates) if len(updates) == len(built) else InTurn(tuple(built))
 
 
 def find_loss(spec: str) -> Loss:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gradleak.bounds.accounting import privacy_budget
 from gradleak.bounds.robustness import reconstruction_robustness
-from gradleak.defenses import Composition, Defended, GaussianNoise, LaplacianNoise, UpdateDefense
+from gradleak.defenses import Composition, Defended, GaussianNoise, LaplacianNoise, SparseVector, UpdateDefense
 from gradleak.errors import InvalidInput, NotApplicable
-from gradleak.training import LocalTraining
+from gradleak.training import Aggregated, FedAvg, FedSGD, LocalTraining
 
 __all__ = ["Bound", "upper_bound"]
 
@@ -91,9 +91,9 @@ def upper_bound(
             f"coordinates={coordinates}, delta={delta}; give counts of at least 1, a rate in (0, 1], and a prior and "
             "a delta in (0, 1)."
         )
-    releases, noised = _releases(training, rounds, sampling_rate, coordinates)
+    releases, noised = _releases(training, rounds, sampling_rate, coordinates, examples)
     if not releases:
-        return Bound(None, _why_none(noised, coordinates is None), prior=prior)
+        return Bound(None, _why_none(training, noised, coordinates is None), prior=prior)
 
     def gamma(r: _Release) -> float:
         return reconstruction_robustness(
@@ -110,7 +110,7 @@ def upper_bound(
                 noise_multiplier=best.multiplier, steps=best.steps, sampling_rate=best.rate, delta=delta
             )
     seen = "one round" if best.steps == 1 else f"all {best.steps} noised steps"
-    hidden = best.hides if examples == 1 else f"{best.hides} ({examples} examples)"
+    hidden = f"{best.hides} ({examples} examples)" if best.hides == _ALL and examples > 1 else best.hides
     text = (
         f"No attacker who sees {seen} reconstructs {hidden} with a probability above {value:.3g}, where "
         f"{prior:.3g} is the best without seeing any; the noise is {best.multiplier:.3g} times what it hides."
@@ -119,11 +119,27 @@ def upper_bound(
 
 
 def _releases(
-    training: LocalTraining, rounds: int, rate: float, coordinates: int | None
+    training: LocalTraining, rounds: int, rate: float, coordinates: int | None, examples: int
 ) -> tuple[list[_Release], bool]:
     """Return the additions of noise that hide something limited, and whether there is any noise at all."""
+    if isinstance(training, Aggregated):
+        found, noised = _releases(training.inner, rounds, rate, coordinates, max(1, examples // training.clients))
+        # The noise of all clients hides each of them; of Laplacian noise one client's is counted.
+        wider = training.clients**0.5
+        found = [replace(r, multiplier=r.multiplier * wider) if r.mechanism == "gaussian" else r for r in found]
+        return found, noised
     found, noised = [], False
-    l1 = l2 = math.inf
+    base, l1, l2 = training, math.inf, math.inf
+    while isinstance(base, Defended):
+        base = base.inner
+    if isinstance(base, Aggregated):
+        # What a client's own noise hides stays hidden, whatever is done to the mean.
+        found, noised = _releases(base, rounds, rate, coordinates, examples)
+    private = base.private if isinstance(base, (FedSGD, FedAvg)) else None
+    if private is not None and private.noise_multiplier > 0:
+        noised = True
+        steps = rounds * (base.count(examples) if isinstance(base, FedAvg) else 1)
+        found.append(_Release("gaussian", private.noise_multiplier, steps, rate, _ONE))
     for defense in _chain(training):
         kind, size, norm = None, 0.0, math.inf
         if isinstance(defense, GaussianNoise):
@@ -133,12 +149,16 @@ def _releases(
         if kind is not None and size > 0:
             noised = True
             if norm < math.inf:
-                found.append(_Release(kind, size / norm, rounds, 1.0, "any of the client's data"))
+                found.append(_Release(kind, size / norm, rounds, 1.0, _ALL))
         l1, l2 = defense.largest(l1, 1, coordinates), defense.largest(l2, 2, coordinates)
         if coordinates is not None:
             l1 = min(l1, math.sqrt(coordinates) * l2)
         l2 = min(l1, l2)
     return found, noised
+
+
+_ONE = "an example, even knowing all others,"
+_ALL = "any of the client's data"
 
 
 def _chain(training: LocalTraining) -> Iterator[UpdateDefense]:
@@ -156,7 +176,14 @@ def _flat(defense: UpdateDefense) -> Iterator[UpdateDefense]:
         yield defense
 
 
-def _why_none(noised: bool, uncounted: bool) -> str:
+def _why_none(training: LocalTraining, noised: bool, uncounted: bool) -> str:
+    while isinstance(training, Aggregated):
+        training = training.inner
+    if any(isinstance(d, SparseVector) for d in _chain(training)):
+        return (
+            "No bound is stated for the sparse vector filter: it asks again until enough numbers are accepted, and the "
+            "noise on what it sends hides each of them by itself, not the update."
+        )
     if noised and uncounted:
         return (
             "No bound is stated for this filter: nothing limits what its noise must hide, or the limit depends on the "

@@ -12,7 +12,7 @@ import torch
 
 from gradleak.audit.factories import ChosenAttack, build_attack, build_defense, find_loss
 from gradleak.data import read_schema
-from gradleak.defenses import UpdateDefense
+from gradleak.defenses import Defense
 from gradleak.errors import InvalidInput, UnknownName
 from gradleak.models import parse_options
 from gradleak.models.loading import Option
@@ -105,7 +105,7 @@ class Request:
     batch_size: int | None
     loss: StatedLoss
     local: FedAvg | None
-    defense: UpdateDefense | None
+    defense: Defense | None
     labels: tuple[float, ...] | None
     attack: ChosenAttack
     seed: int

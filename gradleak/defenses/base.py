@@ -73,6 +73,13 @@ class UpdateDefense(Defense):
         explained = self.explain(simulated, observed)
         return {k: simulated[k] - explained[k] for k in observed}
 
+    def centered(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
+        """Return the residual with the center of a spread in place of the nearest number that explains ``observed``."""
+        spread, told = self.deviation(observed), self.residual(simulated, observed)
+        return {
+            k: torch.where((d > 0) & torch.isfinite(d), simulated[k] - observed[k], told[k]) for k, d in spread.items()
+        }
+
 
 @dataclass(frozen=True)
 class Defended(LocalTraining):
@@ -101,6 +108,11 @@ class Defended(LocalTraining):
         """The training without any defense."""
         return self.inner.undefended
 
+    @property
+    def simulated(self) -> LocalTraining:
+        """What an attacker simulates who knows the defenses: those of the finished update are left to ``residual``."""
+        return self.inner.simulated
+
     def known(self, *, order: bool = False) -> Defended:
         """Return the defended map without the client's seeds."""
         return Defended(self.inner.known(order=order), self.defense, None)
@@ -127,6 +139,10 @@ class Defended(LocalTraining):
     def residual(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
         """Return what a defense-aware attacker drives to zero; ``simulated`` is the undefended simulation."""
         return self.defense.residual(self.inner.distort(simulated), observed)
+
+    def centered(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
+        """Return the residual with the centers of the last defense's spreads."""
+        return self.defense.centered(self.inner.distort(simulated), observed)
 
     def deviation(self, observed: Tensors) -> dict[str, Tensor]:
         """Return the standard deviation per coordinate that all defenses together leave."""

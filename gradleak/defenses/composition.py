@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradleak.defenses.base import UpdateDefense
+from gradleak.defenses.base import Defense, UpdateDefense
 from gradleak.errors import InvalidInput
-from gradleak.training import Tensors
+from gradleak.training import LocalTraining, Tensors
 
-__all__ = ["Composition", "compose"]
+__all__ = ["Composition", "InTurn", "compose"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,27 @@ class Composition(UpdateDefense):
         """Return the residual of the last defense, after the ones before it."""
         return self.defenses[-1].residual(self._before_last(simulated), observed)
 
+    def centered(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
+        """Return the residual of the last defense with the centers of its spreads, after the ones before it."""
+        return self.defenses[-1].centered(self._before_last(simulated), observed)
+
     def _before_last(self, tensors: Tensors) -> Tensors:
         for defense in self.defenses[:-1]:
             tensors = defense.transform(tensors)
         return tensors
+
+
+@dataclass(frozen=True)
+class InTurn(Defense):
+    """Defenses of any kind, each wrapped around the ones before it: DP-SGD first, aggregation last."""
+
+    defenses: tuple[Defense, ...]
+
+    def wrap(self, training: LocalTraining, *, seed: int = 0) -> LocalTraining:
+        """Return ``training`` under all of them; each gets a seed of its own."""
+        for number, defense in enumerate(self.defenses):
+            training = defense.wrap(training, seed=seed + 1_000_003 * number)
+        return training
 
 
 def compose(*defenses: UpdateDefense) -> Composition:

@@ -4,6 +4,7 @@ The client runs it, the attacker inverts it, a defense wraps it. It is written o
 can be differentiated, vmapped over restarts and observations, and compiled as a whole.
 """
 
+from gradleak.training.aggregated import Aggregated
 from gradleak.training.base import (
     LocalTraining,
     Tensors,
@@ -31,11 +32,13 @@ from gradleak.training.losses import (
     target_kind,
 )
 from gradleak.training.optimizers import SGD, Adam, Optimizer
+from gradleak.training.private import PerExample
 from gradleak.training.simulate import Gradient, Simulator
 
 __all__ = [
     "SGD",
     "Adam",
+    "Aggregated",
     "BinaryCrossEntropy",
     "CrossEntropy",
     "FedAvg",
@@ -45,6 +48,7 @@ __all__ = [
     "Loss",
     "MeanSquaredError",
     "Optimizer",
+    "PerExample",
     "Simulator",
     "TargetKind",
     "Tensors",

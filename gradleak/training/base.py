@@ -314,6 +314,11 @@ class LocalTraining(ABC):
         """The same training without its defenses: what an attacker believes who does not know of them."""
         return self
 
+    @property
+    def simulated(self) -> LocalTraining:
+        """What an attacker simulates who knows the defenses: those of the finished update are left to ``residual``."""
+        return self.undefended
+
     def known(self, *, order: bool = False) -> LocalTraining:
         """Return the map as known to somebody who has none of the client's private seeds.
 
@@ -336,6 +341,13 @@ class LocalTraining(ABC):
         sent.
         """
         return {k: simulated[k] - observed[k] for k in observed}
+
+    def centered(self, simulated: Tensors, observed: Tensors) -> dict[str, Tensor]:
+        """Return ``residual`` with the center of each spread that ``deviation`` tells in place of its nearest number.
+
+        Weighted by the spreads, its squares are what linear estimation lowers.
+        """
+        return self.residual(simulated, observed)
 
     def deviation(self, observed: Tensors) -> dict[str, Tensor]:
         """Return the standard deviation per coordinate that the defenses leave between update and ``observed``."""

@@ -16,6 +16,7 @@ from gradleak.training.base import LocalTraining, Tensors, gradient, tracks_stat
 from gradleak.training.checkpoint import checkpoint
 from gradleak.training.losses import CrossEntropy, Loss, as_loss
 from gradleak.training.optimizers import SGD, Optimizer
+from gradleak.training.private import PerExample
 from gradleak.types import UpdateKind
 
 __all__ = ["FedAvg"]
@@ -44,6 +45,7 @@ class FedAvg(LocalTraining):
             2 √steps copies of the parameters, against about twice the time.
         as_weights: take the difference of weights rounded to their own number format, as a real client does; in
             float32 that rounding (6e-8 of a weight) can reach a percent of a small step.
+        private: how each local step clips and noises, as DP-SGD does; None for plain gradients.
 
     Raises:
         InvalidInput: neither or both of ``lr`` and ``optimizer``, or a count below 1.
@@ -58,6 +60,7 @@ class FedAvg(LocalTraining):
     loss: Loss = field(default_factory=CrossEntropy)
     checkpoint: bool = False
     as_weights: bool = False
+    private: PerExample | None = None
 
     kind = UpdateKind.WEIGHT_DELTA
 
@@ -84,12 +87,34 @@ class FedAvg(LocalTraining):
         return _schedule(examples, self.batch_size or examples, self.count(examples), self.shuffle)
 
     def known(self, *, order: bool = False) -> FedAvg:
-        """Return the map without the shuffling seed, unless the order is known."""
-        return self if order else replace(self, shuffle=None)
+        """Return the map without the seeds of noise and, unless the order is known, of shuffling."""
+        private = None if self.private is None else replace(self.private, seed=None)
+        return replace(self, private=private, shuffle=self.shuffle if order else None)
+
+    @property
+    def undefended(self) -> FedAvg:
+        """The same steps on plain gradients."""
+        return self if self.private is None else replace(self, private=None)
+
+    @property
+    def simulated(self) -> FedAvg:
+        """Itself, without the seed of its noise: examples are clipped before their gradients are summed."""
+        if self.private is None or self.private.seed is None:
+            return self
+        return replace(self, private=replace(self.private, seed=None))
 
     def reseed(self, seed: int) -> FedAvg:
-        """Return the map with another order, where there is shuffling."""
-        return self if self.shuffle is None else replace(self, shuffle=seed)
+        """Return the map with another order and fresh noise, where there are such."""
+        private = None if self.private is None else replace(self.private, seed=seed)
+        return replace(self, private=private, shuffle=None if self.shuffle is None else seed)
+
+    def deviation(self, observed: Tensors) -> dict[str, Tensor]:
+        """Return the standard deviation of the noise per coordinate, as plain SGD sums it up (batch of one step)."""
+        size = 0.0
+        if self.private is not None:
+            steps = self.steps or self.epochs
+            size = self.private.deviation(self.loss) * getattr(self.rule, "lr", 0.0) * math.sqrt(steps)
+        return {k: torch.full_like(o, size) for k, o in observed.items()}
 
     def run(
         self, model: nn.Module, params: Tensors, inputs: Tensor, labels: Tensor, buffers: Tensors | None = None
@@ -123,7 +148,10 @@ class FedAvg(LocalTraining):
         moved = carry["displacement"]
         now = {k: p + moved[k] for k, p in params.items()} if index else dict(params)
         x, y = _take(inputs, chosen), _take(labels, chosen)
-        gradients, buffers = gradient(model, self.loss, now, x, y, buffers or None)
+        if self.private is None:
+            gradients, buffers = gradient(model, self.loss, now, x, y, buffers or None)
+        else:
+            gradients = self.private.gradient(model, self.loss, now, x, y, buffers or None, index)
         state = {slot: values for slot, values in carry.items() if slot != "displacement"}
         change, state = self.rule.step(index, now, gradients, state)
         return {"displacement": {k: moved[k] + c for k, c in change.items()}, **state}, buffers

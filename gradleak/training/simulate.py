@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradleak.errors import InvalidModel, NotApplicable, reason
+from gradleak.training.aggregated import Aggregated
 from gradleak.training.base import LocalTraining, Tensors, check_repeatable, check_reproducible, parameters
 from gradleak.training.fedavg import FedAvg
 from gradleak.training.fedsgd import FedSGD
@@ -56,7 +57,8 @@ class Simulator:
         self.model = model
         self.known = training is not None
         self.training: LocalTraining = FedSGD() if training is None else training
-        self.undefended = self.training.undefended
+        self.undefended = self.training.simulated
+        """What is simulated: the training without known defenses of the finished update."""
         self._params: dict[torch.dtype | None, Tensors] = {None: parameters(model)}
         frozen = {k: p.detach() for k, p in model.named_parameters() if not p.requires_grad}
         # Copies: some models write into their buffers.
@@ -66,7 +68,7 @@ class Simulator:
     @property
     def defended(self) -> bool:
         """Whether a defense is known."""
-        return self.undefended is not self.training
+        return self.training.undefended is not self.training
 
     @property
     def dtype(self) -> torch.dtype:
@@ -152,12 +154,17 @@ class Simulator:
         ``batch_size`` decides the number of local steps.
         """
         tensors = {k: t for k, t in update.tensors.items() if names is None or k in names}
-        if update.kind is UpdateKind.GRADIENT:
-            return Gradient(tensors, single=True, scaled=True)
         training = self.undefended
+        if isinstance(training, Aggregated):
+            batch_size = batch_size and batch_size // training.clients
+            training = training.inner.simulated
+        clipped = getattr(training, "private", None) is not None
+        why = "Every example was clipped by itself, so the update is a gradient up to factors"
+        if update.kind is UpdateKind.GRADIENT:
+            return Gradient(tensors, single=True, scaled=not clipped, reason=f"{why}; use matching." if clipped else "")
         if not self.known or not isinstance(training, FedAvg):
-            why = "The step size of the weight delta is not known, so it is a gradient up to a factor"
-            return Gradient(tensors, single=True, scaled=False, reason=f"{why}; state the client's training.")
+            unknown = "The step size of the weight delta is not known, so it is a gradient up to a factor"
+            return Gradient(tensors, single=True, scaled=False, reason=f"{unknown}; state the client's training.")
         rule, steps = training.rule, training.count(batch_size or 1)
         if not isinstance(rule, SGD):
             return Gradient(
@@ -172,7 +179,8 @@ class Simulator:
         # In the update's own number format, which tells how large its rounding is.
         found = {k: t / factor - rule.weight_decay * params[k].to(t) for k, t in tensors.items()}
         if steps == 1:
-            return Gradient(found, single=True, scaled=True)
+            reason = f"{why}; use matching." if clipped else ""
+            return Gradient(found, single=True, scaled=not clipped, reason=reason)
         why = f"The client took {steps} local steps, so its update is no single gradient"
         return Gradient(found, False, True, f"{why}; use matching, which unrolls the training.")
 

@@ -25,16 +25,20 @@ from gradleak.defenses import (
     Rounding,
     Sign,
     UpdateDefense,
+    adaptive_clip,
     bfloat16,
     clamp,
     clip,
     compose,
+    exclude_vars,
     gaussian_noise,
     half_precision,
     int8,
     laplacian_noise,
+    percentile_privacy,
     prune,
     sign,
+    svt_privacy,
     top_k,
 )
 from gradleak.defenses.base import straight_through
@@ -62,7 +66,11 @@ DETERMINISTIC: list[UpdateDefense] = [
     compose(prune(0.5), int8()),
     compose(clip(0.05), prune(0.5)),
     compose(prune(0.1, globally=True), clamp(1e-3)),
+    percentile_privacy(percentile=30, gamma=0.9),
+    exclude_vars("bias|0.weight"),
+    adaptive_clip(0.05),
 ]
+SPARSE = svt_privacy(epsilon=1e3, gamma=0.5)
 NOISY: list[UpdateDefense] = [gaussian_noise(1e-2), laplacian_noise(1e-2), compose(clip(0.05), gaussian_noise(1e-2))]
 
 
@@ -87,13 +95,13 @@ def norm(tensors: dict[str, Tensor]) -> float:
 def test_everything_public_is_exported() -> None:
     listed = [getattr(defenses, name) for name in defenses.__all__]
     concrete = {d for d in listed if isinstance(d, type) and issubclass(d, UpdateDefense) and d is not UpdateDefense}
-    assert concrete == {type(d) for d in DETERMINISTIC + NOISY}
+    assert concrete == {type(d) for d in [*DETERMINISTIC, *NOISY, SPARSE]}
 
 
 # What is sent
 
 
-@pytest.mark.parametrize("defense", [*DETERMINISTIC, *NOISY])
+@pytest.mark.parametrize("defense", [*DETERMINISTIC, *NOISY, SPARSE])
 def test_transform_is_pure_and_keeps_names_shapes_and_dtypes(defense: UpdateDefense) -> None:
     tensors = update(torch.float32)
     before = {k: t.clone() for k, t in tensors.items()}

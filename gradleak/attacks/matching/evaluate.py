@@ -75,7 +75,7 @@ class Group:
         self.like = next(iter(p.params.values()))
         training = p.observation.training
         assert training is not None
-        self.training, self.undefended = training, training.undefended
+        self.training, self.undefended = training, training.simulated
         self.params, params_axis = _stack([q.params for q in problems])
         self.buffers, buffers_axis = _stack([q.buffers for q in problems])
         self.observed, observed_axis = _stack([q.observed for q in problems])
