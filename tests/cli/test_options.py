@@ -112,9 +112,19 @@ def test_defenses_are_told_to_the_attacker_in_order(job) -> None:
 def test_every_defense_has_its_name(job, name: str) -> None:
     options = {"clip": ":norm=1", "prune": ":ratio=0.9", "top_k": ":share=0.1"}
     options |= {"gaussian_noise": ":sigma=0.1", "laplacian_noise": ":scale=0.1", "clamp": ":bound=0.1"}
+    options |= {"adaptive_clip": ":norm=1", "exclude_vars": ":pattern=bias", "secure_aggregation": ":clients=1"}
+    options |= {"dp_sgd": ":noise_multiplier=1,max_grad_norm=1,batch_size=1"}
+    options |= {"local_dp": ":clipping_norm=1,sensitivity=1,epsilon=1,delta=1e-5"}
     (observation,) = job("--defense", name + options.get(name, "")).observations
     assert observation.training.undefended == FedSGD()
     assert observation.training != FedSGD()
+
+
+def test_defenses_of_any_kind_are_wrapped_in_order(job) -> None:
+    more = ("--defense", "dp_sgd:noise_multiplier=1,max_grad_norm=1,batch_size=1", "--defense", "int8")
+    (observation,) = job(*more).observations
+    assert observation.training.defense == gl.defenses.int8()
+    assert observation.training.inner.private.noise_multiplier == 1
 
 
 def test_three_axes_are_an_image_unless_something_else_is_said(job) -> None:
