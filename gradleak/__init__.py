@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gradleak import attacks, bounds, defenses, errors, metrics, models
     from gradleak.exchange import Client, Exchange, simulate
+    from gradleak.inspection import Inspection, inspect
     from gradleak.spaces import ImageSpace, InputSpace, TableSpace, TensorSpace, TokenSpace
     from gradleak.threat import Knowledge, Observation, ThreatModel
     from gradleak.training import BinaryCrossEntropy, CrossEntropy, FedAvg, FedSGD, LocalTraining, MeanSquaredError
@@ -26,6 +27,7 @@ __all__ = [
     "FedSGD",
     "ImageSpace",
     "InputSpace",
+    "Inspection",
     "Knowledge",
     "LocalTraining",
     "MeanSquaredError",
@@ -44,6 +46,7 @@ __all__ = [
     "bounds",
     "defenses",
     "errors",
+    "inspect",
     "metrics",
     "models",
     "simulate",
@@ -54,6 +57,7 @@ __all__ = [
 _PACKAGES = ("attacks", "bounds", "defenses", "errors", "metrics", "models")
 _HOMES = {
     "exchange": ("Client", "Exchange", "simulate"),
+    "inspection": ("Inspection", "inspect"),
     "spaces": ("ImageSpace", "InputSpace", "TableSpace", "TensorSpace", "TokenSpace"),
     "threat": ("Knowledge", "Observation", "ThreatModel"),
     "training": ("BinaryCrossEntropy", "CrossEntropy", "FedAvg", "FedSGD", "LocalTraining", "MeanSquaredError"),

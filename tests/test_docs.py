@@ -180,6 +180,7 @@ def test_options_that_the_pages_name_exist() -> None:
         commands.demo,
         commands.attack,
         commands.audit,
+        commands.inspect,
         commands.report,
         commands.list_names,
         commands.reproduce,

@@ -35,7 +35,7 @@ from gradleak.threat import Knowledge, Observation
 from gradleak.training import FedSGD
 from gradleak.types import Attempt, Finding, Note, NoteKind, Reconstruction, Status, Verdict
 
-__all__ = ["WAYS", "Auto", "Way", "auto"]
+__all__ = ["WAYS", "Auto", "Case", "Way", "auto"]
 
 _POLISHED = 1024
 """Unknowns up to which a Gauss–Newton polish is a matter of seconds on a CPU."""
@@ -53,6 +53,7 @@ class Way:
         continues: whether it starts from the best result so far instead of competing with it.
         starts: whether matching starts from what it leaves open.
         share: of the time that is left, which it may use up; a search that may miss leaves some to the others.
+        searches: whether it optimizes, instead of solving equations.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Way:
     continues: bool = False
     starts: bool = False
     share: float = 1.0
+    searches: bool = False
 
 
 @final
@@ -247,11 +249,11 @@ WAYS = (
     Way("spear", lambda _: spear(), _batch),
     Way("recursion", lambda _: recursion(), _values, share=0.5),
     Way("gauss_newton", lambda _: GaussNewton(layers_only=True), _one_example),
-    Way("feature_matching", _matching(feature_matching), _separable),  # type: ignore[arg-type]
-    Way("idlg", _matching(idlg), _labeled),
-    Way("dlg", _matching(dlg), _unlabeled),
-    Way("tableak", _voting, _pooled),
-    Way("prior_matching", _matching(prior_matching), _kinked),
+    Way("feature_matching", _matching(feature_matching), _separable, searches=True),  # type: ignore[arg-type]
+    Way("idlg", _matching(idlg), _labeled, searches=True),
+    Way("dlg", _matching(dlg), _unlabeled, searches=True),
+    Way("tableak", _voting, _pooled, searches=True),
+    Way("prior_matching", _matching(prior_matching), _kinked, searches=True),
     Way("gauss_newton", lambda _: gauss_newton(), _polishable, continues=True),
 )
 """In the order in which they are tried: solving before searching, polishing last."""
@@ -307,7 +309,7 @@ class Auto(Attack):
                     if not case.sentences and way.name != "read_sentences":
                         case.attempts.append(Attempt(way.name, False, None, why))
                     continue
-                found = self._go(way, case, seed, callback, deadline)
+                found = self.go(way, case, seed, callback, deadline)
             except _Refusal as reason:
                 case.attempts.append(Attempt(way.name, False, None, str(reason)))
                 continue
@@ -322,7 +324,7 @@ class Auto(Attack):
             name = f"{case.best.attack} and {way.name}" if way.continues and case.best is not None else way.name
             case.offer(name, found)
 
-    def _go(self, way: Way, case: Case, seed: int, callback: Callback | None, deadline: Deadline) -> Reconstruction:
+    def go(self, way: Way, case: Case, seed: int, callback: Callback | None, deadline: Deadline) -> Reconstruction:
         """Return what one way finds: around the rows that are solved already, or from the best so far."""
         observation, attack, best = case.observation, way.make(self), case.best
         deadline = deadline.part(way.share) if way.share < 1 else deadline

@@ -17,10 +17,14 @@ from gradleak.structure.probe import linear_inputs
 from gradleak.training import LocalTraining, Simulator, TargetKind
 from gradleak.types import Update
 
-__all__ = ["CountedExamples", "count_examples"]
+__all__ = ["CountedExamples", "count_examples", "gradient_rank"]
 
 _NOISE = 64.0
 """Spacings of the number format, times the largest singular value, below which another one is rounding."""
+
+
+_COLUMNS = 512
+"""Size of a gradient from which on its rank is that of so many combinations of its columns."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,9 @@ def count_examples(
         gradient = update.tensors.get(weight or "")
         if gradient is None or len(seen) > 1 or seen[0].ndim != 2:
             continue
-        rank, limit = _rank(gradient), min(gradient.shape)
+        rank, limit = gradient_rank(gradient)
         if name == last and getattr(simulator.undefended.loss, "targets", None) is TargetKind.CLASSES:
-            limit = min(gradient.shape[0] - 1, gradient.shape[1])  # p − y sums to zero
+            limit = min(gradient.shape[0] - 1, limit)  # p − y sums to zero
         if rank > best or (rank == best and limit > room):
             best, room, where = rank, limit, name
     count: int | None = None
@@ -75,7 +79,17 @@ def count_examples(
     return CountedExamples(count, why)
 
 
-def _rank(gradient: Tensor) -> int:
-    values = torch.linalg.svdvals(gradient.detach().double())
+def gradient_rank(gradient: Tensor) -> tuple[int, int]:
+    """Return the rank of a weight's gradient (m, n) above rounding, and the largest that could have shown.
+
+    Of a large gradient, as many random combinations of columns are looked at as there may be examples.
+    """
+    values = gradient.detach().double()
+    if min(gradient.shape) > _COLUMNS:
+        draw = torch.Generator().manual_seed(0)
+        mix = torch.randn(gradient.shape[1], _COLUMNS, generator=draw, dtype=torch.float64).to(values)
+        values = values @ mix
+    largest = min(values.shape)
+    values = torch.linalg.svdvals(values)
     noise = _NOISE * torch.finfo(gradient.dtype).eps * max(1.0, float(max(gradient.shape)) ** 0.5)
-    return int((values > noise * values[0]).sum()) if float(values[0]) > 0 else 0
+    return (int((values > noise * values[0]).sum()) if float(values[0]) > 0 else 0), largest

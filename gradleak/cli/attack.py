@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from gradleak.threat import Knowledge, Observation, ThreatModel
 from gradleak.training import Loss, Simulator, TargetKind, relax, target_kind
 from gradleak.types import Note, NoteKind
 
-__all__ = ["attack"]
+__all__ = ["attack", "prepare"]
 
 
 def attack(*, budget: float | None, **asked: Any) -> int:
@@ -33,7 +33,14 @@ def attack(*, budget: float | None, **asked: Any) -> int:
     ``budget`` is in seconds; ``asked`` are the options of :func:`gradleak.cli.request.read_request`.
     """
     check_writable(asked["out"].absolute())
-    request = read_request({"budget": budget, **asked})
+    job = prepare({"budget": budget, **asked})
+    with Watch(Deadline(budget)) as watch:
+        return run(job, watch)
+
+
+def prepare(asked: Mapping[str, Any]) -> Job:
+    """Return what was asked for, read, checked and tried out; what is suspicious about it has been said."""
+    request = read_request(asked)
     subject = load_subject(request.model, request.space, request.update, request.kind, request.batch_size)
     losses = request.loss.among(subject.outputs)
     count, source, noted = _count(request, subject, losses[0])
@@ -44,8 +51,7 @@ def attack(*, budget: float | None, **asked: Any) -> int:
         choose_threads(step)
     for note in job.warnings:
         warn(note)
-    with Watch(Deadline(budget)) as watch:
-        return run(job, watch)
+    return job
 
 
 def _count(request: Request, subject: Subject, loss: Loss) -> tuple[int, str, tuple[Note, ...]]:

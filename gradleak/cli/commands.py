@@ -1,4 +1,4 @@
-"""The command line: ``gradleak demo``, ``attack``, ``audit``, ``report``, ``list``, ``reproduce``.
+"""The command line: ``gradleak demo``, ``attack``, ``inspect``, ``audit``, ``report``, ``list``, ``reproduce``.
 
 This module imports neither torch nor the packages that do: ``gradleak --help`` answers at once, and each command
 imports what it needs. A new command is a function here (or in a file of its own) and one line under "commands".
@@ -10,6 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -180,6 +181,32 @@ def attack(
     raise typer.Exit(run(**completed(asked), command=_command()))
 
 
+def inspect(context: typer.Context, out: Path | None, json: bool, **asked: Any) -> None:
+    """Tell in seconds what an update gives away: which layers, how many examples, which way applies, what to expect.
+
+    Takes the options of `gradleak attack`; those that say how to attack are not needed, --budget is the time (10s).
+    """
+    from gradleak.cli.captures import completed
+    from gradleak.cli.inspect import inspect as run
+
+    run(out, json, completed({"context": context, **asked}), _command())
+
+
+def _options_of(command: Callable[..., Any], **more: Any) -> tuple[Signature, dict[str, Any]]:
+    """Return signature and annotations of ``command``, with ``more`` options, or others in place of its own."""
+    shown = signature(command, eval_str=True)
+    options = [Parameter(k, Parameter.KEYWORD_ONLY, default=d, annotation=a) for k, (a, d) in more.items()]
+    kept = [p.replace(kind=Parameter.KEYWORD_ONLY) for k, p in shown.parameters.items() if k not in more]
+    return Signature([*kept, *options]), {p.name: p.annotation for p in (*kept, *options)}
+
+
+inspect.__signature__, inspect.__annotations__ = _options_of(  # type: ignore[attr-defined]
+    attack,
+    out=(Annotated[Path | None, _option(values.folder, "PATH", "Folder for inspection.json.", "--out")], None),
+    json=(Annotated[bool, typer.Option("--json", help="Print JSON.")], False),
+)
+
+
 def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that attack or demo wrote.")],
 ) -> None:
@@ -293,6 +320,7 @@ _AUDIT_CODES = (
 app.command(cls=_Command)(demo)
 app.command(cls=_Command, epilog=_CODES)(attack)
 app.command(cls=_Command, epilog=_AUDIT_CODES)(audit)
+app.command(cls=_Command)(inspect)
 app.command(cls=_Command)(report)
 app.command("list", cls=_Command)(list_names)
 app.command(cls=_Command)(reproduce)

@@ -19,7 +19,7 @@ OPTIONS = (
     "attack", "attack_option", "batch_size", "budget", "class_weights", "classes", "data", "defense", "device", "dtype",
     "input_kind", "input_shape", "kind", "label_smoothing", "labels", "local_batch_size", "local_epochs", "local_steps",
     "loss", "lr", "mean", "mode", "model", "model_arg", "momentum", "optimizer", "reduction", "seed", "std", "table",
-    "truth", "update", "weight_decay", "weights",
+    "truth", "update", "weight_decay", "weights", "round", "client",
 )  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def test_every_option_is_tried() -> None:
 
     from gradleak.cli import commands
 
-    assert {*OPTIONS, "out"} == set(inspect.signature(commands.attack).parameters)
+    assert {*OPTIONS, "out", "context", "capture"} == set(inspect.signature(commands.attack).parameters)
 
 
 @pytest.mark.slow
