@@ -181,9 +181,14 @@ def is_signs(tensors: Mapping[str, Tensor]) -> bool:
 
     Tensors with one or two live rows are left out: a binary input legitimately gives equal sizes.
     """
-    found = [t.double().abs().flatten(1) for t in tensors.values() if t.ndim > 1]
-    large = [t[t > 0] for t in found if int(t.any(1).sum()) > 2]
-    return bool(large) and all(len(t) >= _FEW and float(t.std()) <= 1e-3 * float(t.mean()) for t in large)
+    found = False
+    for tensor in (t.flatten(1) for t in tensors.values() if t.ndim > 1):
+        if int(tensor.any(1).sum()) > 2:
+            sizes = tensor[tensor != 0].double().abs()
+            if len(sizes) < _FEW or float(sizes.std()) > 1e-3 * float(sizes.mean()):
+                return False
+            found = True
+    return found
 
 
 _FEW = 16

@@ -14,9 +14,10 @@ from gradleak.attacks.least_squares import LARGEST, Problem, State, search
 from gradleak.attacks.recursion import check, from_layers
 from gradleak.clock import Deadline
 from gradleak.errors import InvalidInput, NotApplicable, ResourceLimit
-from gradleak.exact.one_example import RecursionResult, fit_layers
+from gradleak.exact.one_example import RecursionResult, check_together, fit_layers
 from gradleak.formats import number_format
 from gradleak.structure.ranks import rank_bound
+from gradleak.structure.reader import trace_chain
 from gradleak.threat import Knowledge, Observation
 from gradleak.types import Note, NoteKind, Reconstruction, Status
 
@@ -85,6 +86,8 @@ class GaussNewton(Attack):
         begin, deadline = time.perf_counter(), Deadline(self.budget)
         try:
             if self.layers_only:
+                check(observation)
+                check_together(trace_chain(observation.model, tuple(observation.space.shape)))  # Cheaper than counting.
                 bound = rank_bound(observation.model, observation.params, tuple(observation.space.shape), 1)
                 if not bound.determined:
                     raise NotApplicable(bound.reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -20,6 +21,7 @@ from gradleak.formats import number_format, storage_deviation
 from gradleak.solve.conjugate_gradients import conjugate_gradients
 from gradleak.solve.jacobian import jacobian
 from gradleak.solve.least_squares import State, minimize
+from gradleak.structure.probe import meets_kinks, probe_inputs
 from gradleak.threat import Observation
 from gradleak.training import check_reproducible, output_tensors
 from gradleak.types import Reconstruction, Status
@@ -43,13 +45,18 @@ _KINK = 1e-3
 def is_smooth(model: nn.Module, shape: tuple[int, ...]) -> bool:
     """Tell whether ``model`` is smooth in its input, by behavior: no class names, no graph.
 
-    Along short lines, the integral of the second derivative must give the change of the first. At a kink (ReLU,
-    max-pooling) the first derivative jumps, which the second does not see.
+    Functions of torch with a kink that values surround tell at once. Else, along short lines, the integral of the
+    second derivative must give the change of the first. At a kink (ReLU, max-pooling) the first derivative jumps, which
+    the second does not see.
 
     Raises:
         InvalidModel: the model cannot be evaluated reproducibly.
     """
     check_reproducible(model)
+    own = {k: p.detach() for k, p in model.named_parameters()}
+    with suppress(NotApplicable):
+        if meets_kinks(model, own, probe_inputs(shape, 2, next(iter(own.values())))):
+            return False  # Of a large network, the lines below take many seconds.
     tensors = {k: p.detach().double() for k, p in model.named_parameters()}
     tensors |= {k: b.double() if b.is_floating_point() else b for k, b in model.named_buffers()}
     like = next(iter(tensors.values()))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from gradleak.errors import NotApplicable, reason
 
-__all__ = ["entering", "linear_inputs", "probe_inputs", "run_quietly"]
+__all__ = ["entering", "linear_inputs", "meets_kinks", "probe_inputs", "run_quietly"]
 
 Tensors = Mapping[str, Tensor]
 
@@ -41,6 +43,36 @@ def run_quietly(model: nn.Module, params: Tensors, inputs: Tensor, buffers: Tens
                 f"The model does not run on {len(inputs)} probing inputs of shape {tuple(inputs.shape[1:])} "
                 f"({reason(error)}); describe what it takes, or use an attack that does not look into the model."
             ) from error
+
+
+_SIDED = frozenset({"relu", "leaky_relu", "prelu", "rrelu", "abs", "hardtanh", "hardswish", "hardsigmoid", "relu6"})
+"""Functions with a kink at zero, or at another value that inputs of both signs surround in practice."""
+
+
+@final
+class _Kinks(TorchFunctionMode):
+    """Notices functions with kinks that have values on both sides."""
+
+    met = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(getattr(func, "__name__", "")).strip("_")
+        if "max_pool" in name:
+            self.met = True
+        elif name in _SIDED and args and isinstance(args[0], Tensor):
+            self.met = self.met or bool((args[0] > 0).any() and (args[0] < 0).any())
+        return func(*args, **(kwargs or {}))
+
+
+def meets_kinks(model: nn.Module, params: Tensors, inputs: Tensor) -> bool:
+    """Tell whether ``inputs`` surround a kink (ReLU, max-pooling) inside the model; False says nothing.
+
+    Raises:
+        NotApplicable: the model cannot be run on such inputs.
+    """
+    with torch.no_grad(), _Kinks() as kinks:
+        run_quietly(model, params, inputs)
+    return kinks.met
 
 
 def linear_inputs(model: nn.Module, params: Tensors, inputs: Tensor) -> dict[str, list[Tensor]]:

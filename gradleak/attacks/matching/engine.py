@@ -221,8 +221,9 @@ def _slots(group: Group, candidates: int, size: int) -> int:
     keeps = attack.solver.memory(size, like.dtype.itemsize)
     free = available(like.device)
     weights = sum(v.numel() for v in group.first.params.values()) * like.dtype.itemsize
-    # A candidate's gradient takes a few dozen copies of the weights; only where that may matter is it worked out.
-    if wanted * (keeps + 60 * (weights + size * like.dtype.itemsize)) >= 0.05 * free:
+    # A candidate's gradient takes a few dozen copies of the weights; only where that may matter is it worked out, which
+    # takes as long as several evaluations: for one at a time, where it may not fit at all.
+    if wanted * (keeps + 60 * (weights + size * like.dtype.itemsize)) >= (0.05 if together else 0.5) * free:
         row = torch.zeros(size, dtype=like.dtype, device=like.device)
         one = candidate_bytes(group.gradient, (row, group.arguments(0)))
         wanted = fitting(wanted, one if together else 0, keeps, once=0 if together else one, free=free)
