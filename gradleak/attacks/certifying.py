@@ -11,6 +11,7 @@ from gradleak.attacks.labeling import read_labels
 from gradleak.clock import Deadline
 from gradleak.errors import InvalidModel, NotApplicable, reason
 from gradleak.proof.certify import certify, unproved
+from gradleak.proof.discrete import certify_discrete
 from gradleak.proof.part import certify_part
 from gradleak.threat import Observation
 from gradleak.types import Certificate, Part, Reconstruction, Shows, Status
@@ -61,6 +62,16 @@ def certified(
         simulated: Tensor | None = None
         for labels in (hard, soft):
             if labels is None or (best is not None and best.verdict.strength > 0):
+                continue
+            if not inputs.is_floating_point():
+                best = certify_discrete(
+                    observation.simulator,
+                    observation.update.tensors,
+                    inputs,
+                    labels.to(device),
+                    construction=found.construction,
+                    stated=observation.batch_size_stated and observation.batch_size is not None,
+                )
                 continue
             proof = certify(
                 observation.simulator,

@@ -10,9 +10,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from gradleak.attacks.base import Attack, Callback
+from gradleak.attacks.base import Attack, Callback, Progress
 from gradleak.attacks.encoder import Encoder, Span, read_span
+from gradleak.attacks.prefixes import Reading, padded, read_prefixes
 from gradleak.errors import NotApplicable
+from gradleak.proof.certify import unproved
 from gradleak.spaces import TokenSpace
 from gradleak.threat import Knowledge, Observation
 from gradleak.types import Construction, Finding, FindingKind, Note, NoteKind, Reconstruction, Status, UpdateKind
@@ -56,6 +58,10 @@ class ReadSentences(Attack):
         generator, space = torch.Generator().manual_seed(seed), observation.space
         if not isinstance(space, TokenSpace):
             raise NotApplicable("Only sentences can be read this way; give observe() a TokenSpace, or use matching.")
+        if space.looked_up:
+            read = read_prefixes(observation, space, lambda told: callback(Progress(0, 1, math.inf, told)))
+            if read is not None:
+                return _as_result(observation, space, read)
         if observation.update.kind is not UpdateKind.GRADIENT:
             raise NotApplicable("The update is a weight delta, not a gradient; scale a one-step delta by -1/lr first.")
         reader = Encoder(observation, space)
@@ -232,6 +238,44 @@ class ReadSentences(Attack):
                 break
             sentence, here = trials[best], left[best]
         return sentence
+
+
+def _as_result(observation: Observation, space: TokenSpace, read: Reading) -> Reconstruction:
+    """Return what was read of a causal model's batch, filled up with empty sentences where some are missing."""
+    size = observation.batch_size or len(read.sentences)
+    kept = read.sentences[:size]
+    ids = padded([*kept, *[()] * (size - len(kept))]).to(observation.simulator.device)
+    loss = observation.simulator.undefended.loss
+    labels: Tensor | None = None
+    if read.labels is not None:
+        labels = torch.tensor(read.labels, device=ids.device)
+    elif getattr(loss, "shift", 0):
+        labels = ids.masked_fill(ids < 0, -100)
+    prefixes = read.prefixes
+    said = (
+        f"{len(read.sentences)} sentences with {sum(map(len, read.sentences))} tokens were read off the gradients: "
+        f"{len(prefixes.nodes)} different beginnings of sentences lie in the spans of the layers' inputs"
+        + (", which have just as many dimensions." if prefixes.rank == len(prefixes.nodes) else ".")
+    )
+    found = Finding(FindingKind.TOKENS, said, proved=read.whole, count=len(kept), of=size)
+    proof = Construction(
+        len(prefixes.nodes),
+        0.0,
+        "every token's inputs lie in the spans of several layers' gradients, which leave room for no others, and last "
+        "tokens and repetitions were counted in the last layer's",
+    )
+    return Reconstruction(
+        inputs=ids,
+        labels=labels,
+        objective=0.0 if read.whole else math.inf,
+        status=Status.EXACT if read.whole else Status.STALLED,
+        evaluations=1,
+        notes=() if read.whole else (Note(read.reason, NoteKind.LIMIT),),
+        construction=proof if read.whole else None,
+        solved=torch.full((size,), read.whole),
+        findings=(found,),
+        certificate=None if len(kept) == size else unproved(size, read.reason),
+    )
 
 
 def _heaviest(tokens: Tensor, where: Tensor, weights: Tensor, length: int) -> Tensor:
