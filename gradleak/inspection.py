@@ -323,7 +323,7 @@ def _seen(observation: Observation) -> dict[str, list[Tensor]]:
     like = observation.space.neutral().to(observation.simulator.device, observation.simulator.dtype)
     try:
         with torch.no_grad(), suppress(NotApplicable):
-            run_quietly(model, observation.params, like.expand(2, *observation.space.shape).contiguous())
+            run_quietly(model, observation.params, like[None].repeat(2, *(1,) * like.ndim))
     finally:
         for handle in handles:
             handle.remove()
