@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gradleak import attacks, bounds, defenses, errors, metrics, models
+    from gradleak import attacks, audit, bounds, defenses, errors, metrics, models
+    from gradleak.auditing import run_audit
     from gradleak.exchange import Client, Exchange, simulate
     from gradleak.inspection import Inspection, inspect
     from gradleak.spaces import ImageSpace, InputSpace, TableSpace, TensorSpace, TokenSpace
@@ -43,19 +44,22 @@ __all__ = [
     "UpdateKind",
     "Verdict",
     "attacks",
+    "audit",
     "bounds",
     "defenses",
     "errors",
     "inspect",
     "metrics",
     "models",
+    "run_audit",
     "simulate",
 ]
 
 # Public names are imported when they are first used: the command line answers --help, and reports are rendered,
 # without torch (PEP 562).
-_PACKAGES = ("attacks", "bounds", "defenses", "errors", "metrics", "models")
+_PACKAGES = ("attacks", "audit", "bounds", "defenses", "errors", "metrics", "models")
 _HOMES = {
+    "auditing": ("run_audit",),
     "exchange": ("Client", "Exchange", "simulate"),
     "inspection": ("Inspection", "inspect"),
     "spaces": ("ImageSpace", "InputSpace", "TableSpace", "TensorSpace", "TokenSpace"),

@@ -32,6 +32,8 @@ _CAPS = {
     "public_data": "public examples of the same kind",
     "order": "the order of the examples",
 }
+_LEARNED = 0.05
+"""By how much training without filters must better the model for its cost to tell anything."""
 _CAUSE = "noise or near duplicates leave that much room, or the tolerance is tighter than the number format allows."
 
 
@@ -149,17 +151,23 @@ def utility_rows(measured: Iterable[tuple[Trial, Values]], plain: Mapping[str, C
             values.setdefault(trial.case, []).append(found)
     asked = [case for case in values if case.filters or case not in plain.values()]
     asked += [case for case in values if not case.filters and case.name not in {c.name for c in asked}]
-    return [
-        {
-            "case": case.name,
-            "filters": list(case.filters),
-            "metric": values[case][0]["metric"],
-            "before": values[case][0]["before"],
-            "with": _spread(values[case]),
-            "without": _spread(values[plain[case.name]]) if plain[case.name] in values else None,
-        }
-        for case in asked
-    ]
+    rows = []
+    for case in asked:
+        before, own = values[case][0]["before"], plain[case.name]
+        without = _spread(values[own]) if own in values else None
+        rows.append(
+            {
+                "case": case.name,
+                "filters": list(case.filters),
+                "metric": values[case][0]["metric"],
+                "before": before,
+                "with": _spread(values[case]),
+                "without": without,
+                # A training that leads nowhere shows no cost, whatever filters do to it.
+                "telling": without is not None and without["low"] > before + _LEARNED,
+            }
+        )
+    return rows
 
 
 def _spread(found: Sequence[Values]) -> Row:

@@ -24,7 +24,7 @@ from gradleak.audit.workers import spread
 from gradleak.errors import GradleakError, InvalidFile, InvalidInput
 from gradleak.files import check_writable, sweep, write_bytes
 
-__all__ = ["EVIDENCE", "Audit", "exit_code", "run"]
+__all__ = ["EVIDENCE", "Audit", "Told", "exit_code", "run"]
 
 EVIDENCE, TRIALS = "evidence.json", "trials"
 _PACKAGES = ("torch", "numpy", "scipy", "opacus", "ray", "transformers")

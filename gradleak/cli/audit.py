@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from gradleak.audit.running import EVIDENCE, exit_code, run
+from gradleak.audit.running import EVIDENCE, exit_code
+from gradleak.auditing import PAGE, run_audit
 from gradleak.cli.console import say, show, trial_bar
 
 __all__ = ["audit"]
@@ -23,7 +24,7 @@ def audit(subject: Path, out: Path, **asked: Any) -> int:
     ``asked`` are the options of :func:`gradleak.audit.running.run`.
     """
     with trial_bar() as told:
-        found = run(subject, out, told=told, **asked).evidence
+        found = run_audit(subject, out, told=told, **asked).evidence
     _tell(found, out)
     return exit_code(found)
 
@@ -53,8 +54,8 @@ def _tell(found: Mapping[str, Any], out: Path) -> None:
         say(f"… and {len(found['lower_bound']) - _ROWS} better rows in {EVIDENCE}.")
     for remedy in verdict["remedies"]:
         got = remedy["recovered"]
-        said = "reaches the target" if remedy["reached"] else "does not reach the target"
-        said += "" if remedy["sure"] or not remedy["reached"] else " in so few batches"
-        say(f"Measured: {remedy['remedy']} {said} in case {remedy['case']}: {got['count']} of {remedy['examples']}.")
+        said = "not missed, but too few batches to be sure" if remedy["reached"] else "missed"
+        said = f"{got['count']} of {remedy['examples']} came back, target {'reached' if remedy['sure'] else said}"
+        say(f"Measured for case {remedy['case']}: {remedy['remedy']}: {said}.")
     say("")
-    say(f"Evidence: {out.absolute() / EVIDENCE}")
+    say(f"Evidence: {out.absolute() / PAGE}")

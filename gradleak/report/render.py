@@ -17,7 +17,7 @@ from gradleak.audit.records import REFUSED, Aggregate, Curves, Pictures, Record,
 from gradleak.report.charts import Series, log_chart
 from gradleak.report.pictures import capital
 
-__all__ = ["render"]
+__all__ = ["environment", "render"]
 
 _LAYERS = 8
 
@@ -57,7 +57,7 @@ class _Chart:
 
 def render(record: Record, pictures: Pictures) -> str:
     """Return one self-contained HTML page: it loads nothing, and every string of the record is escaped."""
-    template = _environment().get_template("report.html")
+    template = environment().get_template("report.html")
     outcome = record.outcome
     tried = outcome.told("attempt") if len(outcome.attempts) > 1 else ()  # these stand in a table of their own
     return template.render(
@@ -85,7 +85,8 @@ def render(record: Record, pictures: Pictures) -> str:
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Return what fills templates: everything is escaped, and what is missing is an error."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gradleak.report"),
         autoescape=True,

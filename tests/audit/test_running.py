@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import gradleak
 import gradleak.audit.trials
 from gradleak.audit.running import exit_code, run
 from gradleak.audit.store import read_case
@@ -158,6 +159,15 @@ def test_a_clean_audit_says_what_was_tried_and_never_private(tmp_path: Path) -> 
     found = run(tmp_path / "plan.toml", tmp_path / "out", fail_above=0.1).evidence
     assert found["verdict"]["grade"] == "undecided"
     assert exit_code(found) == 0
+
+
+def test_the_package_is_called_and_writes_the_page(audited, tmp_path: Path) -> None:
+    folder, audit = audited
+    found = gradleak.audit(folder / "plan.toml", folder / "out", fail_above=0.5)
+    assert found.evidence["lower_bound"] == audit.evidence["lower_bound"]
+    page = (folder / "out" / "evidence.html").read_text()
+    assert found.evidence["verdict"]["headline"] in page
+    assert page.count("data:image/png") == 6
 
 
 def test_equal_trials_have_equal_names_and_others_do_not(audited) -> None:

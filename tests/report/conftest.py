@@ -183,3 +183,118 @@ def hostile() -> Case:
         created=evil,
     )
     return replace(good, record=record)
+
+
+def make_evidence(trials: int = 3, *, word: str = "ward", back: int = 1) -> dict[str, Any]:
+    """Return evidence of one case with so many trials; ``back`` of them gave their example away."""
+    got = {"count": back, "share": back / trials, "low": 0.01, "high": 0.9}
+    row = {
+        "case": word,
+        "filters": [word],
+        "stage": 2,
+        "batch_size": 1,
+        "attack": "auto",
+        "nouns": "images",
+        "error": "MSE",
+        "batches": trials,
+        "examples": trials,
+        "recovered": got,
+        "proved": got,
+        "batches_hit": back,
+        "proved_but_not_recovered": 0,
+        "null": {"guess": word, "recovered": 0},
+        "findings": {"labels": {"count": 1, "of": 2}},
+        "ways": {},
+        "out_of_time": 0,
+        "refused": 0,
+        "why_refused": "",
+        "failed": 1,
+    }
+    spread = {"mean": 0.7, "low": 0.6, "high": 0.8, "trainings": 2}
+    trial = {
+        "id": "0" * 24,
+        "kind": "attack",
+        "case": word,
+        "filters": [word],
+        "stage": 0,
+        "batch_size": 1,
+        "attack": "auto",
+        "seconds": 1.0,
+        "status": "exact",
+    }
+    examples = [{"index": 0, "recovered": True, "proved": True, "error": 1e-9, "words": word}]
+    return {
+        "schema": "gradleak-evidence-1",
+        "verdict": {
+            "grade": "above",
+            "headline": f"Above the target: {word}.",
+            "reason": [word, word],
+            "target": 0.05,
+            "tolerance": 1e-3,
+            "created": "2026-11-21T03:00:00+00:00",
+            "failed_trials": 1,
+            "not_tried": [word],
+            "attacker": {"knows": [word], "does_not_know": []},
+            "remedies": [
+                {
+                    "case": word,
+                    "remedy": word,
+                    "examples": 3,
+                    "recovered": got,
+                    "reached": True,
+                    "sure": False,
+                    "utility": spread,
+                }
+            ],
+        },
+        "lower_bound": [row, {**row, "batches": 0, "why_refused": word}],
+        "upper_bound": [
+            {
+                "case": word,
+                "filters": [word],
+                "share": 0.3,
+                "text": word,
+                "epsilon": 4.0,
+                "delta": 1e-5,
+                "prior": 0.01,
+                "prior_source": word,
+            }
+        ],
+        "utility": [
+            {
+                "case": word,
+                "filters": [word],
+                "metric": word,
+                "before": 0.1,
+                "with": spread,
+                "without": spread,
+                "telling": False,
+            }
+        ],
+        "trials": [{**trial, "seed": i, "examples": examples} for i in range(trials)]
+        + [{**trial, "seed": 0, "error": word}],
+        "plan": {
+            "title": word,
+            "file": word,
+            "sha256": "0" * 64,
+            "text": word,
+            "command": word,
+            "cases": [
+                {
+                    "name": word,
+                    "model": word,
+                    "parameters": 10,
+                    "model_sha256": "0" * 64,
+                    "inputs": word,
+                    "data": word,
+                    "data_sha256": "1" * 64,
+                }
+            ],
+        },
+        "versions": {"gradleak": "0.1.0"},
+    }
+
+
+@pytest.fixture(scope="session")
+def evidence() -> Callable[..., dict[str, Any]]:
+    return make_evidence

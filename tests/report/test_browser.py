@@ -13,6 +13,7 @@ import pytest
 from gradleak.audit.records import AttemptRecord, Shown
 from gradleak.audit.verdict import judge_refusal
 from gradleak.report import picture, render
+from gradleak.report.evidence import render_evidence
 
 BROWSER = os.environ.get("GRADLEAK_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
@@ -191,3 +192,16 @@ def test_print_hides_the_player_and_keeps_the_pictures(show, case) -> None:
     page.emulate_media(media="print")
     assert not page.locator(".player").is_visible()
     assert page.locator("img[data-guess]").is_visible()
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_evidence_fits_and_pages_through_thousands_of_trials(show, evidence, width: int) -> None:
+    page = show(render_evidence(evidence(3000, word="a ward with a long name " * 4)), width)
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= width
+    page.locator("#all summary").focus()
+    page.keyboard.press("Enter")
+    assert page.locator("#body tr").count() == 50
+    page.locator("#next-button").press("Enter")
+    assert page.locator("#where").inner_text() == "51 – 100 of 3001"
+    page.locator("#back-button").press("Enter")
+    assert page.locator("#back-button").is_disabled()
