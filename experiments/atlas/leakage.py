@@ -75,7 +75,8 @@ def attack(
     )
     answer: dict[str, Any] = {"recovered": 0, "proved": 0, "of": size, "bound": bound.value, "epsilon": bound.epsilon}
     update = training(network, batch)
-    seen = gl.ThreatModel().observe(network, update, space=space, training=training, batch_size=size)
+    knows = gl.Knowledge.BATCH_SIZE | gl.Knowledge.TRAINING | gl.Knowledge.DEFENSE
+    seen = gl.ThreatModel(knows).observe(network, update, space=space, training=training, batch_size=size)
     answer["predicted"] = str(gl.inspect(seen, seconds=0.5 * budget).prediction)
     try:
         found = gl.attacks.auto(budget=budget).reconstruct(seen, seed=trial)

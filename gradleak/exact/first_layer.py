@@ -82,7 +82,7 @@ _TIES = 8
 """Numbers of the largest magnitude from which on it is taken for a limit."""
 
 
-def untouched_input(dw: Tensor, db: Tensor, kept_w: Tensor, kept_b: Tensor) -> tuple[Tensor, float, float] | None:
+def untouched_input(dw: Tensor, db: Tensor, kept_w: Tensor, kept_b: Tensor) -> tuple[Tensor, float, Tensor] | None:
     """Return a linear layer's input from what a filter left alone of one example's gradient, medians over the rows.
 
     Args:
@@ -92,22 +92,37 @@ def untouched_input(dw: Tensor, db: Tensor, kept_w: Tensor, kept_b: Tensor) -> t
         kept_b: (m,) the same.
 
     Returns:
-        The input (n,), the relative distance of the untouched entries from the outer product, and a bound on the error
-        of values of which every entry was zeroed. None where fewer than two rows are left, or every entry of some
-        value was limited.
+        The input (n,), the relative distance of the untouched entries from the outer product, and (n,) the largest
+        magnitude of values of which every entry was zeroed, 0 for the others. None where fewer than two rows are left,
+        or every entry of some value was limited.
     """
-    dw, db = dw.double()[kept_b], db.double()[kept_b]
-    kept = kept_w[kept_b]
-    seen = kept.sum(0)
-    limited = ((dw != 0) & ~kept).any(0)
-    if len(db) < 2 or bool(((seen == 0) & limited).any()) or int(kept.sum()) < 2 * dw.shape[1]:
+    dw, db, rows, known = dw.double(), db.double().clone(), kept_b.clone(), -1
+    while int(rows.sum()) > known:  # A row whose bias was changed follows from its weights where others show the input.
+        known = int(rows.sum())
+        fitted, seen = _fitted(dw, db, kept_w & rows[:, None])
+        common = kept_w & seen & ~rows[:, None]
+        power = torch.where(common, fitted.square(), 0.0).sum(1)
+        found = (common.sum(1) >= _SHARED) & (power > 0)
+        db[found] = (torch.where(common, dw * fitted, 0.0).sum(1) / power.clamp_min(1e-300))[found]
+        rows |= found
+    kept = kept_w & rows[:, None]
+    limited = ((dw != 0) & ~kept_w).any(0)
+    if known < 2 or bool((~seen & limited).any()) or int(kept.sum()) < 2 * dw.shape[1]:
         return None
-    median = torch.where(kept, dw / db[:, None], math.nan).nanmedian(0).values.nan_to_num()
+    ratios = torch.where(kept, dw / db[:, None], math.nan)
+    median = ratios.nanmedian(0).values.nan_to_num()
     misfit = float((torch.where(kept, dw - db[:, None] * median, 0.0)).norm() / dw[kept].norm())
+    return fitted, misfit, (~seen).double() * dw[kept].abs().min() / db[rows].abs().max()
+
+
+def _fitted(dw: Tensor, db: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the input (n,) that explains the kept entries best, zero where there are none, and where there are."""
     power = torch.where(kept, db[:, None].square(), 0.0).sum(0)
-    fitted = torch.where(kept, dw * db[:, None], 0.0).sum(0) / power.clamp_min(1e-300)
-    hidden = float(dw[kept].abs().min() / db.abs().max()) if bool((seen == 0).any()) else 0.0
-    return fitted, misfit, hidden
+    return torch.where(kept, dw * db[:, None], 0.0).sum(0) / power.clamp_min(1e-300), kept.any(0)
+
+
+_SHARED = 3
+"""Values that a row must share with others before its factor is taken from them."""
 
 
 def single_example_inputs(dw: Tensor, db: Tensor, *, tolerance: float | None = None) -> tuple[Tensor, list[Tensor]]:

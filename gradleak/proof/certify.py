@@ -182,7 +182,12 @@ def unproved(count: int, reason: str, residual: float = math.nan, floor: float =
 
 def _unmatched(fit: Fit, count: int, cause: str) -> Certificate:
     floor = fit.noise.floor
-    if fit.hidden:
+    if fit.hidden and floor < fit.noise.shown:
+        reason = (
+            f"The known defense limited or zeroed all of the update but {fit.noise.shown:.1e}, which says too little to "
+            "tell this guess from another."
+        )
+    elif fit.hidden:
         reason = (
             f"The stated noise hides the update ({cause}: {floor:.1e} of it), so no attack can tell this guess from "
             "another."

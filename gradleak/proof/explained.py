@@ -46,6 +46,8 @@ _MUCH = 0.1
 """Share of the residual that free factors must leave at most to count as the better explanation."""
 _HIDDEN = 0.5
 """Floor from which on an update says too little to tell a match from a guess: guesses leave a residual of about 1."""
+_SHOWN = 0.05
+"""Share of an update's norm up to which its comparable numbers say too little."""
 
 
 @final
@@ -61,6 +63,7 @@ class Noise:
         relative: norm of the deviations relative to the update.
         allowed: whitened root mean square residual that counts as noise.
         seed: of the samples.
+        shown: share of the update's norm that its comparable numbers have; the others are limited, or unknown.
 
     """
 
@@ -71,6 +74,12 @@ class Noise:
     relative: float
     allowed: float
     seed: int
+    shown: float = 1.0
+
+    @property
+    def hides(self) -> bool:
+        """Whether a match cannot be told from a guess."""
+        return self.floor >= _HIDDEN or self.shown <= _SHOWN
 
     @property
     def floor(self) -> float:
@@ -139,7 +148,7 @@ class Fit:
     @property
     def hidden(self) -> bool:
         """Whether the noise is so large that nothing can be told."""
-        return self.noise.floor >= _HIDDEN
+        return self.noise.hides
 
 
 class Explanation:
@@ -307,7 +316,7 @@ class Explanation:
         ratios = [times_noise(p) for p in left]
         times = max(ratios)
         matched = excess <= noise.allowed and times <= noise.most and relative <= noise.floor
-        matched = matched and noise.floor < _HIDDEN
+        matched = matched and not noise.hides
         return Fit(
             noise,
             simulated,
@@ -330,7 +339,9 @@ class Explanation:
         norm = math.hypot(*map(_norm, finite))
         allowed = _STATED if stated >= 0.95 * norm > 0 else _ROUNDING
         # What is infinitely uncertain weighs nothing.
-        return Noise([1 / t for t in tau], deviations, factors, extra, norm / self.norm, allowed, self.seed + 1)
+        shown = math.hypot(*(_norm(p.where(t.isfinite(), 0.0)) for t, p in zip(tau, self.seen, strict=True)))
+        weights, share = [1 / t for t in tau], shown / self.norm
+        return Noise(weights, deviations, factors, extra, norm / self.norm, allowed, self.seed + 1, share)
 
     @cached_property
     def _extra(self) -> tuple[Parts | None, float]:

@@ -115,6 +115,16 @@ def test_what_differs_is_not_proved(what: str, blame: str) -> None:
     assert found.verdict == ("proved" if what == "reduction" else "unproved")
 
 
+def test_an_update_of_limits_alone_matches_nothing() -> None:
+    model, batch = victim(1)
+    training = defenses.clamp(1e-9).wrap(FedSGD())
+    seen = training(model, batch).tensors
+    for inputs in (batch.inputs, 1 - batch.inputs):
+        found = certify(model, seen, inputs, batch.labels, training)
+        assert found.verdict == "unproved"
+        assert "limited or zeroed" in found.reason
+
+
 def test_equal_examples_match_but_are_not_proved() -> None:
     model, batch = victim(3, torch.float64)
     inputs = batch.inputs.clone()
