@@ -182,9 +182,9 @@ def unproved(count: int, reason: str, residual: float = math.nan, floor: float =
 
 def _unmatched(fit: Fit, count: int, cause: str) -> Certificate:
     floor = fit.noise.floor
-    if fit.hidden and floor < fit.noise.shown:
+    if fit.noise.limited:
         reason = (
-            f"The known defense limited or zeroed all of the update but {fit.noise.shown:.1e}, which says too little to "
+            f"The known defense limited or zeroed all of the update but {fit.noise.shown:.1e}, too little to "
             "tell this guess from another."
         )
     elif fit.hidden:

@@ -79,7 +79,12 @@ class Noise:
     @property
     def hides(self) -> bool:
         """Whether a match cannot be told from a guess."""
-        return self.floor >= _HIDDEN or self.shown <= _SHOWN
+        return self.floor >= _HIDDEN or self.limited
+
+    @property
+    def limited(self) -> bool:
+        """Whether a known defense left hardly any numbers as they were."""
+        return self.shown <= _SHOWN
 
     @property
     def floor(self) -> float:
