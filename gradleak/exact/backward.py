@@ -164,6 +164,7 @@ class _Walk:
         self.kink: Known | None = None  # What a ReLU would leave known if it hid nothing, right before it.
         self.limits: tuple[Tensor, Tensor] | None = None  # (N, n) each: beyond them it does hide,
         self.doubt: Tensor | None = None  # and where that is in doubt.
+        self.blank: Tensor | None = None  # (N, n) values that nothing behind them depends on.
         self.reports: list[LayerReport] = []
         self.stop: str | None = None
         self.first = next((i for i, s in enumerate(chain.steps) if isinstance(s, Affine)), -1)
@@ -210,6 +211,9 @@ class _Walk:
             return
         if any(isinstance(s, Maximum) for s in self.pending):
             self.stop = self.stop or kept(self.pending, self.known.values.shape[1], where)
+            raise _StoppedError
+        if self.blank is not None:
+            self.stop = self.stop or f"some value behind {self.pending[0].name!r} shows nowhere"
             raise _StoppedError
         maps, number = Composite(_affine(self.pending), self.params), len(self.known.values)
         left, unknowns = self.known.values.shape[1], self.pending[0].inputs
@@ -280,6 +284,7 @@ class _Walk:
             if too_long(step, weight, len(known.values), pooled=pooled):
                 raise _StoppedError  # Not even a start is worth so much time.
         places: Tensor | None = None
+        chosen: Chosen | None = None
         maps = _affine(self.pending)
         if pool is not None:
             chosen = self._choose(step, index, pool, determined=reason is None and self.stop is None)
@@ -295,7 +300,11 @@ class _Walk:
         for flip in range(_FLIPS + 1 if kinked or pool is not None else 1):
             equations = LayerEquations(Composite((step, *maps), self.params), gradient, known.pull)
             robust = kinked and flip == 0
-            done, found, precondition = self._solved(equations, known, report, index, alone, reason, robust=robust)
+            done, found, precondition = self._solved(
+                equations, known, report, index, alone, reason, robust=robust, pooled=pool is not None
+            )
+            if done.unseen and chosen is not None:  # What the search left them at takes no maximum.
+                found = replace(found, values=torch.where(found.weights > 0, found.values, chosen.values))
             if not (kinked or pool is not None) or not done.determined:
                 break
             # The solution itself tells every unit's sign, better than its noisy output did.
@@ -306,6 +315,8 @@ class _Walk:
                 break
             known, places = again, others
         if not done.determined:
+            if pool is not None:
+                self._take(maps)
             self._end(done, reason or f"the input of {done}")
         elif self.stop is None:  # Behind the first gap, values only serve as a start.
             self.reports.append(done)
@@ -331,6 +342,8 @@ class _Walk:
             sides = torch.where(known.values - low < high - known.values, -1.0, 1.0) * (known.weights == 0)
             doubt = self.doubt.view(len(sides), maximum.in_shape[0], -1).any(2).any(0)
             unsure = doubt if len(doubt) == len(unsure) and float(doubt.double().mean()) < 0.5 else unsure
+        if self.blank is not None:
+            sides = sides.masked_fill(self.blank, math.nan)
         live = sides == 0
         if not bool((known.values * live).any()):
             self.stop = self.stop or f"no output of {maximum.name!r} shows a value"
@@ -343,7 +356,7 @@ class _Walk:
             torch.zeros_like(weight) if gradient is None else gradient.to(weight), unsure,
             floor if math.isfinite(floor) else None,
             max(_CHOSEN * max(self.noise, float(error)), _SETTLED) if determined else None,
-            self.smooth and index == self.first,
+            self.smooth and len(step.in_shape) == 3,
         )  # fmt: skip
         return anneal(task, self.draw, self.going)
 
@@ -366,6 +379,8 @@ class _Walk:
 
     def _reached(self, found: Known) -> None:
         self.known, self.pending, self.kink, self.limits, self.doubt = found, [], None, None, None
+        blank = found.weights == 0
+        self.blank = blank if bool(blank.any()) else None
 
     def _end(self, report: LayerReport, reason: str) -> None:
         if self.stop is None:
@@ -382,6 +397,7 @@ class _Walk:
         reason: str | None,
         *,
         robust: bool,
+        pooled: bool,
     ) -> tuple[LayerReport, Known, Rows | None]:
         """Return the report of a solved layer, what is then known of its inputs, and an approximate inverse."""
         direct = solve_directly(equations, known.slips, self.noise, robust=robust) if alone else None
@@ -406,12 +422,15 @@ class _Walk:
             known = replace(known, weights=known.weights**_TEMPER * median ** (1 - _TEMPER))
         solved = solve_layer(equations, known, self.noise, self.draw, doubt=doubt, accuracy=accuracy, going=self.going)
         relative = _relative(solved.known.values, solved.known.deviation)
+        unseen = int(solved.unseen.sum())  # They do no harm where those that depend on them are known not to count.
+        complete = solved.complete and (unseen == 0 or (pooled and index > self.first))
         report = replace(
             report,
-            determined=solved.complete and relative <= self.tolerance and reason is None,
+            determined=complete and relative <= self.tolerance and reason is None,
             error=solved.known.deviation,
-            relative=relative if solved.complete else math.nan,
+            relative=relative if complete else math.nan,
             iterations=solved.iterations,
+            unseen=unseen,
         )
         return report, solved.known, solved.precondition
 

@@ -10,7 +10,9 @@ are least squares, solved by Gauss–Newton steps while β rises and the choice 
 are right, every equation is linear in a, and the residual falls to the noise at once; nothing else makes the choices
 known. Where the equations are too few, a prior takes their place, and nothing is known.
 
-Differences of neighboring pixels may be held small while β is low; at the end they count only where equations lack.
+Two things known of activations lead there: values below the lowest one that the layer before can have are held back,
+and differences of neighboring ones are held small while β is low. At the end the latter count only where equations
+lack.
 """
 
 from __future__ import annotations
@@ -54,8 +56,9 @@ _BLOCK = 2048
 """Values of a channel up to which the gradient equations precondition."""
 _LENGTHS = tuple(0.5**i for i in range(8))
 """Lengths at which a step is tried."""
-_NEGATIVE = 1e-3
-"""Weight of inputs below the lowest value that the layer before can have."""
+_NEGATIVE = 10.0
+"""Weight of inputs below the lowest value that the layer before can have. With a thousandth and without smoothness, no
+second layer of the tutorials' small CNN was solved."""
 _SMOOTH = 2.0
 """Weight of the differences between neighboring pixels, times 1/β."""
 _FADES = 200.0
@@ -77,7 +80,8 @@ class Task:
         pool: the pooling.
         params: float64 parameters by name.
         values: (N, m) outputs of the pooling, or the bounds beyond which an activation hid them.
-        sides: (N, m) zero where the output is known, −1 where it is at most the value, 1 where it is at least that.
+        sides: (N, m) zero where the output is known, −1 where it is at most the value, 1 where it is at least that,
+            NaN where nothing is known.
         pull: (N, m) gradients of the loss at the pooling's outputs.
         gradient: of the layer's weight.
         unsure: (outputs of the layer's weight,) channels whose gradient is not used, since some output may be hidden

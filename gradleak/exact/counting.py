@@ -41,6 +41,7 @@ class LayerReport:
         relative: three times that, relative to the spread between examples (one example: its size); NaN where some
             direction shows in no equation.
         iterations: of conjugate gradients.
+        unseen: values that no equation holds, since nothing behind them depends on them.
 
     """
 
@@ -53,6 +54,7 @@ class LayerReport:
     error: float = math.inf
     relative: float = math.inf
     iterations: int = 0
+    unseen: int = 0
 
     def __str__(self) -> str:
         state, error = "determined" if self.determined else "not determined", ""
@@ -61,9 +63,10 @@ class LayerReport:
         elif math.isfinite(self.relative):
             error = f", relative error at most {self.relative:.1e}"
             state = state if self.determined else f"{state} well enough"
+        unseen = f"; {self.unseen} values that nothing depends on remain open" if self.unseen else ""
         return (
             f"{self.name}: {state}, {self.unknowns} unknowns, {self.forward} forward and {self.gradient} gradient "
-            f"equations of rank at most {self.rank_bound}{error}"
+            f"equations of rank at most {self.rank_bound}{error}{unseen}"
         )
 
 

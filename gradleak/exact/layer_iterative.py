@@ -96,13 +96,15 @@ class Solved:
 
     Attributes:
         known: about them.
-        complete: whether every direction shows in the equations.
+        complete: whether every direction shows in the equations, but for ``unseen`` values.
+        unseen: (N, n) values that occur in none of them; they are zero, and so is their weight.
         iterations: of conjugate gradients.
         precondition: an approximate inverse of the normal matrix, for rows (k, N · n).
     """
 
     known: Known
     complete: bool
+    unseen: Tensor
     iterations: int
     precondition: Rows
 
@@ -145,7 +147,8 @@ def solve_layer(
     drawn = noise * size * normal(len(known.errors), *equations.target.shape)
     drawn = drawn - equations.change(value, known.slips)
     errors, more = system.solve(system.pull(known.errors, drawn), accuracy)
-    missing = (echo - probe[0]).square().mean()
+    value = value.masked_fill(system.unseen, 0.0)
+    missing = torch.where(system.unseen, 0.0, echo - probe[0]).square().mean()
     scale = 1.0
     if bool(known.slips.any()):
         # Noise is as large as the fit says: it leaves the same share of the samples' noise and of the update's.
@@ -161,8 +164,9 @@ def solve_layer(
     if not step.linear:
         pooled = pooled.mean(1, keepdim=True).expand(-1, step.channels, -1)
     pulls = equations.adjoint(torch.cat([known.pull[None], known.slips]))
-    found = Known(value, 1 / pooled.flatten(1).clamp_min(1e-300), errors, pulls[0], pulls[1:])
-    return Solved(found, float(missing) <= MISSING**2, taken + more, system.inverse)
+    weights = torch.where(system.unseen, 0.0, 1 / pooled.flatten(1).clamp_min(1e-300))
+    found = Known(value, weights, errors.masked_fill(system.unseen, 0.0), pulls[0], pulls[1:])
+    return Solved(found, float(missing) <= MISSING**2, system.unseen, taken + more, system.inverse)
 
 
 @final
@@ -176,6 +180,8 @@ class _Weighted:
         pooled = diagonal.view(equations.count, equations.step.groups, equations.per, -1)
         pooled = pooled.mean(2).transpose(0, 1).reshape(equations.step.groups, -1)  # (g, N p)
         own = (equations.block / tau).square().sum(1)
+        touched = equations.examples(own[:, None].expand(-1, equations.per, -1))[0]
+        self.unseen = (diagonal == 0) & (touched == 0)  # Such as a corner that no maximum was taken at.
         self.gram: Tensor | None = None
         self.image: Callable[[Tensor, Tensor], Tensor] | None = None
         if equations.shared and own.shape[1] <= _BLOCK * math.prod(equations.step.stride):
@@ -189,7 +195,7 @@ class _Weighted:
         if self.gram is not None and inverse is None:
             inverse = self._shared(self.gram, equations.split((pooled + floor)[:, None])[:, :, 0])
         if inverse is None:
-            whole = (diagonal + equations.examples(own[:, None].expand(-1, equations.per, -1))[0] + floor).flatten()
+            whole = (diagonal + touched + floor).flatten()
             inverse = lambda r: r / whole  # noqa: E731
         self.inverse = inverse
 

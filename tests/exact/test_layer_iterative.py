@@ -111,8 +111,13 @@ def test_a_single_input_without_any_weight_is_noticed() -> None:
     step, weight, bias = layer(40, channels=2)
     weight[:, 0] = 0  # The layer ignores a channel, and no gradient is shared.
     x, _, outputs = problem(step, weight, bias)
-    assert not solve(step, named(step, weight, bias), None, outputs, 1e-15).complete
-    assert x.shape[1] == step.inputs
+    found = solve(step, named(step, weight, bias), None, outputs, 1e-15)
+    unseen = torch.zeros(step.in_shape, dtype=torch.bool)
+    unseen[0] = True
+    assert found.complete
+    assert torch.equal(found.unseen, unseen.flatten().expand_as(x))
+    assert not bool(found.known.weights[found.unseen].any())
+    assert float((found.known.values - x)[~found.unseen].square().mean().sqrt()) <= 1e-6
 
 
 def test_outputs_that_a_saturated_activation_hides_cost_only_their_own_equation() -> None:
