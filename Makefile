@@ -10,7 +10,8 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow check format bench docs wheel clean
+FRAMEWORKS := flower nvflare
+.PHONY: help venv $(FRAMEWORKS:%=env-%) demo test test-slow check format bench docs wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -21,6 +22,16 @@ $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON); install Python 3.11, or name another with 'make PYTHON=python3.12'." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+env-flower: .venv-flower/.installed ## an environment of its own with Flower and its simulation
+
+env-nvflare: .venv-nvflare/.installed ## an environment of its own with NVFlare
+
+# Frameworks bring hundreds of megabytes and pins of their own, so that each has an environment.
+.venv-%/.installed: pyproject.toml constraints.txt
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install -q -c constraints.txt -e '.[$*]' pytest
 	touch $@
 
 demo: $(STAMP) ## leak a real photograph from one gradient, of a LeNet and of a vision transformer

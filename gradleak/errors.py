@@ -11,6 +11,7 @@
     ├── Refusal               an attack does not run here; what was found all the same is recorded
     │   ├── MissingKnowledge  the threat model does not grant what the attack needs
     │   └── NotApplicable     the attack's structural conditions do not hold for this model or update
+    ├── UpdateBlocked         a policy keeps an update from leaving the client
     └── ResourceLimit         the run would not fit in memory
 
 ``MissingKnowledge`` and ``NotApplicable`` are answers, not failures of the program: an audit records them as
@@ -116,6 +117,10 @@ class MissingKnowledge(Refusal):
 
 class NotApplicable(Refusal):
     """The attack's structural conditions do not hold here."""
+
+
+class UpdateBlocked(GradleakError):
+    """A policy keeps an update from leaving the client, because it gives inputs away or cannot be inspected."""
 
 
 class ResourceLimit(GradleakError):
