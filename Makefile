@@ -28,10 +28,12 @@ env-flower: .venv-flower/.installed ## an environment of its own with Flower and
 
 env-nvflare: .venv-nvflare/.installed ## an environment of its own with NVFlare
 
-# Frameworks bring hundreds of megabytes and pins of their own, so that each has an environment.
-.venv-%/.installed: pyproject.toml constraints.txt
+# Frameworks bring hundreds of megabytes and pins of their own, so that each has an environment, on top of the main one.
+.venv-%/.installed: $(STAMP)
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install -q -c constraints.txt -e '.[$*]' pytest
+	echo "import site; site.addsitedir('$$($(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> .venv-$*/lib/$$(ls .venv-$*/lib)/site-packages/main.pth
+	.venv-$*/bin/python -m pip install -q -c constraints.txt -e '.[$*]'
 	touch $@
 
 demo: $(STAMP) ## leak a real photograph from one gradient, of a LeNet and of a vision transformer
