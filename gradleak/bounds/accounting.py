@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 from gradleak.errors import InvalidInput, NotApplicable
 
 __all__ = ["privacy_budget"]
+
+
+_LOOSE = 50.0
 
 
 def privacy_budget(
@@ -19,7 +23,8 @@ def privacy_budget(
         steps: number of noised steps.
         sampling_rate: probability with which an example is in each of them (Poisson sampling), in (0, 1].
         delta: δ, in (0, 1).
-        accountant: "prv", the tightest, or "rdp".
+        accountant: "prv", the tightest, or "rdp". From an ε of 50 on, where the former takes gigabytes and nothing is
+            private any more, the latter counts in either case.
 
     Raises:
         InvalidInput: an argument is out of its range.
@@ -38,6 +43,10 @@ def privacy_budget(
             from opacus.accountants import create_accountant
         except ImportError as error:
             raise NotApplicable("ε is counted by Opacus; install gradleak[dp].") from error
-        counted = create_accountant(accountant)
-        counted.history = [(noise_multiplier, sampling_rate, steps)]
-        return float(counted.get_epsilon(delta=delta))
+        epsilon = math.inf
+        for name in dict.fromkeys(("rdp", accountant)):
+            if name == "rdp" or epsilon <= _LOOSE:
+                counted = create_accountant(name)
+                counted.history = [(noise_multiplier, sampling_rate, steps)]
+                epsilon = min(epsilon, float(counted.get_epsilon(delta=delta)))
+    return epsilon

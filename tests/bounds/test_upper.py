@@ -91,6 +91,7 @@ def test_epsilon_is_that_of_the_accountant_of_opacus() -> None:
     assert gl.bounds.privacy_budget(**options, accountant="rdp") == pytest.approx(accountant.get_epsilon(1e-6))
     assert gl.bounds.privacy_budget(**options) <= accountant.get_epsilon(1e-6)
     assert bound(clip(1.0), gaussian_noise(1.0)).epsilon == pytest.approx(4.38, abs=0.01)
+    assert gl.bounds.privacy_budget(noise_multiplier=1e-3) > 1e5  # At once, and not in 20 GB.
 
 
 @pytest.mark.parametrize(
