@@ -10,12 +10,16 @@ from typing import final
 import torch
 from torch import Tensor
 
+from gradleak.attacks.assembly import assemble
 from gradleak.attacks.base import Attack, Callback, Progress
 from gradleak.attacks.encoder import Encoder, Span, read_span
-from gradleak.attacks.prefixes import Reading, padded, read_prefixes
+from gradleak.attacks.prefixes import read_prefixes
+from gradleak.attacks.reading import Reader, Reading, padded
 from gradleak.errors import NotApplicable
+from gradleak.formats import number_format
 from gradleak.proof.certify import unproved
 from gradleak.spaces import TokenSpace
+from gradleak.structure.sites import Sees, find_sites
 from gradleak.threat import Knowledge, Observation
 from gradleak.types import Construction, Finding, FindingKind, Note, NoteKind, Reconstruction, Status, UpdateKind
 
@@ -59,9 +63,7 @@ class ReadSentences(Attack):
         if not isinstance(space, TokenSpace):
             raise NotApplicable("Only sentences can be read this way; give observe() a TokenSpace, or use matching.")
         if space.looked_up:
-            read = read_prefixes(observation, space, lambda told: callback(Progress(0, 1, math.inf, told)))
-            if read is not None:
-                return _as_result(observation, space, read)
+            return _as_result(observation, _read(observation, space, callback))
         if observation.update.kind is not UpdateKind.GRADIENT:
             raise NotApplicable("The update is a weight delta, not a gradient; scale a one-step delta by -1/lr first.")
         reader = Encoder(observation, space)
@@ -240,7 +242,19 @@ class ReadSentences(Attack):
         return sentence
 
 
-def _as_result(observation: Observation, space: TokenSpace, read: Reading) -> Reconstruction:
+@torch.no_grad()
+def _read(observation: Observation, space: TokenSpace, callback: Callback) -> Reading:
+    """Return the sentences of a model that looks ids up, whose layers are told apart by what they see."""
+    tensors = dict(observation.gradient.require_single())
+    sites = find_sites(observation.model, tensors, len(space.table), space.length)
+    eps = torch.finfo(number_format(tensors)).eps
+    reader = Reader(observation, space, sites, tensors, lambda told: callback(Progress(0, 1, math.inf, told)), eps)
+    if any(s.sees is Sees.SENTENCE for s in sites):
+        return assemble(reader)
+    return read_prefixes(reader)
+
+
+def _as_result(observation: Observation, read: Reading) -> Reconstruction:
     """Return what was read of a causal model's batch, filled up with empty sentences where some are missing."""
     size = observation.batch_size or len(read.sentences)
     kept = read.sentences[:size]
@@ -248,7 +262,9 @@ def _as_result(observation: Observation, space: TokenSpace, read: Reading) -> Re
     loss = observation.simulator.undefended.loss
     labels: Tensor | None = None
     if read.labels is not None:
-        labels = torch.tensor(read.labels, device=ids.device)
+        rows = [row if isinstance(row, list) else [row] for row in read.labels]
+        labels = padded([tuple(row) for row in rows], -100).to(ids.device)
+        labels = labels if isinstance(read.labels[0], list) else labels[:, 0]
     elif getattr(loss, "shift", 0):
         labels = ids.masked_fill(ids < 0, -100)
     prefixes = read.prefixes

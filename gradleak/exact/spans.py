@@ -16,6 +16,8 @@ _LAST = 4
 """Gaps at the end of a spectrum that must be wider than others."""
 _SURE = 2.0
 """How wide, in powers of ten."""
+_PART = 0.7
+"""Part of the gap, in powers of ten, that a vector inside must keep from what lies outside."""
 _LEAST = 1e-5
 """Relative distance that always counts as inside: the forward pass is rounded, too."""
 
@@ -28,7 +30,7 @@ class Span:
         outside: (d, d − r) orthonormal basis of what is orthogonal to it.
         rank: r, the number of independent inputs.
         gap: powers of ten between the last direction of the span and the first one of rounding.
-        threshold: relative distance up to which a vector is inside: half way between the two, on a logarithmic scale.
+        threshold: relative distance up to which a vector is inside: between the two, nearer to rounding.
     """
 
     outside: Tensor
@@ -75,9 +77,9 @@ def find_span(gradient: Tensor, eps: float | None = None, loosest: float = 0.1) 
     last = gaps[-_LAST:]
     gaps[-_LAST:] = torch.where(last >= _SURE, last, 0.0)
     # Few tokens may lie far apart themselves, so the last wide gap counts.
-    wide = (gaps >= max(_CLEAR, 0.5 * float(gaps.max()))).nonzero().flatten()
+    wide = (gaps >= max(_CLEAR, 0.3 * float(gaps.max()))).nonzero().flatten()
     if len(wide) == 0:
         return None
     rank = int(wide[-1]) + 1
     gap = float(gaps[rank - 1])
-    return Span(vh[rank:].T.contiguous(), rank, gap, min(max(10 ** (-gap / 2), _LEAST), loosest))
+    return Span(vh[rank:].T.contiguous(), rank, gap, min(max(10 ** (-_PART * gap), _LEAST), loosest))

@@ -10,7 +10,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the extra 'text' is not installed")
 
 import gradleak as gl  # noqa: E402
-from gradleak.attacks.prefixes import bag_of_tokens  # noqa: E402
+from gradleak.attacks.reading import bag_of_tokens  # noqa: E402
 from gradleak.errors import NotApplicable  # noqa: E402
 from gradleak.integrations.huggingface import LanguageModel  # noqa: E402
 from gradleak.types import FindingKind, Reconstruction, Update  # noqa: E402
