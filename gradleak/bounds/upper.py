@@ -40,6 +40,10 @@ class Bound:
     delta: float | None = None
 
 
+_ALLOWS = 0.99
+"""Probability of success above which a bound is no promise."""
+
+
 @dataclass(frozen=True)
 class _Release:
     """One addition of noise: of what kind, how large over what it hides, how often, and what it hides."""
@@ -111,6 +115,12 @@ def upper_bound(
             )
     seen = "one round" if best.steps == 1 else f"all {best.steps} noised steps"
     hidden = f"{best.hides} ({examples} examples)" if best.hides == _ALL and examples > 1 else best.hides
+    if value > _ALLOWS:
+        text = (
+            f"The bound allows everything: against an attacker who sees {seen}, noise of {best.multiplier:.3g} times "
+            f"what it hides promises nothing for {hidden}."
+        )
+        return Bound(value, text, best.mechanism, best.multiplier, prior, epsilon, None if epsilon is None else delta)
     text = (
         f"No attacker who sees {seen} reconstructs {hidden} with a probability above {value:.3g}, where "
         f"{prior:.3g} is the best without seeing any; the noise is {best.multiplier:.3g} times what it hides."

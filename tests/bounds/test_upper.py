@@ -80,6 +80,13 @@ def test_no_update_exceeds_the_stated_norm(defense: UpdateDefense) -> None:
             assert float(sent.norm(p=order)) <= limit * (1 + 1e-9)
 
 
+def test_a_bound_that_allows_everything_promises_nothing() -> None:
+    found = bound(clip(1.0), gaussian_noise(0.01))
+    assert found.value is not None
+    assert found.value > 0.999
+    assert found.text.startswith("The bound allows everything")
+
+
 def test_epsilon_is_that_of_the_accountant_of_opacus() -> None:
     pytest.importorskip("opacus")
     from opacus.accountants import RDPAccountant
