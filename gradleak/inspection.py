@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -32,6 +32,8 @@ _DROWNED = 0.5
 """Deviation of a known defense, relative to the update, from which on a match cannot be told from a guess."""
 _READ = {FindingKind.ROWS, FindingKind.COLUMNS, FindingKind.TOKENS, FindingKind.FEATURES}
 """Findings that are part of the inputs, or of what the model makes of them."""
+_COVERED = 0.1
+"""The same for one layer, from which on its gradient tells nothing by itself."""
 _SHARE = 0.3
 """Of the time, for the layers; the ways have the rest."""
 
@@ -179,7 +181,7 @@ def inspect(observation: Observation, *, seconds: float = 10.0, seed: int = 0) -
     findings = () if best is None else best.findings
     kinds = {f.kind for f in findings}
     findings = (*findings, *(f for f in find_besides(observation) if f.kind not in kinds))
-    noise = _noise(observation)
+    noise = _relative(_deviation(observation).values(), observation.update.tensors.values())
     prediction, why = _predict(observation, ways, best, bound, noise, findings)
     return Inspection(
         prediction, why, observation.batch_size, counted, layers, ways, bound, noise, findings,
@@ -266,15 +268,16 @@ def _tried(way: Way, case: Case, deadline: Deadline, seed: int) -> WayReading:
     return WayReading(way.name, False, True, solved, result.certificate.verdict, result.certificate.reason)
 
 
-def _noise(observation: Observation) -> float:
-    """Return the deviation that the known defenses leave, relative to the update, where it is finite."""
-    if observation.training is None:
-        return 0.0
-    tensors = observation.update.tensors
-    left = observation.training.deviation(tensors)
-    finite = {k: torch.where(torch.isfinite(v), v, 0.0).double() for k, v in left.items()}
-    size = math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
-    return math.sqrt(sum(float(v.square().sum()) for v in finite.values())) / size
+def _deviation(observation: Observation) -> Mapping[str, Tensor]:
+    """Return the deviation that the known defenses leave in each tensor."""
+    return {} if observation.training is None else observation.training.deviation(observation.update.tensors)
+
+
+def _relative(deviations: Iterable[Tensor], tensors: Iterable[Tensor]) -> float:
+    """Return the size of finite deviations relative to that of the tensors."""
+    left = sum(float(torch.where(torch.isfinite(d), d, 0.0).double().square().sum()) for d in deviations)
+    size = sum(float(t.double().square().sum()) for t in tensors)
+    return math.sqrt(left / size) if size else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------- layers
@@ -290,13 +293,21 @@ def _layers(observation: Observation, deadline: Deadline) -> tuple[LayerReading,
     with suppress(GradleakError, RuntimeError, TypeError, IndexError, AttributeError):
         head = find_head(model, params, shape)
     names = {id(p): k for k, p in model.named_parameters()}
+    left = _deviation(observation)
     readings = []
     order = [*seen, *(k for k, m in model.named_modules() if k not in seen and _own(m))]
     for name in dict.fromkeys(order):
         module = model.get_submodule(name)
         own = {k: observation.update.tensors.get(names[id(p)]) for k, p in _own(module).items()}
         tensors = {k: t for k, t in own.items() if t is not None}
-        if tensors:
+        covered = _relative(
+            [left[names[id(p)]] for p in _own(module).values() if names[id(p)] in left], tensors.values()
+        )
+        if covered >= _COVERED:
+            text = f"What a stated defense adds is {covered:.2g} times as large, so that nothing shows by itself."
+            numbers = sum(t.numel() for t in tensors.values())
+            readings.append(LayerReading(name, type(module).__name__, numbers, None, None, None, (), text))
+        elif tensors:
             roles = (first is not None and first.module == name, head is not None and head.module == name)
             readings.append(_reading(name, module, tensors, seen.get(name), observation.batch_size, roles, deadline))
     return tuple(readings)

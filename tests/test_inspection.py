@@ -78,6 +78,13 @@ def test_layers_say_what_they_give() -> None:
     assert pixels.layers[0].gives == (Gives.EQUATIONS,)
 
 
+def test_what_noise_covers_gives_nothing() -> None:
+    found = gl.inspect(observe(rows(), 1, (12,), gaussian_noise(10.0).wrap(gl.FedSGD())))
+    assert [layer.gives for layer in found.layers] == [(), ()]
+    faint = gl.inspect(observe(rows(), 1, (12,), gaussian_noise(1e-9).wrap(gl.FedSGD())))
+    assert Gives.INPUTS in faint.layers[0].gives
+
+
 def test_ids_are_named() -> None:
     class Looks(nn.Module):
         def __init__(self) -> None:
