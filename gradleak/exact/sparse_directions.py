@@ -383,11 +383,13 @@ def _complete(factors: Factors, active: Tensor) -> tuple[Tensor, float] | None:
     whole = factors.left * factors.singular
     delta = factors.left @ q * active.T
     for _ in range(_TURNS):
-        a = torch.linalg.lstsq(delta / factors.noise[:, None], whole / factors.noise[:, None]).solution.T
+        # Not the default driver, whose pivots start from memory that nobody has filled: its last bits differ by run.
+        left, right = delta / factors.noise[:, None], whole / factors.noise[:, None]
+        a = torch.linalg.lstsq(left, right, driver="gelsd").solution.T
         for j in range(len(delta)):
             on = active[:, j]
             if bool(on.any()):
-                delta[j, on] = torch.linalg.lstsq(a[:, on], whole[j, :, None]).solution[:, 0]
+                delta[j, on] = torch.linalg.lstsq(a[:, on], whole[j, :, None], driver="gelsd").solution[:, 0]
     inputs = (factors.right @ a).T
     one = inputs[:, -1].abs().clamp_min(1e-300)
     # Noise of the gradient directly, and through the directions that it turns: dA = −A dQᵀ Q⁻ᵀ.
