@@ -7,6 +7,7 @@ from gradleak.attacks.feature_matching import feature_matching
 from gradleak.attacks.gauss_newton import gauss_newton
 from gradleak.attacks.linear_inversion import linear_inversion
 from gradleak.attacks.matching import dlg, idlg, inverting_gradients, prior_matching, tableak
+from gradleak.attacks.noise_aware import noise_aware
 from gradleak.attacks.patch_embedding import patch_embedding
 from gradleak.attacks.recursion import recursion
 from gradleak.attacks.sentences import read_sentences
@@ -22,6 +23,7 @@ __all__ = [
     "idlg",
     "inverting_gradients",
     "linear_inversion",
+    "noise_aware",
     "patch_embedding",
     "prior_matching",
     "read_sentences",

@@ -22,6 +22,7 @@ from gradleak.attacks.least_squares import is_smooth
 from gradleak.attacks.linear_inversion import linear_inversion
 from gradleak.attacks.matching import GradientMatching, dlg, idlg, prior_matching, tableak
 from gradleak.attacks.matching.papers.tableak import TabLeak
+from gradleak.attacks.noise_aware import noise_aware, noise_share
 from gradleak.attacks.patch_embedding import patch_embedding
 from gradleak.attacks.recursion import recursion
 from gradleak.attacks.sentences import read_sentences
@@ -39,6 +40,8 @@ __all__ = ["WAYS", "Auto", "Case", "Way", "auto"]
 
 _POLISHED = 1024
 """Unknowns up to which a Gauss–Newton polish is a matter of seconds on a CPU."""
+_NOISY = 1e-3
+"""Share of the update's energy from which on a prior helps more than it smooths (measured on LeNets)."""
 _Refusal = (InvalidModel, MissingKnowledge, NotApplicable, ResourceLimit)
 
 
@@ -101,6 +104,11 @@ class Case:
             InvalidModel: it cannot be evaluated reproducibly.
         """
         return is_smooth(self.observation.model, tuple(self.observation.space.shape))
+
+    @cached_property
+    def weighs(self) -> bool:
+        """Whether the noise of a known defense is large enough to be weighed against a prior."""
+        return Knowledge.DEFENSE in self.observation.knows and noise_share(self.observation) > _NOISY
 
     @cached_property
     def labels_show(self) -> bool:
@@ -171,8 +179,18 @@ def _one_example(case: Case) -> str | None:
 def _matchable(case: Case) -> str | None:
     if case.sentences:
         return "Sentences are read, not matched."
+    if case.weighs:  # Without a prior the search would explain the noise, and look better for it.
+        return "The stated defense hides part of the update, which noise_aware weighs against a prior."
     if Knowledge.TRAINING not in case.observation.knows:
         return "Matching simulates the client, which takes TRAINING; grant it in the threat model."
+    return None
+
+
+def _noised(case: Case) -> str | None:
+    if case.sentences:
+        return "Sentences are read, not matched."
+    if not case.weighs:
+        return "No stated defense hides the update in noise."
     return None
 
 
@@ -229,6 +247,11 @@ def _polishable(case: Case) -> str | None:
     return None
 
 
+def _weighing(options: Auto) -> Attack:
+    chosen = {} if options.iterations is None else {"iterations": options.iterations}
+    return noise_aware(restarts=options.restarts, **chosen)
+
+
 def _voting(options: Auto) -> Attack:
     return tableak() if options.iterations is None else tableak(iterations=options.iterations)
 
@@ -249,6 +272,7 @@ WAYS = (
     Way("spear", lambda _: spear(), _batch),
     Way("recursion", lambda _: recursion(), _values, share=0.5),
     Way("gauss_newton", lambda _: GaussNewton(layers_only=True), _one_example),
+    Way("noise_aware", _weighing, _noised, searches=True),
     Way("feature_matching", _matching(feature_matching), _separable, searches=True),  # type: ignore[arg-type]
     Way("idlg", _matching(idlg), _labeled, searches=True),
     Way("dlg", _matching(dlg), _unlabeled, searches=True),
