@@ -17,7 +17,7 @@ from gradleak.spaces import Category, Number, TokenSpace
 
 SHAPE = (1, 8, 8)
 TABLE = gl.TableSpace((Number("age"), Category("job", ("clerk", "nurse", "cook"))))
-VICTIMS = ("images", "rows", "rectified", "codes", "table", "patches", "sentences")
+VICTIMS = ("images", "rows", "rectified", "codes", "table", "patches", "sentences", "noised")
 LIGHT = {"iterations": 6, "members": 2}
 
 
@@ -96,7 +96,8 @@ def client(victim: str = "images", n: int = 1, dtype: torch.dtype = torch.float6
     else:
         model = gl.models.lenet(width=6, classes=5, in_channels=1, image_size=8, seed=0)
     images = torch.rand(n, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=dtype)
-    return gl.Client(model.to(dtype), gl.Batch(images, torch.arange(n) % 5))
+    training = gl.defenses.gaussian_noise(1e-2).wrap(gl.FedSGD()) if victim == "noised" else gl.FedSGD()
+    return gl.Client(model.to(dtype), gl.Batch(images, torch.arange(n) % 5), training)
 
 
 def observe(sender: gl.Client, knows: gl.Knowledge | None = None) -> gl.Observation:
