@@ -47,6 +47,8 @@ QUICK: dict[str, tuple[str, ...]] = {
     "cost": ("--repeats", "1", "--largest", "16"),
     "import_time": ("--rounds", "1"),
     "threads": ("--rounds", "1", "--evaluations", "20"),
+    "adapters": ("--rounds", "1"),
+    "inspection": ("--batches", "1", "--seconds", "5"),
     "hostile": ("--broken", "5", "--results", "20", "--kills", "3", "--commands", "0"),
     "gpu": ("--images", "2", "--published", "1"),
 }
@@ -98,6 +100,8 @@ EXPECTED: dict[str, tuple[tuple[str, str], ...]] = {
         ("`gradleak --help`", "≤ 0.5 s"),
     ),
     "threads": (("search with the threads that the commands choose, one core busy, against one thread", "≤ 1.5 ×"),),
+    "adapters": (("adapters that observe, one local epoch of three networks: processor time", "≤ 2 % of a round"),),
+    "inspection": (("`gl.inspect()` predicts what `auto()` then does, models × batches × steps × filters", "≥ 95 %"),),
     "hostile": (("broken files, results and bombs, kills and signals: not as promised", "0"),),
     "gpu": (("`dlg()` on a GPU against the published algorithm on the same GPU", "≥ 20 ×"),),
 }

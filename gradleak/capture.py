@@ -1,7 +1,7 @@
 """Captures: what left a client, in a folder with a manifest, as adapters write it and commands read it.
 
 A folder with ``capture.json`` holds one update. Of many rounds and clients, each has a subfolder with a manifest of its
-own; weights are stored once, under the hash of their content, however many clients received them.
+own; weights are stored once, however many clients received them.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ import json
 import math
 import re
 import sys
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gradleak.data.tables import schema_bytes
 from gradleak.errors import InvalidFile, InvalidInput, clean, reason
-from gradleak.files import read_file, write_bytes, write_files
+from gradleak.files import Content, read_file, write_bytes, write_files
 from gradleak.models.loading import Option
 from gradleak.spaces import ImageSpace, InputSpace, TableSpace, TokenSpace
 from gradleak.training import SGD, Adam, BinaryCrossEntropy, CrossEntropy, FedAvg, LocalTraining, MeanSquaredError
@@ -278,10 +281,10 @@ def write_capture(
     parts = [f"round-{manifest.round}"] * (manifest.round is not None)
     parts += [f"client-{_slug(manifest.client)}"] * (manifest.client is not None)
     home = root if one else root / "-".join(parts)
-    content = _save(weights)
-    stored = f"weights-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
+    sent = _plain(weights)
+    stored = f"weights-{_checksum(sent)}.safetensors"
     tensors = update.tensors if isinstance(update, Update) else update
-    files = {"U.safetensors": _save(tensors)}
+    files: dict[str, Content] = {"U.safetensors": partial(save_file, _plain(tensors))}
     told = _told(manifest) | ({} if space is None else describe_space(space))
     told |= {"weights": stored if one else f"../{stored}", "update": "U.safetensors"}
     if isinstance(update, Update):
@@ -291,13 +294,14 @@ def write_capture(
     if isinstance(space, TableSpace):
         files["table.json"] = schema_bytes(space)
     if truth is not None:
-        files["truth.safetensors"] = _save({"inputs": truth.inputs, "labels": truth.labels})
+        private = _plain({"inputs": truth.inputs, "labels": truth.labels})
+        files["truth.safetensors"] = partial(save_file, private)
         told["truth"] = "truth.safetensors"
     head = {"schema": _SCHEMA, "version": _VERSION}
     files[MANIFEST] = (json.dumps(head | told, indent=1, ensure_ascii=False) + "\n").encode()
     if not (root / stored).exists():
         root.mkdir(parents=True, exist_ok=True)
-        write_bytes(root / stored, content)
+        write_bytes(root / stored, partial(save_file, sent))
     write_files(home, files, drop=[n for n in ("table.json", "truth.safetensors") if n not in files])
     return home
 
@@ -424,9 +428,25 @@ def _told(manifest: Manifest) -> dict[str, Any]:
     return {k: v for k, v in stated.items() if v not in (None, (), {})} | dict(manifest.more)
 
 
-def _save(tensors: Mapping[str, Tensor]) -> bytes:
-    # Cloned, because the format refuses tensors that share memory.
-    return safetensors.torch.save({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()})
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return dense tensors on the CPU; of those that share memory, which the format refuses, copies."""
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        memory = value.untyped_storage().data_ptr()
+        plain[name] = value.clone() if memory in seen or value.untyped_storage().nbytes() > value.nbytes else value
+        seen.add(memory)
+    return plain
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Return 16 digits by which weights are told apart: names, shapes, and a checksum of each, which costs little."""
+    total = hashlib.sha256()
+    for name, tensor in tensors.items():
+        data = zlib.crc32(tensor.view(-1).view(torch.uint8).numpy().data) if tensor.numel() else 0
+        total.update(repr((name, str(tensor.dtype), tuple(tensor.shape), data)).encode())
+    return total.hexdigest()[:16]
 
 
 def _slug(client: str | None) -> str:

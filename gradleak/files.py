@@ -15,7 +15,7 @@ import shutil
 import stat
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from gradleak.errors import InvalidFile, InvalidInput
@@ -68,7 +68,11 @@ def read_file(path: str | Path, *, limit: int | None = None) -> bytes:
         raise InvalidFile(f"{str(path)!r} cannot be read ({_reason(error)}); check its permissions.") from error
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
+Content = bytes | Callable[[Path], object]
+"""What a file will hold, or what writes it under the path that it is given."""
+
+
+def write_bytes(path: str | Path, data: Content) -> None:
     """Write ``data`` to a temporary name in the same folder, then rename it; on failure nothing is left behind.
 
     Raises:
@@ -89,7 +93,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         raise InvalidFile(f"{str(path)!r} cannot be written ({_reason(error)}); choose another place.") from error
 
 
-def write_files(directory: Path, files: Mapping[str, bytes], *, drop: Sequence[str] = ()) -> None:
+def write_files(directory: Path, files: Mapping[str, Content], *, drop: Sequence[str] = ()) -> None:
     """Write ``files`` into ``directory``: first all of them under temporary names, then under their own.
 
     A new folder appears in one step. In an existing one each file is replaced in one step, in the order given, and
@@ -129,7 +133,7 @@ def write_files(directory: Path, files: Mapping[str, bytes], *, drop: Sequence[s
         ) from error
 
 
-def _replace(directory: Path, temporary: Path, files: Mapping[str, bytes], drop: Sequence[str]) -> None:
+def _replace(directory: Path, temporary: Path, files: Mapping[str, Content], drop: Sequence[str]) -> None:
     before = temporary / "before"
     before.mkdir()
     names = [*drop, *(name for name in files if name not in drop)]
@@ -217,9 +221,12 @@ def _partial(name: str) -> str:
     return f".{name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.partial"
 
 
-def _store(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
+def _store(path: Path, data: Content) -> None:
+    if not isinstance(data, bytes):
+        data(path)
+    with path.open("xb" if isinstance(data, bytes) else "r+b") as file:
+        if isinstance(data, bytes):
+            file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
