@@ -31,15 +31,6 @@ seeds = {seeds}
 budget = 600
 
 [[case]]
-name = "classifier"
-model = "lenet"
-data = "synthetic"
-input_shape = [1, 16, 16]
-classes = 10
-examples = 200
-batch_sizes = [1]
-
-[[case]]
 name = "perceptron"
 model = "perceptron"
 model_arg = {{ width = 64, depth = 1 }}
@@ -48,8 +39,17 @@ input_shape = [1, 8, 8]
 classes = 4
 examples = 200
 batch_sizes = [1, 3]
+
+[[case]]
+name = "classifier"
+model = "lenet"
+data = "synthetic"
+input_shape = [1, 16, 16]
+classes = 10
+examples = 200
+batch_sizes = [1]
 """
-LATEST = 1.0
+LATEST = 2.5
 """Seconds after which an audit is killed at the latest."""
 
 

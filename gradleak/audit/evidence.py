@@ -76,10 +76,10 @@ def _leak_row(trial: Trial, results: Sequence[Values]) -> Row:
         "error": ran[0]["error_name"] if ran else "",
         "batches": len(ran),
         "examples": sum(len(v["examples"]) for v in ran),
-        "recovered": _counted(ran, lambda e: bool(e["recovered"])),
-        "proved": _counted(ran, lambda e: bool(e["recovered"] and e["proved"])),
+        "recovered": _counted(ran, lambda e: e["recovered"]),
+        "proved": _counted(ran, lambda e: e["proved"] and e["recovered"] is not False),
         "batches_hit": sum(any(e["recovered"] for e in v["examples"]) for v in ran),
-        "proved_but_not_recovered": sum(not e["recovered"] for e in proofs),
+        "proved_but_not_recovered": sum(e["recovered"] is False for e in proofs),
         "null": {"guess": best[0], "recovered": best[1]},
         "findings": {kind: {"count": c, "of": of} for kind, (c, of) in findings.items()},
         "ways": dict(Counter(v["way"] for v in ran)),
@@ -90,13 +90,16 @@ def _leak_row(trial: Trial, results: Sequence[Values]) -> Row:
     }
 
 
-def _counted(ran: Sequence[Values], right: Callable[[Values], bool]) -> Row:
+def _counted(ran: Sequence[Values], right: Callable[[Values], bool | None]) -> Row:
     """Return a share of examples with Wilson's 95 % interval, for which each batch counts once.
 
-    Examples of one batch share a fate, so that they are fewer independent trials than examples.
+    Examples of one batch share a fate, so that they are fewer independent trials than examples. Where ``right`` is
+    None, without the truth, nobody can tell.
     """
-    shares = [statistics.fmean(map(right, v["examples"])) for v in ran]
-    count = sum(right(e) for v in ran for e in v["examples"])
+    if any(right(e) is None for v in ran for e in v["examples"]):
+        return {"count": None, "share": None, "low": 0.0, "high": 1.0}
+    shares = [statistics.fmean(bool(right(e)) for e in v["examples"]) for v in ran]
+    count = sum(bool(right(e)) for v in ran for e in v["examples"])
     low, high = wilson(sum(shares), len(shares))
     return {"count": count, "share": statistics.fmean(shares) if shares else None, "low": low, "high": high}
 
@@ -193,11 +196,14 @@ def verdict(
     if ran:
         worst = ran[0]
         counted, size, nouns = worst["recovered"], worst["batch_size"], worst["nouns"]
+        back = "came back" if counted["count"] is not None else "are proved by the update alone"
+        counted = counted if counted["count"] is not None else worst["proved"]
         reason.append(
             f"The worst of {_many(len(rows), 'row')}: case “{worst['case']}”, {_stage(worst['stage'])}, "
             f"batches of {size}, attack {worst['attack']}: {counted['count']} of {worst['examples']} {nouns} "
-            f"came back ({_percent(counted['share'])}; 95 % interval {_percent(counted['low'])} to "
-            f"{_percent(counted['high'])}), {worst['proved']['count']} of them proved by the update alone."
+            f"{back} ({_percent(counted['share'])}; 95 % interval {_percent(counted['low'])} to "
+            f"{_percent(counted['high'])})"
+            + (f", {worst['proved']['count']} of them proved by the update alone." if back == "came back" else ".")
         )
         if worst["null"]["recovered"]:
             reason.append(
@@ -253,6 +259,8 @@ def _grade(target: float | None, ran: Sequence[Row]) -> tuple[str, str]:
             "Nothing was measured: no attack of the plan ran, so this page says nothing about leakage.",
         )
     nouns = ran[0]["nouns"]
+    if any(r["recovered"]["share"] is None for r in ran):
+        return _grade_without_truth(target, ran)
     share, high = max(_share(r["recovered"]) for r in ran), max(r["recovered"]["high"] for r in ran)
     hits, total = sum(r["recovered"]["count"] for r in ran), sum(r["examples"] for r in ran)
     tried = f"{hits} of {total:,} {nouns} came back" if hits else f"none of {total:,} {nouns} came back"
@@ -269,6 +277,20 @@ def _grade(target: float | None, ran: Sequence[Row]) -> tuple[str, str]:
         "undecided",
         f"Not decided: {tried}, but with so few batches up to {_percent(high)} cannot be excluded; {said}.",
     )
+
+
+def _grade_without_truth(target: float | None, ran: Sequence[Row]) -> tuple[str, str]:
+    nouns, share = ran[0]["nouns"], max(_share(r["proved"]) for r in ran)
+    hits, total = sum(r["proved"]["count"] for r in ran), sum(r["examples"] for r in ran)
+    said = "" if target is None else f"; the target is at most {_percent(target)}"
+    if not hits:
+        return "undecided", (
+            f"Not decided: none of {total:,} {nouns} was proved, and without the truth nobody can tell what came back "
+            f"unproved{said}."
+        )
+    if target is not None and share > target:
+        return "above", f"Above the target: {_percent(share)} of the {nouns} were proved in the worst row{said}."
+    return "leaks", f"It leaks: the updates alone prove {hits} of {total:,} {nouns}{said}."
 
 
 def _not_tried(plan: Plan) -> list[str]:

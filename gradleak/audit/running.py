@@ -24,7 +24,7 @@ from gradleak.audit.workers import spread
 from gradleak.errors import GradleakError, InvalidFile, InvalidInput
 from gradleak.files import check_writable, sweep, write_bytes
 
-__all__ = ["EVIDENCE", "Audit", "Told", "exit_code", "run"]
+__all__ = ["EVIDENCE", "Audit", "Told", "exit_code", "run", "versions", "worst_first", "write_evidence"]
 
 EVIDENCE, TRIALS = "evidence.json", "trials"
 _PACKAGES = ("torch", "numpy", "scipy", "opacus", "ray", "transformers")
@@ -98,12 +98,21 @@ def run(
         "lower_bound": rows,
         "upper_bound": upper,
         "utility": utility_rows(own, plain),
-        "trials": [_plain(t, v, lab) for t, v in _worst_first(measured)],
+        "trials": [_plain(t, v, lab) for t, v in worst_first(measured)],
         "plan": _described(asked, command),
-        "versions": _versions(),
+        "versions": versions(),
     }
+    write_evidence(out, evidence)
+    return Audit(evidence, tuple(worst_first(measured)))
+
+
+def write_evidence(out: Path, evidence: Mapping[str, Any]) -> None:
+    """Write ``evidence.json``.
+
+    Raises:
+        InvalidFile: it cannot be written there.
+    """
     write_bytes(out / EVIDENCE, (json.dumps(evidence, indent=1, ensure_ascii=False) + "\n").encode())
-    return Audit(evidence, tuple(_worst_first(measured)))
 
 
 def exit_code(evidence: Mapping[str, Any]) -> int:
@@ -232,14 +241,20 @@ class _Lab:
             self.told(done, total, what)
 
 
-def _worst_first(
+def worst_first(
     measured: Iterable[tuple[Trial, Mapping[str, Any]]],
 ) -> list[tuple[Trial, Mapping[str, Any]]]:
+    """Return trials by the share that came back, then proofs, then the least error."""
+
     def rank(pair: tuple[Trial, Mapping[str, Any]]) -> tuple[float, ...]:
         examples = pair[1].get("examples", ())
         errors = [e["error"] for e in examples if e["error"] is not None]
         proved = any(e["proved"] for e in examples)
-        return (-sum(e["recovered"] for e in examples) / max(len(examples), 1), -proved, min(errors, default=np.inf))
+        return (
+            -sum(bool(e["recovered"]) for e in examples) / max(len(examples), 1),
+            -proved,
+            min(errors, default=np.inf),
+        )
 
     return sorted(measured, key=rank)
 
@@ -281,7 +296,8 @@ def _described(plan: Plan, command: str) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of what computes, and the machine."""
     found = {"gradleak": gradleak.__version__, "Python": platform.python_version()}
     for name in _PACKAGES:
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -22,7 +22,7 @@ from torch import Tensor
 import gradleak.attacks
 from gradleak.attacks.base import Attack, Progress, nothing_found
 from gradleak.audit.factories import build_attack
-from gradleak.audit.federation import Federation, build, tensors_hash
+from gradleak.audit.federation import build, tensors_hash
 from gradleak.audit.plan import Case, Utility
 from gradleak.audit.scores import score
 from gradleak.audit.store import place
@@ -33,7 +33,7 @@ from gradleak.spaces import InputSpace
 from gradleak.threat import Knowledge, ThreatModel
 from gradleak.types import Batch, Reconstruction, Shows, Verdict
 
-__all__ = ["Result", "Trial", "attempt", "choose_attack", "prior"]
+__all__ = ["Result", "Trial", "attempt", "choose_attack", "findings", "kept", "prior", "scored", "unscored"]
 
 VERSION = 1
 """Of what a trial measures; another one measures everything anew."""
@@ -104,11 +104,16 @@ def choose_attack(spec: str, budget: float | None) -> Attack:
 
 
 def attempt(trial: Trial) -> Result:
-    """Run one trial with one thread; what goes wrong in it is its result."""
+    """Run one trial."""
+    return kept(lambda: _quality(trial) if trial.kind == "utility" else _attack(trial))
+
+
+def kept(work: Callable[[], Mapping[str, Any]]) -> Result:
+    """Run ``work`` with one thread; what goes wrong in it is its result."""
     begin = time.perf_counter()
     try:
         with _one_thread():
-            values = _quality(trial) if trial.kind == "utility" else _attack(trial)
+            values = work()
     except Exception as error:  # noqa: BLE001 - kept with its traceback, and measured again on request
         if is_memory(error):
             error = MemoryError("The trial does not fit in memory; take a smaller batch or model.")
@@ -163,25 +168,38 @@ def _attack(trial: Trial) -> dict[str, Any]:
     except TimeSpent:
         found = nothing_found(observation)
     except (NotApplicable, MissingKnowledge) as refusal:
-        return values | {"refused": str(refusal), "findings": _findings(refusal.findings)}
-    return values | _scored(federation, found, truth, public, trial.tolerance)
+        return values | {"refused": str(refusal), "findings": findings(refusal.findings)}
+    return values | scored(space, found, truth, public, trial.tolerance)
 
 
-def _scored(
-    federation: Federation, found: Reconstruction, truth: Batch, public: Tensor, tolerance: float
-) -> dict[str, Any]:
-    space, certificate = federation.pool.space, found.certificate
+def unscored(space: InputSpace, found: Reconstruction) -> dict[str, Any]:
+    """Return what is known of a reconstruction without the truth: what it proves, and whether it came back is not."""
+    certificate = found.certificate
     assert certificate is not None  # the template method of every attack makes one
-    values: dict[str, Any] = {
+    examples = [
+        {"index": i, "recovered": None, "proved": v is Verdict.PROVED, "error": None, "words": ""}
+        for i, v in enumerate(certificate.examples)
+    ]
+    return {
         "status": found.status.value,
         "way": found.attack,
         "evaluations": found.evaluations,
         "certificate": certificate.verdict.value,
         "reason": certificate.reason,
-        "findings": _findings(found.findings),
+        "findings": findings(found.findings),
         "error_name": space.error_name,
         "nouns": space.nouns,
+        "nulls": [],
+        "examples": examples,
     }
+
+
+def scored(
+    space: InputSpace, found: Reconstruction, truth: Batch, public: Tensor | None, tolerance: float
+) -> dict[str, Any]:
+    """Return what is known of a reconstruction beside the truth, decoded, and ``public`` examples."""
+    certificate, values = found.certificate, unscored(space, found)
+    assert certificate is not None
     guesses = [(n.description, space.errors(n.inputs, truth.inputs), n.oracle) for n in space.null_guesses(
         truth.inputs, public)]  # fmt: skip
     nulls = [
@@ -234,9 +252,10 @@ def _shown(space: InputSpace, guess: Tensor, truth: Tensor) -> dict[str, Any]:
     }
 
 
-def _findings(findings: Any) -> list[dict[str, Any]]:
+def findings(found: Any) -> list[dict[str, Any]]:
+    """Return what was read besides whole examples, in plain JSON."""
     return [
-        {"kind": f.kind.value, "count": f.count, "of": f.of, "proved": f.proved, "text": str(f.text)} for f in findings
+        {"kind": f.kind.value, "count": f.count, "of": f.of, "proved": f.proved, "text": str(f.text)} for f in found
     ]
 
 

@@ -10,7 +10,9 @@ from rich.table import Table
 
 from gradleak.audit.running import EVIDENCE, exit_code
 from gradleak.auditing import PAGE, run_audit
+from gradleak.cli.audit_captures import audit_capture
 from gradleak.cli.console import say, show, trial_bar
+from gradleak.errors import InvalidInput
 
 __all__ = ["audit"]
 
@@ -19,12 +21,17 @@ _ROWS = 12
 
 
 def audit(subject: Path, out: Path, **asked: Any) -> int:
-    """Try the plan ``subject`` and write the evidence into ``out``; return the exit code.
+    """Try the plan ``subject``, or the updates of that capture, write evidence into ``out``, return the exit code.
 
     ``asked`` are the options of :func:`gradleak.audit.running.run`.
     """
     with trial_bar() as told:
-        found = run_audit(subject, out, told=told, **asked).evidence
+        if subject.is_dir():
+            if asked.pop("data") is not None:
+                raise InvalidInput("--data is for plans; a capture is scored by the truth that it holds.")
+            found = audit_capture(subject, out.absolute(), told=told, **asked).evidence
+        else:
+            found = run_audit(subject, out, told=told, **asked).evidence
     _tell(found, out)
     return exit_code(found)
 

@@ -222,7 +222,10 @@ def report(
 
 
 def audit(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan in TOML, as docs/audit.md describes it.")],
+    plan: Annotated[
+        Path,
+        typer.Argument(metavar="PLAN", help="A plan in TOML, as docs/audit.md describes it, or a capture's folder."),
+    ],
     out: Annotated[Path, _option(values.folder, "PATH", "Folder for the evidence and the trials.", "--out")],
     data: Annotated[Path | None, typer.Option(help="Folder of named data sets, in place of the plan's own.")] = None,
     fail_above: Annotated[
@@ -379,6 +382,11 @@ def _run(arguments: list[str]) -> int:
             return _fail("The run does not fit in memory; take a smaller batch, fewer restarts or float32.")
         raise
     return 0
+
+
+def command_of(name: str) -> Any:
+    """Return one command, with which words are read as on the command line."""
+    return typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
 
 
 def _no_reader() -> int:

@@ -122,13 +122,21 @@ def _trial(t: Mapping[str, Any]) -> list[str]:
         t["case"],
         ", ".join(t["filters"]) or "none",
         *(str(t[k]) for k in ("stage", "batch_size", "seed", "attack")),
-        f"{sum(e['recovered'] for e in examples)} of {len(examples)}" if examples else "–",
+        _came_back(examples),
         str(sum(e["proved"] for e in examples)) if examples else "–",
         f"{min(errors):.2g}" if errors else "–",
         what,
         f"{t['seconds']:.1f}",
         t["id"][:8],
     ]
+
+
+def _came_back(examples: Sequence[Mapping[str, Any]]) -> str:
+    if not examples:
+        return "–"
+    if any(e["recovered"] is None for e in examples):
+        return "not known"
+    return f"{sum(e['recovered'] for e in examples)} of {len(examples)}"
 
 
 def _figures(evidence: Mapping[str, Any]) -> list[tuple[str, str]]:
