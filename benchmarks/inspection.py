@@ -126,11 +126,12 @@ def main() -> None:
                     print(*rows[-1].values(), "" if right else f"{said.reason} {found and found.attack}", flush=True)
     share = sum(r["right"] for r in rows) / len(rows)
     slowest = max(r["seconds"] for r in rows)
+    right = f"{sum(r['right'] for r in rows)} of {len(rows)}"
     summary = [
         {
             "what": "`gl.inspect()` predicts what `auto()` then does, models × batches × steps × filters",
             "target": f"≥ {TARGET:.0%}".replace("%", " %"),
-            "measured": f"{sum(r['right'] for r in rows)} of {len(rows)}, at most {slowest:.0f} s each",
+            "measured": f"{right} ({', '.join(names)}), at most {slowest:.1f} s each",
             "met": share >= TARGET,
         }
     ]
