@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+import torch
 from torch import Tensor, nn
 
 from gradleak.attacks.labeling import estimate_labels
 from gradleak.errors import InvalidModel, NotApplicable
+from gradleak.spaces import TokenSpace
 from gradleak.threat import Observation
 from gradleak.types import Finding, FindingKind
 
@@ -31,8 +33,11 @@ def find_besides(observation: Observation) -> tuple[Finding, ...]:
 
 
 def named_ids(observation: Observation) -> tuple[Finding, ...]:
-    """Return which ids the gradients of embeddings name."""
-    return tuple(_named_rows(name, rows, size) for name, (rows, size) in embedding_rows(observation).items())
+    """Return which ids the gradients of embeddings name; of sentences, which tokens."""
+    rows, space = embedding_rows(observation), observation.space
+    if isinstance(space, TokenSpace):  # positions and the like are named as well
+        return tuple(_named_words(ids, space) for ids, size in rows.values() if size == len(space.table))
+    return tuple(_named_rows(name, ids, size) for name, (ids, size) in rows.items())
 
 
 def embedding_rows(observation: Observation) -> dict[str, tuple[list[int], int]]:
@@ -52,6 +57,13 @@ def embedding_rows(observation: Observation) -> dict[str, tuple[list[int], int]]
         if 0 < len(ids) < len(gradient):
             rows[name] = ids, len(gradient)
     return rows
+
+
+def _named_words(ids: list[int], space: TokenSpace) -> Finding:
+    words = [text.removeprefix("##") for row in space.texts(torch.tensor(ids)[:, None]) for text in row if text]
+    shown = ", ".join(words[:_SHOWN]) + (f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else "")
+    text = f"The gradient of the word embeddings names the {len(ids)} different tokens of the batch: {shown}."
+    return Finding(FindingKind.TOKENS, text, proved=True, count=len(ids), of=len(ids))
 
 
 def _named_rows(name: str, ids: list[int], size: int) -> Finding:

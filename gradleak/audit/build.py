@@ -270,6 +270,8 @@ def _loss(loss: object) -> str:
         words += f" with weight {loss.pos_weight:g} of positive targets" if loss.pos_weight != 1 else ""
     elif isinstance(loss, MeanSquaredError):
         words = "squared error"
+    elif getattr(loss, "class_axis", None) == -1:
+        return "mean cross-entropy over tokens"
     else:
         return f"{getattr(loss, '__name__', None) or type(loss).__name__} as loss"
     return f"{'mean' if loss.reduction == 'mean' else 'summed'} {words}"
@@ -323,11 +325,13 @@ def _shown(
     found: tuple[tuple[bool, ...], ...] | None,
 ) -> Shown | None:
     space = observation.space
-    if reconstruction.shows is not Shows.INPUTS or (guess := space.texts(reconstruction.inputs)) is None:
+    read = space.restored(reconstruction.inputs, reconstruction.labels)
+    if reconstruction.shows is not Shows.INPUTS or (guess := space.texts(read)) is None:
         return None
     sure = reconstruction.confidence
     told = None if sure is None else tuple(tuple(round(v, 3) for v in row) for row in sure.tolist())
-    return Shown(space.names, guess, None if truth is None else space.texts(truth.inputs), found, told)
+    private = None if truth is None else space.texts(truth.inputs)
+    return Shown(space.names, guess, private, found, told, space.lines(read))
 
 
 def _device(observation: Observation) -> torch.device:

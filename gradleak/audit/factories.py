@@ -16,7 +16,6 @@ from torch import nn
 import gradleak.attacks
 import gradleak.defenses
 from gradleak.attacks.base import Attack
-from gradleak.attacks.sentences import ReadSentences
 from gradleak.defenses import Defense, InTurn, UpdateDefense, compose
 from gradleak.errors import GradleakError, InvalidInput, UnknownName, is_memory, reason
 from gradleak.models import locate, parse_options
@@ -54,11 +53,6 @@ def build_attack(name: str, options: Mapping[str, Any], budget: float | None = N
     built, given = _call("attack", name, factory, options)
     if not isinstance(built, Attack):
         raise InvalidInput(f"The factory {name!r} returned a {type(built).__name__}; it must return an Attack.")
-    if isinstance(built, ReadSentences):
-        raise InvalidInput(
-            "The attack 'read_sentences' takes tokens, which the command line cannot describe; in Python, "
-            "gl.attacks.read_sentences() reads the masked language models of gradleak.integrations.huggingface."
-        )
     defaults = {k: p.default for k, p in _signature(name, factory).parameters.items() if p.default is not p.empty}
     return ChosenAttack(built, name, defaults | given)
 

@@ -1,6 +1,7 @@
 """The folder of one result: ``result.json``, ``reconstruction.safetensors``, ``trace.safetensors``, ``report.html``.
 
-Of a table, ``reconstruction.csv`` holds the reconstructed rows as people write them.
+Of a table, ``reconstruction.csv`` holds the reconstructed rows as people write them; of text, ``sentences.txt`` has one
+sentence a line.
 
 It is written whole or not at all, and read without torch. ``result.json`` names the SHA-256 of the tensor files and
 is replaced after them, so that a folder which a killed process left half new is recognized.
@@ -33,7 +34,7 @@ __all__ = ["Folder", "check_writable", "read_folder", "write_files", "write_fold
 Array = npt.NDArray[Any]
 
 RESULT, TENSORS, TRACE, REPORT = "result.json", "reconstruction.safetensors", "trace.safetensors", "report.html"
-ROWS = "reconstruction.csv"
+ROWS, SENTENCES = "reconstruction.csv", "sentences.txt"
 
 _AGAIN = "run the attack again to write it anew"
 _WHOLE = 1 << 63
@@ -70,12 +71,14 @@ def write_folder(directory: Path, folder: Folder, report: str) -> None:
     }
     if folder.record.subject.display == "table" and folder.record.shown is not None:
         files[ROWS] = _rows(folder.record.shown)
+    if folder.record.subject.display == "text" and folder.record.shown is not None:
+        files[SENTENCES] = _text("".join(f"{line}\n" for line in folder.record.shown.lines))
     record = dataclasses.replace(folder.record, files={name: _hash(data) for name, data in files.items()})
     # The page goes first and comes last: it never stands beside the numbers of another run.
     write_files(
         directory,
         {**files, RESULT: _text(to_json(record)), REPORT: _text(report)},
-        drop=(REPORT, ROWS),
+        drop=(REPORT, ROWS, SENTENCES),
     )
 
 
@@ -113,7 +116,7 @@ def read_folder(directory: Path) -> Folder:
         raise InvalidFile(f"There is no folder {str(directory)!r}; name one that gradleak attack or demo wrote.")
     record = _record(directory)
     for name in record.files:
-        if name not in (TENSORS, TRACE, ROWS):
+        if name not in (TENSORS, TRACE, ROWS, SENTENCES):
             raise InvalidFile(f"result.json is damaged: it names a file {name!r}; {_AGAIN}.")
     arrays = {name: _unpack(directory, name, record.files.get(name)) for name in (TENSORS, TRACE)}
     tensors, trace = arrays[TENSORS], arrays[TRACE]
@@ -168,7 +171,7 @@ def _check_together(directory: Path, folder: Folder) -> None:
             or record.outcome.status in REFUSED
             or inputs.shape[1:] == shape
         )
-        and (truth is None or truth.shape[1:] == inputs.shape[1:])
+        and (truth is None or record.subject.display == "text" or truth.shape[1:] == inputs.shape[1:])
         and (snapshots is None or snapshots.shape == (points, *inputs.shape))
         and (labels is None or labels.ndim > 0)
         and all(e.guess is None or 0 <= e.guess < len(inputs) for e in examples)

@@ -240,6 +240,7 @@ class Shown:
     truth: tuple[tuple[str, ...], ...] | None = None
     found: tuple[tuple[bool, ...], ...] | None = None
     confidence: tuple[tuple[float, ...], ...] | None = None
+    lines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,8 @@ def score(
     Raises:
         InvalidInput: shapes do not fit, or the truth is not finite.
     """
-    inputs, guesses = space.prepare(truth.inputs), space.prepare(reconstruction.inputs)
+    read = space.restored(reconstruction.inputs, reconstruction.labels)
+    guesses, inputs = space.alike(space.prepare(read), space.prepare(truth.inputs))
     if not bool(torch.isfinite(inputs).all()):
         raise InvalidInput("The truth has NaN or infinite values; score against the batch that was attacked.")
     assignment = space.assign(guesses, inputs)

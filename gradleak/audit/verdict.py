@@ -166,12 +166,22 @@ def _against_truth(
         )
     reason = " ".join(sentences)
     if back:
-        everything = f"{('The', 'Both')[n - 1] if n <= 2 else f'All {n}'} {private} came back."
-        return Verdict("leaked", everything if back == n else f"{back} of {n} {private} came back.", reason, _LEAKED)
+        everything = f"{('The', 'Both')[n - 1] if n <= 2 else f'All {n}'} {private} came back"
+        headline = everything if back == n else f"{back} of {n} {private} came back"
+        return Verdict("leaked", headline + _word_for_word(subject, examples, back), reason, _LEAKED)
     if any(e.level == 1 for e in examples):
         return Verdict("partly", f"Only a coarse impression of the {private} came back.", reason, _FAILED)
     headline = f"The {private} did not come back." if n == 1 else f"None of the {n} {private} came back."
     return Verdict("not_recovered", headline, reason, _FAILED)
+
+
+def _word_for_word(subject: Subject, examples: Sequence[Example], back: int) -> str:
+    """Return the end of a headline: of sentences it says how many have no wrong word."""
+    if subject.display != "text":
+        return "."
+    exact = sum(e.success for e in examples)
+    some = f"{exact} of them word for word" if exact else "with wrong words"
+    return ", word for word." if exact == back else f", {some}."
 
 
 def _worst(subject: Subject, examples: Sequence[Example]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gradleak.attacks.counting import count_examples
+from gradleak.attacks.sentences import ReadSentences
 from gradleak.audit.folder import check_writable
 from gradleak.capture_checks import check_capture
 from gradleak.cli.console import warn
@@ -40,9 +41,15 @@ def attack(*, budget: float | None, **asked: Any) -> int:
 
 def prepare(asked: Mapping[str, Any]) -> Job:
     """Return what was asked for, read, checked and tried out; what is suspicious about it has been said."""
-    request = read_request(asked)
-    subject = load_subject(request.model, request.space, request.update, request.kind, request.batch_size)
-    losses = request.loss.among(subject.outputs)
+    if asked["model"].startswith("hf:"):
+        from gradleak.cli.text import read_language  # takes the extra 'text', and seconds to import
+
+        request, subject, losses = read_language(asked)
+    else:
+        request = read_request(asked)
+        _check_no_language(request, asked)
+        subject = load_subject(request.model, request.space, request.update, request.kind, request.batch_size)
+        losses = request.loss.among(subject.outputs)
     count, source, noted = _count(request, subject, losses[0])
     job = _job(request, subject, losses, count, source, noted)
     step = _one_step(job.observations[0], count, subject.outputs)
@@ -52,6 +59,13 @@ def prepare(asked: Mapping[str, Any]) -> Job:
     for note in job.warnings:
         warn(note)
     return job
+
+
+def _check_no_language(request: Request, asked: Mapping[str, Any]) -> None:
+    given = next((name for name in ("task", "lora") if asked[name] is not None), None)
+    if given is not None or isinstance(request.attack.attack, ReadSentences):
+        what = "The attack 'read_sentences'" if given is None else f"--{given}"
+        raise InvalidInput(f"{what} is for language models; name the folder of one with --model hf:DIR.")
 
 
 def _count(request: Request, subject: Subject, loss: Loss) -> tuple[int, str, tuple[Note, ...]]:

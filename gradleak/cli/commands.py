@@ -55,8 +55,15 @@ def demo(
     out: Out = Path("gradleak-demo"),
     seed: Seed = 0,
     image: Annotated[Path | None, typer.Option("--image", help="A picture of your own instead of the cat.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Messages out of a language model (extra 'text').")] = False,
 ) -> None:
-    """Leak a real photograph from one gradient of a LeNet, on this machine, in under a minute."""
+    """Leak a real photograph from one gradient of a LeNet, on this machine, in under a minute; or four messages."""
+    if text:
+        from gradleak.cli.demo_text import prepare
+
+        if image is not None:
+            raise InvalidInput("--text and --image are two demonstrations; give one of them.")
+        raise typer.Exit(_run([*prepare(out.absolute(), seed), "--seed", str(seed)]))
     from gradleak.cli.demo import demo as run
 
     raise typer.Exit(run(out, seed, image, _command()))
@@ -74,7 +81,7 @@ def attack(
     round: Annotated[int | None, typer.Option(min=0, help="Of the capture: the round to attack.")] = None,
     client: Annotated[str | None, typer.Option(help="Of the capture: the client to attack.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="A model of gradleak's, or module:factory from your own code.")
+        str | None, typer.Option(help="A model of gradleak's, module:factory from your own code, or hf:DIR.")
     ] = None,
     update: Annotated[Path | None, typer.Option(help="The captured update (.safetensors), by parameter name.")] = None,
     input_shape: Annotated[
@@ -83,6 +90,11 @@ def attack(
     table: Annotated[
         Path | None, typer.Option(help="The inputs are rows of a table, which this schema (.json) describes.")
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Of hf:DIR: causal, masked, classification or token-classification (by its class)."),
+    ] = None,
+    lora: Annotated[Path | None, typer.Option(help="Of hf:DIR: folder of the LoRA adapter that is trained.")] = None,
     model_arg: Annotated[Texts, _option(None, "KEY=VALUE", "An argument of the model (may be repeated).")] = None,
     weights: Annotated[Path | None, typer.Option(help="The weights that were sent out (.safetensors).")] = None,
     classes: Annotated[int | None, typer.Option(min=1, max=10**7, help="Number of classes.")] = None,
@@ -155,7 +167,7 @@ def attack(
     ] = None,
     truth: Annotated[
         Path | None,
-        typer.Option(help="Private data to score against (.npz, .safetensors, picture; a table: .csv)."),
+        typer.Option(help="Private data to score against (.npz, .safetensors, picture; a table: .csv; text: .txt)."),
     ] = None,
     data: Annotated[
         str | None,

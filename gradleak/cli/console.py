@@ -52,7 +52,9 @@ def tell(record: Record, out: Path) -> None:
     say("")
     say(record.verdict.headline, style="bold")
     say(record.verdict.reason)
-    if record.examples is not None:
+    if record.subject.display == "text" and record.shown is not None:
+        _sentences(record)
+    elif record.examples is not None:
         table = Table(box=None, pad_edge=False, header_style="dim")
         for name in ("example", "class", *(a.metric + (f", {a.unit}" if a.unit else "") for a in record.aggregates)):
             table.add_column(name, justify="right")
@@ -70,6 +72,29 @@ def tell(record: Record, out: Path) -> None:
     elif outcome.status in ("exact", "converged"):
         say(f"In closed form, {duration(outcome.seconds)}")
     say(f"Report: {out / 'report.html'}")
+
+
+def _sentences(record: Record) -> None:
+    """Print the sentences that were read, the worst first where that is known, with what is known of each."""
+    shown, certificate = record.shown, record.certificate
+    assert shown is not None
+    proofs = () if certificate is None else certificate.examples
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    scored = record.examples is not None
+    for name in ("sentence", *(("ROUGE-1", "ROUGE-2") if scored else ()), "", "read"):
+        table.add_column(name, overflow="fold")
+    rows = [(e.index, e.guess, e.values) for e in record.examples or ()] if scored else [
+        (i, i, {}) for i in range(len(shown.lines))
+    ]  # fmt: skip
+    for index, guess, values in rows[:_ROWS]:
+        proved = "proved" if guess is not None and guess < len(proofs) and proofs[guess] == "proved" else ""
+        scores = (sig(values.get(name), 3) for name in ("rouge_1", "rouge_2")) if scored else ()
+        line = shown.lines[guess] if guess is not None and guess < len(shown.lines) else "–"
+        table.add_row(str(index + 1), *scores, proved, Text(clean(line)))
+    say("")
+    _Console(highlight=False).print(table)
+    if len(rows) > _ROWS:
+        say(f"… and {len(rows) - _ROWS} more in sentences.txt.")
 
 
 @contextmanager

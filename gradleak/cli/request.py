@@ -130,8 +130,10 @@ class Request:
         return plain if self.defense is None else self.defense.wrap(plain)
 
 
-def read_request(asked: Mapping[str, Any]) -> Request:
+def read_request(asked: Mapping[str, Any], space: InputSpace | None = None) -> Request:
     """Return what the options ask for: those of ``gradleak attack`` by name, each parsed by itself already.
+
+    ``space`` is what the model takes, where its folder says that and not the options.
 
     Raises:
         InvalidInput: two options contradict each other, or one names something that does not exist.
@@ -142,7 +144,7 @@ def read_request(asked: Mapping[str, Any]) -> Request:
         model=ModelChoice(o.model, model_options, o.weights, o.classes, o.mode, dtype, _device(o.device)),
         update=o.update,
         kind=UpdateKind(o.kind),
-        space=_space(o.input_kind, o.input_shape, o.mean or (), o.std or (), o.table),
+        space=space or _space(o.input_kind, o.input_shape, o.mean or (), o.std or (), o.table),
         batch_size=o.batch_size,
         loss=_loss(o.loss, o.reduction, o.label_smoothing, o.class_weights),
         local=_local(o.kind, {k: getattr(o, k) for k in _LOCAL}),

@@ -34,7 +34,7 @@ from gradleak.training import Simulator, batch_statistics, check_reproducible, p
 from gradleak.training.base import check_repeatable
 from gradleak.types import Note, NoteKind, Update, UpdateKind
 
-__all__ = ["Subject", "load_subject"]
+__all__ = ["Subject", "as_captured", "load_subject"]
 
 _MOST_UNKNOWNS = 10**8
 """Values of a batch up to which an attack is tried: more do not fit into memory a few times over."""
@@ -102,7 +102,7 @@ def load_subject(
     elif choice.mode != "as-is":
         model.train(choice.mode == "train")
     model = model.to(choice.device)
-    sent, captured, more = _read_update(update, model, kind, limit)
+    sent, captured, more = as_captured(read_tensors(update, limit=limit), update, model, kind)
     masks = batch_size not in (None, 1) or not _has_patches(model, space)
     check_reproducible(model, masks=masks)
     outputs, tokens = _try_out(model, choice, space, batch_size or 1, masks=masks)
@@ -125,11 +125,15 @@ def _load_model(choice: ModelChoice, space: InputSpace) -> nn.Module:
     return model
 
 
-def _read_update(
-    path: Path, model: nn.Module, kind: UpdateKind, limit: int
+def as_captured(
+    stored: dict[str, Tensor], path: Path, model: nn.Module, kind: UpdateKind
 ) -> tuple[Update, torch.dtype, tuple[Note, ...]]:
-    """Return the captured update in the model's number type, the type it was captured in, and notes."""
-    shared, positional = named(read_tensors(path, limit=limit), path, parameters(model), model.state_dict())
+    """Return the tensors of a file as an update in the model's number type, the type they were captured in, and notes.
+
+    Raises:
+        InvalidInput: they are no update of ``model``.
+    """
+    shared, positional = named(stored, path, parameters(model), model.state_dict())
     notes: tuple[Note, ...] = ()
     if positional:
         notes += (_taken("The update's arrays have no names; they were taken in the order of the model's parameters."),)

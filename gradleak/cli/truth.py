@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from gradleak.data import load_images, read_batch, read_rows
 from gradleak.errors import InvalidInput
-from gradleak.spaces import ImageSpace, InputSpace, TableSpace
+from gradleak.files import read_file
+from gradleak.spaces import ImageSpace, InputSpace, TableSpace, TokenSpace
 from gradleak.training import TargetKind
 from gradleak.types import Batch
 
@@ -40,15 +42,18 @@ def read_truth(
 ) -> Batch:
     """Return the decoded private batch; unknown labels are −1, which no class equals.
 
-    The file is an ``.npz`` or ``.safetensors`` with ``inputs`` and perhaps ``labels``, a picture, or, of a table, a CSV
-    file in people's words; ``told`` are the
-    labels that the attacker was told, and ``kinds`` says how labels may look.
+    The file is an ``.npz`` or ``.safetensors`` with ``inputs`` and perhaps ``labels``, a picture, of a table a CSV file
+    in people's words, or of text one sentence a line; ``told`` are the labels that the attacker was told, and ``kinds``
+    says how labels may look.
 
     Raises:
         InvalidInput: the file holds no such batch.
     """
+    labels: Tensor | None
     if isinstance(space, TableSpace):
         inputs, labels = read_rows(path, space, count=count)
+    elif isinstance(space, TokenSpace):
+        inputs, labels = _sentences(path, space, count), None
     else:
         inputs, labels = read_batch(path, tuple(space.shape), count=count)
     if isinstance(space, ImageSpace) and not bool(((inputs >= 0) & (inputs <= 1)).all()):
@@ -72,6 +77,22 @@ def read_truth(
     if TargetKind.BINARY in kinds and whole and bool(((labels == 0) | (labels == 1)).all()):
         return Batch(inputs, labels.long())
     return Batch(inputs, labels.double())
+
+
+def _sentences(path: Path, space: TokenSpace, count: int) -> Tensor:
+    """Return the ids (N, T) of the sentences in a text file, filled up with −1."""
+    assert not isinstance(space.words, Sequence)  # a tokenizer: the command line describes no sentences without one
+    try:
+        text = read_file(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{str(path)!r} is not text in UTF-8; write one sentence a line into it.") from error
+    lines = [line for line in text.splitlines() if line.strip()]
+    if len(lines) != count:
+        raise InvalidInput(
+            f"{str(path)!r} has {len(lines)} sentences for a batch of {count}; write each into a line of its own."
+        )
+    rows = [torch.tensor(list(space.words.encode(line, space.length))) for line in lines]
+    return pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
 def public_images(spec: str, space: InputSpace) -> Tensor:

@@ -7,7 +7,8 @@ import enum
 import json
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from gradleak.errors import InvalidFile, InvalidInput, InvalidModel, reason
 from gradleak.spaces import TokenSpace
+from gradleak.spaces.tokens import Spelling
 from gradleak.training import CrossEntropy, FedSGD, Loss, MeanSquaredError, TargetKind
 from gradleak.types import Batch
 
@@ -30,6 +32,8 @@ __all__ = [
     "from_pretrained",
     "load_adapter",
     "load_folder",
+    "quiet",
+    "sample",
     "wrap_lora",
 ]
 
@@ -174,7 +178,7 @@ class LanguageModel(nn.Module):
     def space(
         self,
         length: int | None = None,
-        words: Sequence[str] | Callable[[Sequence[int]], Sequence[str]] = (),
+        words: Sequence[str] | Spelling = (),
         special: Sequence[int] = (),
     ) -> TokenSpace:
         """Return the space of sentences of at most ``length`` tokens (None: as many as the model has positions for).
@@ -340,6 +344,12 @@ def load_folder(path: str | Path, task: Task | str | None = None) -> LanguageMod
         InvalidFile: there is no such folder, it cannot be read safely, or weights are missing.
     """
     folder = Path(path)
+    pickled = sorted(p.name for p in folder.glob("*.bin"))
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise InvalidFile(
+            f"The weights in {str(path)!r} are pickled ({pickled[0]}), which is never read; load the model where you "
+            "trust it, and write it again with save_pretrained()."
+        )
     if not (folder / "config.json").is_file():
         raise InvalidFile(f"{str(path)!r} has no config.json; pass a folder that save_pretrained() wrote.")
     if task is None:
@@ -350,6 +360,36 @@ def load_folder(path: str | Path, task: Task | str | None = None) -> LanguageMod
             raise InvalidFile(f"{folder / 'config.json'} is no configuration of a model; save it anew.") from error
         task = _task_of(name)
     return LanguageModel(_load(folder, Task(task), local=True), task)
+
+
+@torch.no_grad()
+def sample(
+    model: LanguageModel, count: int, length: int, generator: torch.Generator, mask: int | None = None
+) -> Tensor | None:
+    """Return ``count`` sentences (N, ≤ length) that the model itself writes; None of a classifier, which writes none.
+
+    A causal model draws token after token, a masked one all tokens behind tokens ``mask`` at once.
+    """
+    config, length = model.inner.config, min(length, model.positions_limit)
+    device = model.embeddings.device
+
+    def draw(logits: Tensor) -> Tensor:
+        chances = logits.double().softmax(-1).cpu().flatten(0, -2)
+        return torch.multinomial(chances, 1, generator=generator).view(logits.shape[:-1]).to(device)
+
+    if model.task is Task.MASKED and mask is not None:
+        return draw(model(torch.full((count, length), mask, device=device)))
+    if model.task is not Task.CAUSAL:
+        return None
+    begin = getattr(config, "bos_token_id", None)
+    first = torch.randint(len(model.embeddings), (count, 1), generator=generator)
+    ids = (first if begin is None else torch.full_like(first, int(begin))).to(device)
+    step, past = ids, None
+    while ids.shape[1] < length:
+        out = model.inner(input_ids=step, attention_mask=torch.ones_like(ids), past_key_values=past, use_cache=True)
+        step, past = draw(out.logits[:, -1:]), out.past_key_values
+        ids = torch.cat([ids, step], 1)
+    return ids
 
 
 def load_adapter(model: LanguageModel, path: str | Path) -> LanguageModel:
@@ -405,29 +445,43 @@ def wrap_lora(model: LanguageModel, rank: int, targets: Sequence[str] | str | No
         raise InvalidInput(f"LoRA cannot be put into {targets!r} ({reason(error)}); name its linear layers.") from error
 
 
-def _load(name: str | Path, task: Task, *, local: bool) -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise InvalidInput("Hugging Face models need the extra 'text': pip install 'gradleak[text]'.") from error
-    # Its bars and tables of missing weights say less than the sentence below.
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from telling: its bars and tables say less than one sentence does."""
+    import transformers
+
     telling: Any = transformers.utils.logging
     shown, level = telling.is_progress_bar_enabled(), telling.get_verbosity()
     telling.disable_progress_bar()
     telling.set_verbosity_error()
     try:
-        model, info = getattr(transformers, task.auto_class).from_pretrained(
-            name, use_safetensors=True, trust_remote_code=False, local_files_only=local, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InvalidFile(
-            f"No {task} language model can be loaded from {str(name)!r}; pass a folder with config.json and "
-            f"model.safetensors, or a hub name on a machine with a network ({type(error).__name__}: {error})."
-        ) from error
+        yield
     finally:
         telling.set_verbosity(level)
         if shown:
             telling.enable_progress_bar()
+
+
+def _load(name: str | Path, task: Task, *, local: bool) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise InvalidInput("Hugging Face models need the extra 'text': pip install 'gradleak[text]'.") from error
+    try:
+        with quiet():
+            model, info = getattr(transformers, task.auto_class).from_pretrained(
+                name,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=local,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told below
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InvalidFile(
+            f"No {task} language model can be loaded from {str(name)!r}; pass a folder with config.json and "
+            f"model.safetensors, or a hub name on a machine with a network ({reason(error)[:200]})."
+        ) from error
     lacking = sorted({*info["missing_keys"], *(k for k, *_ in info["mismatched_keys"])})
     if lacking:
         raise InvalidFile(

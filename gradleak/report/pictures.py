@@ -55,7 +55,8 @@ def picture(record: Record, inputs: Array, truth: Array | None = None, snapshots
     else:
         truth = None
         pairs = [(i, i) for i in range(len(inputs))]
-        titles = [f"Reconstruction {i + 1}" for i in range(len(inputs))] if len(inputs) > 1 else ["Reconstruction"]
+        what = capital(subject.noun) if subject.display == "text" else "Reconstruction"
+        titles = [f"{what} {i + 1}" for i in range(len(inputs))] if len(inputs) > 1 else [what]
     pairs, titles, omitted = pairs[:_EXAMPLES], titles[:_EXAMPLES], max(0, len(pairs) - _EXAMPLES)
     if shown is not None:
         values = tuple(
@@ -110,16 +111,16 @@ def _texts(title: str, shown: Shown, index: int, guess: int | None, scored: bool
     """Return one example as texts; an absent one, and one that is not in a damaged record, is empty."""
     truth = shown.truth[index] if scored and shown.truth is not None and index < len(shown.truth) else None
     found = shown.guess[guess] if guess is not None and guess < len(shown.guess) else ()
+    if not shown.names:
+        return Values(title, (), truth, found)
     count = len(truth) if truth is not None else len(found)
-    names = shown.names[:count] if shown.names else ()
-    padded = (*found, *("–" if names else "" for _ in range(count - len(found))))[:count]
+    names = shown.names[:count]
+    padded = (*found, *("–" for _ in range(count - len(found))))[:count]
     right = shown.found[index] if truth is not None and shown.found is not None and index < len(shown.found) else ()
     right = right if len(right) == count else ()
     told = shown.confidence or ()
     sure = told[guess] if guess is not None and guess < len(told) and len(told[guess]) == count else ()
-    return Values(
-        title, (*names, *("" for _ in range(count - len(names)))) if names else (), truth, padded, right, sure
-    )
+    return Values(title, (*names, *("" for _ in range(count - len(names)))), truth, padded, right, sure)
 
 
 def _table(title: str, guess: Array, truth: Array | None) -> Values:

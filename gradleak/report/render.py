@@ -161,6 +161,8 @@ def _figures(record: Record) -> list[tuple[str, str]]:
         if aggregate.metric in record.subject.quoted:
             name = capital(metric_name(aggregate.metric)) + (", median" if many else "")
             figures.append((name, _value(aggregate)))
+    if record.subject.display == "text" and record.success is not None:
+        figures.insert(0, ("Word for word", f"{record.success.successes} of {record.success.n}"))
     known = [e for e in record.examples or () if e.label is not None and e.recovered is not None]
     if known:
         figures.append(("Class recovered", f"{sum(e.label == e.recovered for e in known)} of {len(known)}"))

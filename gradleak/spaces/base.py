@@ -131,6 +131,14 @@ class InputSpace(ABC):
         """Return decoded inputs as scores compare them: on the CPU, in float64."""
         return inputs.detach().to("cpu", torch.float64)
 
+    def alike(self, guess: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+        """Return prepared reconstructions and private inputs in one shape, where sizes may differ."""
+        return guess, truth
+
+    def restored(self, inputs: Tensor, labels: Tensor | None) -> Tensor:
+        """Return reconstructed ``inputs`` with what their labels say of them, as a person wants them read."""
+        return inputs
+
     def assign(self, guess: Tensor, truth: Tensor) -> Tensor:
         """Return for each of N private examples the index of its reconstruction, one to one, −1 for none."""
         return gradleak.metrics.assign(guess, truth)
@@ -189,3 +197,7 @@ class InputSpace(ABC):
     def texts(self, inputs: Tensor) -> tuple[tuple[str, ...], ...] | None:
         """Return decoded inputs (N, *shape) as pieces of text; None where pictures or plain numbers are shown."""
         return None
+
+    def lines(self, inputs: Tensor) -> tuple[str, ...]:
+        """Return each of the decoded inputs as one line of text; empty where they are no text."""
+        return ()

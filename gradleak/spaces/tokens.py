@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gradleak.errors import InvalidInput
@@ -14,7 +15,7 @@ from gradleak.metrics import rouge_1, token_accuracy
 from gradleak.metrics.assignment import cheapest
 from gradleak.spaces.base import InputSpace, NullGuess
 
-__all__ = ["TokenSpace"]
+__all__ = ["Spelling", "TokenSpace"]
 
 _NO_WORD = -2
 _FEW = 4
@@ -28,6 +29,22 @@ _PHRASES = (
 )
 
 
+class Spelling(Protocol):
+    """What turns text into ids and spells ids out, as a tokenizer does."""
+
+    def encode(self, text: str, longest: int | None = None) -> Sequence[int]:
+        """Return the ids of ``text`` as a model takes them, cut after ``longest``."""
+        ...
+
+    def pieces(self, ids: Sequence[int]) -> Sequence[str]:
+        """Return what each token adds to the text; "##" continues the word before."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the sentence in one line."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class TokenSpace(InputSpace):
     """Sentences of ``length`` tokens; candidates are embeddings (T, d), decoded inputs are token ids (T,).
@@ -39,12 +56,13 @@ class TokenSpace(InputSpace):
         length: number of tokens T of the longest sentence, special tokens among them; no sentence is longer where
             ``looked_up``.
         excluded: ids that no sentence contains (unused slots), never decoded to.
-        words: the text of every id, or what spells the ids of a sentence, one text each; "##" continues the word
-            before. Ids are shown where it is empty.
+        words: the text of every id ("##" continues the word before), or what spells ids out, for a reader; ids are
+            shown where it is empty.
         special: ids that are no words (padding, beginning, end): neither scored nor shown.
         samples: (M, T) sentences that the model itself writes, a guess that needs no update; none if None.
         looked_up: whether the model takes ids, of any number up to ``length``, and looks them up itself, so that its
             embeddings may be part of the update.
+        masked: whether labels that are no −100 are the tokens that stood in their places, as of a masked model.
 
     Raises:
         InvalidInput: the table is not a matrix, the length is not positive, or no token is left to decode to.
@@ -53,17 +71,18 @@ class TokenSpace(InputSpace):
     table: Tensor
     length: int
     excluded: tuple[int, ...] = ()
-    words: Sequence[str] | Callable[[Sequence[int]], Sequence[str]] = ()
+    words: Sequence[str] | Spelling = ()
     special: tuple[int, ...] = ()
     samples: Tensor | None = None
     looked_up: bool = False
+    masked: bool = False
 
     kind: ClassVar[str] = "tokens"
     noun: ClassVar[str] = "sentence"
     nouns: ClassVar[str] = "sentences"
     display: ClassVar[Literal["pictures", "numbers", "text", "table"]] = "text"
     reads: ClassVar[frozenset[str]] = frozenset({"tokens"})
-    quoted: ClassVar[tuple[str, ...]] = ("token_accuracy",)
+    quoted: ClassVar[tuple[str, ...]] = ("token_accuracy", "rouge_1", "rouge_2")
     error_name: ClassVar[str] = "share of wrong tokens"
 
     def __post_init__(self) -> None:
@@ -98,7 +117,7 @@ class TokenSpace(InputSpace):
         """
         if not candidates.is_floating_point():
             return candidates
-        directions = torch.nn.functional.normalize(self.table.to(candidates), dim=1)
+        directions = F.normalize(self.table.to(candidates), dim=1)
         cosine = torch.nan_to_num(candidates) @ directions.T  # a candidate's own norm changes no maximum
         return cosine.masked_fill(~self._usable().to(candidates.device), -torch.inf).argmax(-1)
 
@@ -128,9 +147,25 @@ class TokenSpace(InputSpace):
         return self.table[inputs.clamp_min(0)] * (inputs >= 0)[..., None]
 
     def prepare(self, inputs: Tensor) -> Tensor:
-        """Return token ids on the CPU, −2 for special ones, as metrics read them; embeddings are decoded."""
+        """Return token ids on the CPU, −2 for padding and special ones, as metrics read them; embeddings are decoded.
+
+        Without ``looked_up``, −1 stays: such a place counts for nothing.
+        """
         ids = self.decode(inputs.detach()).to("cpu", torch.long)
-        return ids.masked_fill(torch.isin(ids, torch.tensor(self.special, dtype=torch.long)), _NO_WORD)
+        no_word = torch.isin(ids, torch.tensor(self.special, dtype=torch.long))
+        return ids.masked_fill(no_word | (ids < 0) if self.looked_up else no_word, _NO_WORD)
+
+    def alike(self, guess: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both (·, T), as long as the longest sentence of either."""
+        width = max(guess.shape[1], truth.shape[1])
+        filled = [F.pad(t, (0, width - t.shape[1]), value=_NO_WORD) for t in (guess, truth)]
+        return filled[0], filled[1]
+
+    def restored(self, inputs: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the sentences (N, T) with the words behind their masks."""
+        if not self.masked or labels is None or labels.shape != inputs.shape:
+            return inputs
+        return torch.where(labels >= 0, labels.to(inputs), inputs)
 
     def assign(self, guess: Tensor, truth: Tensor) -> Tensor:
         """Return for each sentence its reconstruction: by tokens in their places, and by those it has at all."""
@@ -147,9 +182,9 @@ class TokenSpace(InputSpace):
         usual = truth[truth >= 0].mode().values if bool((truth >= 0).any()) else truth.new_tensor(_NO_WORD)
         guesses = [NullGuess("the most frequent token of the private batch, everywhere", usual.expand_as(truth), True)]
         if self.samples is not None and len(self.samples):
-            written = self.prepare(self.samples)[torch.arange(len(truth)) % len(self.samples)]
-            order = self.assign(written, truth)
-            guesses.append(NullGuess("sentences that the model itself writes", written[order]))
+            written, _ = self.alike(self.prepare(self.samples)[:, : truth.shape[1]], truth)
+            written = written[torch.arange(len(truth)) % len(written)]
+            guesses.append(NullGuess("sentences that the model itself writes", written[self.assign(written, truth)]))
         return tuple(guesses)
 
     def better(self, guess: Tensor, truth: Tensor, public: Tensor | None = None) -> Tensor:
@@ -177,9 +212,16 @@ class TokenSpace(InputSpace):
         """Return the words of each sentence (ids where no words are known); an empty one where nothing counts."""
         return tuple(tuple(self._spell(row)) for row in self.prepare(inputs).tolist())
 
-    def _spell(self, ids: list[int]) -> list[str]:
+    def lines(self, inputs: Tensor) -> tuple[str, ...]:
+        """Return each sentence as one line of text."""
+        rows = self.prepare(inputs).tolist()
+        if isinstance(self.words, Sequence):
+            return tuple(" ".join(word for word in self._spell(row) if word).replace(" ##", "") for row in rows)
+        return tuple(self.words.decode([token for token in row if token >= 0]) for row in rows)
+
+    def _spell(self, ids: list[int]) -> Sequence[str]:
         words = self.words
-        if callable(words):
-            spelled = iter(words([token for token in ids if token >= 0]))
-            return ["" if token < 0 else next(spelled) for token in ids]
-        return ["" if t < 0 else words[t] if t < len(words) else str(t) for t in ids]
+        if isinstance(words, Sequence):
+            return ["" if t < 0 else words[t] if t < len(words) else str(t) for t in ids]
+        spelled = iter(words.pieces([token for token in ids if token >= 0]))
+        return ["" if token < 0 else next(spelled) for token in ids]

@@ -162,7 +162,11 @@ FAILURES = {
         {"model": "victim:sequence", "weights": None},
         "where logits",
     ),
-    "attack on tokens": (None, {"attack": "read_sentences", "update": "nowhere"}, "'read_sentences' takes tokens"),
+    "attack on tokens": (
+        None,
+        {"attack": "read_sentences", "update": "nowhere"},
+        "is for language models",
+    ),
     "unknown attack option": (None, {"attack_option": "restart=2"}, "did you mean 'restarts'"),
     "wrong attack option": (None, {"attack_option": "restarts=many"}, "'restarts' of dlg is int, not 'many'"),
     "impossible attack option": (None, {"attack_option": "restarts=0"}, "restarts=0"),
