@@ -42,8 +42,8 @@ _MOST = 100_000
 """Subfolders of a capture, at most."""
 _SHOWN = 6
 """Names that a sentence lists."""
-_FILES = ("weights", "update", "table", "truth")
-"""Fields that name a file of the capture."""
+_FILES = ("lora", "weights", "update", "table", "truth")
+"""Fields that name a file, or a folder, of the capture."""
 _CODE = ("model", "loss")
 """Fields that may name code."""
 
@@ -71,6 +71,8 @@ class Manifest:
     more: Mapping[str, Any] = field(default_factory=dict)
 
     model: str | None = None
+    task: str | None = None
+    lora: str | None = None
     model_arg: Mapping[str, Option] = field(default_factory=dict)
     weights: str | None = None
     update: str | None = None
@@ -313,7 +315,9 @@ def describe_space(space: InputSpace) -> dict[str, Any]:
         InvalidInput: sentences cannot be described.
     """
     if isinstance(space, TokenSpace):
-        raise InvalidInput("A manifest cannot describe sentences; leave the space out, and read them in Python.")
+        raise InvalidInput(
+            "The folder of a language model describes its sentences; leave the space out, and name it as hf:DIR."
+        )
     if isinstance(space, TableSpace):
         return {"table": "table.json"}
     found: dict[str, Any] = {"input_shape": tuple(space.shape)}
@@ -394,7 +398,7 @@ def _options(value: object) -> dict[str, Option]:
 
 _TYPES: dict[str, Callable[[object], Any]] = (
     dict.fromkeys(("framework", "client", "number_format", "created", *_FILES, *_CODE), _text)
-    | dict.fromkeys(("kind", "input_kind", "mode", "reduction", "optimizer"), _text)
+    | dict.fromkeys(("task", "kind", "input_kind", "mode", "reduction", "optimizer"), _text)
     | dict.fromkeys(("round", "classes", "batch_size", "local_epochs", "local_steps", "local_batch_size"), _count)
     | dict.fromkeys(("label_smoothing", "lr", "momentum", "weight_decay"), _number)
     | dict.fromkeys(("mean", "std", "class_weights"), _list(_number))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -144,6 +145,7 @@ def test_no_path_leaves_the_capture(tmp_path, name: str) -> None:
 
 def test_code_of_others_is_not_run(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)  # another test's
     for name in ("mine.py", "os.py", "c/theirs.py", "yaml.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("def make(): ...")

@@ -48,7 +48,7 @@ def count_examples(
     names = {id(p): k for k, p in model.named_parameters()}
     like = space.neutral().to(simulator.device, simulator.dtype)
     draw = torch.Generator().manual_seed(0)
-    probe = like + 0.1 * torch.randn(2, *space.shape, generator=draw).to(like)
+    probe = like + 0.1 * torch.randn(2, *like.shape, generator=draw).to(like)
     try:
         layers = linear_inputs(model, simulator.params(), probe)
     except NotApplicable as reason:

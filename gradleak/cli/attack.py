@@ -62,7 +62,7 @@ def prepare(asked: Mapping[str, Any]) -> Job:
 
 
 def _check_no_language(request: Request, asked: Mapping[str, Any]) -> None:
-    given = next((name for name in ("task", "lora") if asked[name] is not None), None)
+    given = next((name for name in ("task", "lora") if asked.get(name) is not None), None)
     if given is not None or isinstance(request.attack.attack, ReadSentences):
         what = "The attack 'read_sentences'" if given is None else f"--{given}"
         raise InvalidInput(f"{what} is for language models; name the folder of one with --model hf:DIR.")

@@ -80,6 +80,7 @@ def render(record: Record, pictures: Pictures) -> str:
         stops=_stops(record, pictures),
         figures=_figures(record),
         columns=_columns(record),
+        differ=any(lacks for values in pictures.values for words in _words(values) for _, lacks in words),
         classes=any(e.label is not None or e.recovered is not None for e in record.examples or ()),
     )
 
@@ -173,7 +174,11 @@ def _figures(record: Record) -> list[tuple[str, str]]:
         floor = certificate.floor if certificate is not None and measured else record.match.floor
         figures.append(("Noise floor", sig(floor)))
     for finding in record.outcome.findings:
-        figures.append((capital(finding.kind.replace("_", " ")) + " read", f"{finding.count:,} of {finding.of:,}"))
+        whole = finding.kind == "tokens" and finding.of == record.subject.batch_size
+        if whole and record.examples is not None:
+            continue  # said as "word for word"
+        what = record.subject.nouns if whole else finding.kind.replace("_", " ")
+        figures.append((f"{capital(what)} read", f"{finding.count:,} of {finding.of:,}"))
     if record.outcome.status not in REFUSED:
         figures.append(("Time", duration(record.outcome.seconds)))
     return figures

@@ -156,8 +156,9 @@ def test_sentences_are_recorded_as_tokens_with_their_words() -> None:
     folder = build_record(observation, found, attack="x", scores=scores, truth=truth)
     record = from_json(to_json(folder.record))
     assert (record.subject.input_kind, record.subject.display) == ("tokens", "text")
-    assert record.verdict.headline == "Both private sentences came back."
+    assert record.verdict.headline == "Both private sentences came back, word for word."
     assert record.shown.guess == (("e", "f"), ("a", "b"))
+    assert record.shown.lines == ("e f", "a b")
     assert record.shown.truth == (("a", "b"), ("e", "f"))
     assert record.match.residual < 1e-6
 
