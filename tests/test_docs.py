@@ -24,12 +24,16 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 RUN = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{p}.md" for p in ("quickstart", "tables", "threat-models", "defenses", "capture", "extend")),
+    *(ROOT / "docs" / f"{p}.md" for p in ("quickstart", "tables", "text", "threat-models", "defenses", "capture")),
+    ROOT / "docs" / "extend.md",
 ]
 
 _FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
+
+STRICT = ("-W", "error", "-W", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+"""Warnings are errors but for what PEFT asks of transformers."""
 
 RUNNER = """
 import runpy, shlex, sys
@@ -83,7 +87,7 @@ def test_blocks_run_in_an_empty_folder(tmp_path: Path) -> None:
             files.append(tmp_path / f"{page.stem}_{number}.py")
             files[-1].write_text(code, encoding="utf-8")
     (tmp_path / "empty").mkdir()
-    run(files, tmp_path / "empty", "-W", "error")
+    run(files, tmp_path / "empty", *STRICT)
 
 
 @pytest.mark.slow
@@ -109,6 +113,24 @@ def test_commands_run_in_an_empty_folder(pages: tuple[str, ...], proved: str, tm
     found = json.loads((tmp_path / "empty" / "leak" / "result.json").read_text(encoding="utf-8"))
     assert found["verdict"]["headline"] == proved
     assert (tmp_path / "empty" / "leak-scored" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_language_models_are_captured_and_read(tmp_path: Path) -> None:
+    """Plain PyTorch, a Trainer with a callback and PEFT, each followed by the command of the page."""
+    text = section(ROOT / "docs/capture.md", "Language models")
+    files = []
+    for number, (head, code) in enumerate(_FENCE.findall(text)):
+        files.append(tmp_path / f"{number}{'.py' if head.startswith('python') else ''}")
+        files[-1].write_text(code, encoding="utf-8")
+    (tmp_path / "empty").mkdir()
+    run(files, tmp_path / "empty")
+    said = {p.parent.name: set(p.read_text().splitlines()) for p in (tmp_path / "empty").glob("*/sentences.txt")}
+    both = {"the patient was given the new drug on monday", "she had no fever in the morning"}
+    assert said == {"leak": both, "leak-trainer": both, "leak-lora": {"the patient was given the new drug on monday"}}
+    for folder in said:
+        found = json.loads((tmp_path / "empty" / folder / "result.json").read_text(encoding="utf-8"))
+        assert found["verdict"]["grade"] == "proved", folder
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -18,8 +18,8 @@ VALUES = (
 OPTIONS = (
     "attack", "attack_option", "batch_size", "budget", "class_weights", "classes", "data", "defense", "device", "dtype",
     "input_kind", "input_shape", "kind", "label_smoothing", "labels", "local_batch_size", "local_epochs", "local_steps",
-    "lora", "loss", "lr", "mean", "mode", "model", "model_arg", "momentum", "optimizer", "reduction", "seed", "std", "table", "task",
-    "truth", "update", "weight_decay", "weights", "round", "client",
+    "lora", "loss", "lr", "mean", "mode", "model", "model_arg", "momentum", "optimizer", "reduction", "seed", "std",
+    "table", "task", "truth", "update", "weight_decay", "weights", "round", "client",
 )  # fmt: skip
 
 
