@@ -1,8 +1,9 @@
 """What an update proves about inputs of which there are finitely many, such as sentences.
 
 There is no nearby input and no mean of several. What is left to ask is whether the re-simulated update equals the seen
-one down to rounding, with the client's own scale; whether the inputs were read in a way that leaves no others; and how
-far the number of examples is evidence: a batch in which everything occurs twice has the update of half of it.
+one down to rounding, with the client's own scale or up to one common factor; whether the inputs were read in a way that
+leaves no others; and how far the number of examples is evidence: a batch in which everything occurs twice has the
+update of half of it.
 
 The comparison keeps no copy of the model in another number type, so that it costs two simulations and little memory.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -27,6 +29,8 @@ _ROUNDING = 8.0
 """Residual, in measured rounding, up to which an update counts as explained."""
 _LEAST = 4.0
 """Rounding that is assumed at least, in the spacing of the number format."""
+_DROWNED = 0.1
+"""Noise, relative to the update, from which on agreeing with it says nothing."""
 _FAINT = 1e-5
 """Norm of a tensor, relative to the update, below which it may be rounding all through, as the biases of keys are."""
 
@@ -51,7 +55,6 @@ def certify_discrete(
     simulator.check(inputs)
     count = len(inputs)
     shared = number_format(update)
-    coarse = storage_deviation if torch.finfo(shared).eps > torch.finfo(simulator.dtype).eps else None
     ours = simulator.update(inputs, labels, None)
     # The same sum in another order, with another number of columns: its difference is a sample of the rounding.
     order = torch.arange(count - 1, -1, -1, device=inputs.device)
@@ -60,10 +63,52 @@ def certify_discrete(
     if behind.ndim == 2 and behind.shape[1] == inputs.shape[1]:
         behind = torch.nn.functional.pad(behind, (0, 1), value=-100)
     again = simulator.update(wide, behind, None)
-    eps = torch.finfo(simulator.dtype).eps
     norm = math.sqrt(sum(float(t.double().square().sum()) for t in update.values()))
     if not 0 < norm < math.inf:
         return unproved(count, "The update is zero or not finite, so it proves nothing.")
+    factor, told = 1.0, f"rounding, {str(shared).removeprefix('torch.')}"
+    fit = _fit(simulator, update, ours, again, norm)
+    if not fit.fits and not simulator.defended:
+        # Another mean: over more tokens (the Trainer of transformers counts those without a loss), or a sum.
+        along = sum(float((ours[k].double() * t.double()).sum()) for k, t in update.items())
+        length = sum(float(ours[k].double().square().sum()) for k in update)
+        free = along / length if length > 0 else 0.0
+        if free > 0:
+            scaled, repeated = ({k: free * t for k, t in made.items()} for made in (ours, again))
+            other = _fit(simulator, update, scaled, repeated, norm)
+            if other.fits:
+                fit, factor = other, free
+    if not fit.fits:
+        why = (
+            f"The re-simulated update differs from the seen one by {fit.residual:.1e} ({told}: {fit.floor:.1e}), most "
+            f"in {fit.worst!r}, by {fit.times:.1e} times the noise there; something of the batch is missing or wrong, "
+            "or the client did something else (noise, pruning, another loss, more steps)."
+        )
+        return unproved(count, why, fit.residual, fit.floor)
+    text = f"The re-simulated update agrees with the seen one to {fit.residual:.1e} ({told}: {fit.floor:.1e})"
+    if factor != 1.0:
+        text += f", up to a common factor of {factor:.4g}"
+    return replace(_judged(inputs, labels, text, fit.residual, fit.floor, construction, stated), factor=factor)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """How well an update is explained: relative to it, and in its worst tensor."""
+
+    residual: float
+    floor: float
+    worst: str
+    times: float
+
+    @property
+    def fits(self) -> bool:
+        return self.times <= _ROUNDING and self.residual <= self.floor <= _DROWNED
+
+
+def _fit(simulator: Simulator, update: Tensors, ours: Tensors, again: Tensors, norm: float) -> _Fit:
+    """Compare ``update`` with two simulations of it, whose difference is rounding."""
+    shared, eps = number_format(update), torch.finfo(simulator.dtype).eps
+    coarse = storage_deviation if torch.finfo(shared).eps > eps else None
     left, floor, worst, times = 0.0, 0.0, "", 0.0
     params, delta = simulator.params(), simulator.training.kind is UpdateKind.WEIGHT_DELTA
     rests = simulator.residual(ours, {k: t.to(ours[k]) for k, t in update.items()})
@@ -83,17 +128,7 @@ def certify_discrete(
         left, floor = math.hypot(left, rest), math.hypot(floor, noise)
         if noise > 0 and rest / noise > times:
             worst, times = name, rest / noise
-    residual, floor = left / norm, _ROUNDING * floor / norm
-    told = f"rounding, {str(shared).removeprefix('torch.')}: {floor:.1e}"
-    if times > _ROUNDING or residual > floor or floor > 0.1:
-        why = (
-            f"The re-simulated update differs from the seen one by {residual:.1e} ({told}), most in {worst!r}, by "
-            f"{times:.1e} times the noise there; something of the batch is missing or wrong, or the client did "
-            "something else (noise, pruning, another loss, more steps)."
-        )
-        return unproved(count, why, residual, floor)
-    text = f"The re-simulated update agrees with the seen one to {residual:.1e} ({told})"
-    return _judged(inputs, labels, text, residual, floor, construction, stated)
+    return _Fit(left / norm, _ROUNDING * floor / norm, worst, times)
 
 
 def _judged(
