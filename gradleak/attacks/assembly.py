@@ -14,6 +14,7 @@ from gradleak.attacks.reading import (
     Reading,
     Refusal,
     count_classes,
+    fitted,
     full_span,
     padded,
     unexplained,
@@ -67,12 +68,11 @@ def assemble(reader: Reader) -> Reading:
     if len(pairs) > _MOST:
         raise Refusal(f"{len(pairs)} tokens and positions lie in a span of rank {span.rank}, too many; use matching.")
     sentences = _told_apart(reader, site, pairs, span.rank)
-    checks, rank = reader.checks(Sees.SENTENCE)
-    sentences = [s for s in sentences if all(_inside(reader, s, c) for c in checks)]
+    rank = reader.checks(Sees.SENTENCE)[1]
     nodes = tuple(s[: i + 1] for s in sentences for i in range(len(s)))
     found = Prefixes(nodes, rank, tuple(map(len, columns)))
     reader.tell(f"{len(sentences)} sentences, {len(nodes)} of {rank} tokens")
-    return _finish(reader, found, sentences, complete=0 < rank <= len(nodes))
+    return _finish(reader, found, sentences, complete=rank <= len(nodes))
 
 
 def _told_apart(reader: Reader, site: Site, pairs: list[tuple[int, int]], rank: int) -> list[Prefix]:
@@ -166,13 +166,6 @@ def _scales(x: Tensor, table: Tensor, which: Tensor, where: Tensor) -> Tensor:
     return torch.where(usable, (weak[:, 1] / weak[:, 0]).abs(), 1.0)
 
 
-def _inside(reader: Reader, sentence: Prefix, site: Site) -> bool:
-    """Tell whether all that a layer sees of a sentence lies in its span."""
-    ids = torch.tensor([sentence], device=reader.observation.simulator.device)
-    x = inputs_of(reader.observation.model, ids, [site])[0][0]
-    return bool((reader.distance(site, x.double()) <= 1).all())
-
-
 def _finish(reader: Reader, found: Prefixes, sentences: list[Prefix], *, complete: bool) -> Reading:
     size = reader.observation.batch_size or len(sentences)
     head = next((s for s in reader.sites if s.logits), None)
@@ -180,7 +173,7 @@ def _finish(reader: Reader, found: Prefixes, sentences: list[Prefix], *, complet
     if not sentences:
         return Reading([], None, False, found, why)
     if head is None:
-        return Reading(sentences[:size], None, False, found, "The gradient of the last layer is not shared.")
+        return fitted(reader, found, sentences, size)
     read = count_classes(reader, found, head, size, [sentences]) if head.sees is Sees.POOLED else None
     if read is None:
         read = _behind_masks(reader, found, sentences, head, size)

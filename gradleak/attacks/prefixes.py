@@ -14,6 +14,7 @@ from gradleak.attacks.reading import (
     Reading,
     Refusal,
     count_classes,
+    fitted,
     full_span,
     padded,
     unexplained,
@@ -27,6 +28,8 @@ _SAME = 1e-5
 """Relative distance of inputs that are the same but for rounding."""
 _REPEATED = 4
 """Repetitions of one token from which on a row of them is not followed."""
+_TRIALS = 200_000
+"""Prefixes of one length that are tried at most."""
 _WIDE = 4
 """Prefixes that are followed at a time, as a multiple of those that the spans have room for."""
 _WHOLE = 0.1
@@ -65,6 +68,11 @@ def _grow(reader: Reader) -> Prefixes:
     while frontier and len(counts) < limit:
         options = choices.at(len(counts))
         counts.append(len(options))
+        if len(frontier) * len(options) > _TRIALS:
+            raise Refusal(
+                f"{len(options)} tokens may stand at position {len(counts)} behind each of {len(frontier)} beginnings, "
+                "too many to try: the first layer's gradient does not limit them; use matching."
+            )
         trials = [(*node, token) for node in frontier for token in options]
         kept = _inside(reader, trials, checks)
         nodes |= kept
@@ -128,7 +136,7 @@ def _finish(reader: Reader, found: Prefixes) -> Reading:
     complete = found.rank == len(found.nodes)
     why = "" if complete else f"{len(found.nodes)} prefixes were found, where the gradients have rank {found.rank}."
     if head is None:
-        return Reading(found.leaves[:size], None, False, found, "The gradient of the last layer is not shared.")
+        return fitted(reader, found, found.leaves, size)
     probe = reader.observation.model(torch.zeros(1, 2, dtype=torch.long, device=reader.observation.simulator.device))
     reading = (
         count_classes(reader, found, head, size, (found.leaves, list(found.nodes)))

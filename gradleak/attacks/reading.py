@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -29,6 +30,8 @@ _FULL = 0.05
 """Distance from a span within which most random sentences lie only where it holds everything."""
 _DRAWN = 32
 """Random sentences by which that is told."""
+_GUESSES = 12
+"""Guesses of all labels, each from what the last one leaves unexplained, at most."""
 _REST = 1e-3
 """Share of the head's gradient that the right sentences leave at most."""
 
@@ -282,3 +285,53 @@ def unexplained(reader: Reader, ids: Tensor, labels: Tensor, head: Site) -> Tens
         ours = simulator.update(ids.to(simulator.device), labels.to(simulator.device), None)[name].detach()
     rest = reader.tensors[name] - ours
     return rest.T if head.flipped[0] else rest
+
+
+def fitted(reader: Reader, found: Prefixes, ends: list[Prefix], size: int) -> Reading:
+    """Return sentences with classes or last tokens where the last layer's gradient is not shared, as with LoRA.
+
+    The update is linear in the labels. So what a guess of them leaves unexplained points, for each sentence, to the
+    output whose derivative it contains: all of them at once by one directional derivative of the logits.
+    """
+    observation, simulator = reader.observation, reader.observation.simulator
+    why = "The gradient of the last layer is not shared, and classes or last tokens did not follow from the others."
+    if len(ends) != size:
+        return Reading(ends[:size], None, False, found, f"{len(ends)} sentences were read, {size} were stated.")
+    at = torch.tensor([len(end) - 1 for end in ends], device=simulator.device)
+    each = torch.arange(size, device=simulator.device)
+    ids = padded(ends).to(simulator.device)
+    logits = observation.model(ids)
+    causal = logits.ndim == 3
+    if causal and not getattr(simulator.undefended.loss, "shift", 0):
+        return Reading(ends, None, False, found, why)
+    if causal:
+        ids = torch.nn.functional.pad(ids, (0, 1), value=-1)
+
+    def derivative(along: dict[str, Tensor]) -> Tensor:
+        """Return the derivatives of the outputs (B, V) along a direction of the parameters."""
+        with torch.enable_grad():
+            leaves = {k: p.detach().requires_grad_() for k, p in observation.params.items()}
+            made = torch.func.functional_call(observation.model, leaves, (ids,))
+            made = made[each, at] if causal else made
+            seed = torch.zeros_like(made, requires_grad=True)
+            backward = torch.autograd.grad(made, list(leaves.values()), seed, create_graph=True, materialize_grads=True)
+            total = sum(((g * along[k]).sum() for k, g in zip(leaves, backward, strict=True)), seed.new_zeros(()))
+            return torch.autograd.grad(total, seed)[0]
+
+    guess = (logits[each, at] if causal else logits).argmax(-1)
+    norm = math.sqrt(sum(float(t.double().square().sum()) for t in reader.tensors.values()))
+    for _ in range(_GUESSES):
+        if causal:
+            ids[each, at + 1] = guess
+        labels = ids.masked_fill(ids < 0, -100) if causal else guess
+        with torch.enable_grad():
+            ours = simulator.update(ids, labels, None)
+        rest = {k: t - ours[k].detach() for k, t in reader.tensors.items()}
+        if math.sqrt(sum(float(t.double().square().sum()) for t in rest.values())) <= _REST * norm:
+            sentences = [(*end, int(g)) for end, g in zip(ends, guess, strict=True)] if causal else ends
+            return Reading(sentences, None if causal else guess.tolist(), True, found)
+        better = derivative(rest).argmin(-1)
+        if torch.equal(better, guess):
+            break
+        guess = better
+    return Reading(ends, None, False, found, why)

@@ -16,6 +16,8 @@ _LAST = 4
 """Gaps at the end of a spectrum that must be wider than others."""
 _SURE = 2.0
 """How wide, in powers of ten."""
+_BULK = 16
+"""Singular values by which noise is told."""
 _PART = 0.7
 """Part of the gap, in powers of ten, that a vector inside must keep from what lies outside."""
 _LEAST = 1e-5
@@ -72,7 +74,8 @@ def find_span(gradient: Tensor, eps: float | None = None, loosest: float = 0.1) 
     logs = (s / s[0]).clamp_min(torch.finfo(torch.float64).eps).log10()
     gaps = logs[:-1] - logs[1:]
     # Rounding has a floor of its own: below it, gaps say nothing.
-    gaps[logs[:-1] <= math.log10(0.1 * (eps or torch.finfo(gradient.dtype).eps))] = 0.0
+    spacing = eps or torch.finfo(gradient.dtype).eps
+    gaps[logs[:-1] <= math.log10(0.1 * spacing)] = 0.0
     # The smallest singular values of square noise lie far apart.
     last = gaps[-_LAST:]
     gaps[-_LAST:] = torch.where(last >= _SURE, last, 0.0)
@@ -81,5 +84,9 @@ def find_span(gradient: Tensor, eps: float | None = None, loosest: float = 0.1) 
     if len(wide) == 0:
         return None
     rank = int(wide[-1]) + 1
-    gap = float(gaps[rank - 1])
+    gap, below = float(gaps[rank - 1]), logs[rank:]
+    # What lies below the gap must be rounding, or as flat as noise; a gap between tokens is none.
+    flat = len(below) > _BULK and float(below[0] - below[_BULK]) <= _CLEAR
+    if float(below[0]) > math.log10(10 * spacing) and not flat:
+        return None
     return Span(vh[rank:].T.contiguous(), rank, gap, min(max(10 ** (-_PART * gap), _LEAST), loosest))

@@ -211,7 +211,13 @@ class LanguageModel(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits of ids (N, T), where −1 is padding, or of word embeddings (N, T, d)."""
         if inputs.is_floating_point():
-            return self.inner(inputs_embeds=inputs).logits
+            # Not as inputs_embeds, which some classifiers take only with a warning: as what the table gives.
+            filler = 1 if self._pad == 0 else 0
+            hook = self.inner.get_input_embeddings().register_forward_hook(lambda *_: inputs)
+            try:
+                return self.inner(input_ids=inputs.new_full(inputs.shape[:2], filler, dtype=torch.long)).logits
+            finally:
+                hook.remove()
         told = inputs >= 0
         ids = torch.where(told, inputs, self._pad)
         return self.inner(input_ids=ids, attention_mask=told.long()).logits

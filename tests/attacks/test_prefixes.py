@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers", reason="the extra 'text' is n
 import gradleak as gl  # noqa: E402
 from gradleak.attacks.reading import bag_of_tokens  # noqa: E402
 from gradleak.errors import NotApplicable  # noqa: E402
-from gradleak.integrations.huggingface import LanguageModel  # noqa: E402
+from gradleak.integrations.huggingface import LanguageModel, wrap_lora  # noqa: E402
 from gradleak.types import FindingKind, Reconstruction, Update  # noqa: E402
 
 VOCABULARY = 200
@@ -133,3 +133,20 @@ def test_bfloat16_updates_are_read_and_findings_say_so() -> None:
     found = gl.attacks.read_sentences().reconstruct(observation)
     assert Counter(rows(found)) == Counter(map(tuple, sentences))
     assert found.findings[0].kind is FindingKind.TOKENS
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_lora_gives_a_sentence_away_in_the_first_round_and_later(moved: bool) -> None:
+    pytest.importorskip("peft")
+    model = wrap_lora(build("GPT2LMHeadModel"), 12, ["c_attn"])
+    draw = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if moved and "lora_B" in name:
+            p.data = 0.02 * torch.randn(p.shape, generator=draw)
+    sentences = private(6, [8])
+    found = read(model, sentences)
+    assert rows(found) == [tuple(sentences[0])]
+    assert found.certificate is not None
+    assert found.certificate.verdict == "proved", found.certificate.reason
+    with pytest.raises(NotApplicable, match=r"full|no clear rank|not of such"):
+        read(model, private(7, [20]))
