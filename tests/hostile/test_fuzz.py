@@ -16,7 +16,8 @@ import safetensors.torch
 import torch
 
 from gradleak import cli
-from gradleak.papers import reproduce, store
+from gradleak.audit import store
+from gradleak.papers import reproduce
 
 TIMES = 40
 """Ways in which each file is broken."""
