@@ -31,8 +31,8 @@ NORM = 0.1
 """Norm to which an update is clipped before noise is added."""
 PRIOR = 0.01
 """Probability of success without the update, of which the bound is stated."""
-FILTERS = ("none", "percentile", "noise 0.1", "noise 0.5", "noise 2")
-"""Nothing; NVFlare's PercentilePrivacy as it ships; clipping and noise of so many times the norm."""
+FILTERS = ("none", "percentile", "noise 0.1", "noise 1")
+"""Nothing; NVFlare's PercentilePrivacy as it ships; clipping, and noise of so many times the norm."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Config:
     budget: float
 
 
-SMOKE = Config(("logistic regression", "Adult MLP"), (1,), (1,), ("none", "noise 2"), 1, 5)
-DEFAULT = Config(tuple(MODELS), (1, 8), (1, 4), FILTERS, 2, 20)
+SMOKE = Config(("logistic regression", "Adult MLP"), (1,), (1,), ("none", "noise 1"), 1, 5)
+DEFAULT = Config(tuple(MODELS), (1, 8), (1, 4), FILTERS, 1, 10)
 FULL = Config(tuple(MODELS), (1, 2, 4, 8, 16, 32), (1, 4), FILTERS, 20, 300)
 
 

@@ -195,11 +195,20 @@ class Choices:
         return [torch.stack(column).tolist() if column else [] for column in inside]
 
 
+_NEARLY = 0.9
+"""Share of the width from which on the span counts as full."""
+
+
 def full_span(reader: Reader, sites: Sequence[Site]) -> Refusal:
     """Return why no layer tells tokens apart."""
     full = [(reader.full[id(s)], s.width) for s in sites if id(s) in reader.full]
     if full:
         rank, width = max(full)
+        if rank < _NEARLY * width:
+            return Refusal(
+                f"At least {rank} tokens, width {width}: where the span of the layers' inputs ends cannot be told from "
+                "rounding, so that no token is told from another; use fewer tokens, or matching."
+            )
         return Refusal(
             f"At least {rank} tokens, width {width}: the span of the layers' inputs is full, so that every token lies "
             "in it; use fewer tokens, or matching."
