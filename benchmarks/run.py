@@ -460,6 +460,14 @@ def _deep(record: Record) -> str:
     return f"blurred; {row['examples >= 20 dB']} of {count} pictures at 20 dB or more, {minutes:.0f} minutes a batch"
 
 
+def _sentences(record: Record) -> str:
+    rows = [r for r in record["rows"] if r["part"] == 2 and r["sentences"] == 8]
+    whole = sum(r["exact"] == "8 of 8" for r in rows)
+    proved = sum(r["proved"] == 8 for r in rows)
+    slowest = max(r["seconds"] for r in rows)
+    return f"{whole} of {len(rows)} batches word for word, {proved} of them proved, {slowest:.0f} s each at most"
+
+
 def _wrong_proofs(record: Record) -> str:
     return f"{record['wrong']} in {record['trials']:,} random trials made to provoke one ({record['proofs']:,} proofs)"
 
@@ -470,6 +478,7 @@ HEADLINES: tuple[tuple[str, str, Callable[[Record], str]], ...] = (
     ("recursion_batches", "8 pictures in one gradient, two-layer ReLU perceptron, solved", _solved_batch),
     ("batches", "8 pictures in one gradient, the 2019 network with 32 channels, searched", _searched_batch),
     ("resnet_batches", "4 pictures in one gradient, ResNet-18, searched", _deep),
+    ("text", "8 sentences in one gradient of a language model of GPT-2's shape, random weights", _sentences),
     ("certificate", "results called proved that were wrong", _wrong_proofs),
 )
 """The rows of the first page: benchmark, what was tried in plain words, and what came out."""

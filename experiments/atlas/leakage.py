@@ -127,7 +127,8 @@ def run(config: Config, lab: Lab) -> Result:
         _draw(table, config.filters),
         (8.0, 1.2 + 0.24 * len(table)),
     )
-    most = f"{config.trials} trials a cell, {config.budget:g} s each, weights as initialized"
+    updates = "one update" if config.trials == 1 else f"{config.trials} updates"
+    most = f"{updates} a cell and {config.budget:g} s each, so that a 0 says little; weights as initialized"
     return Result(rows, [figure], scaled="" if config == FULL else most)
 
 
