@@ -448,12 +448,6 @@ def _transformer(record: Record) -> str:
     return f"{hits} of {row['images']} at 90 dB or more, {sure} of them proved, {row['processor s']:.2g} s each"
 
 
-def _searched_batch(record: Record) -> str:
-    row = next(r for r in record["rows"] if (r["width"], r["N"]) == (32, 8))
-    minutes = row["s per batch"] / 60
-    return f"{row['>= 30 dB']} of {row['examples']} pictures sharp (≥ 30 dB), {minutes:.0f} minutes a batch"
-
-
 def _deep(record: Record) -> str:
     row = next(r for r in record["rows"] if (r["N"], r["features"], r["steps"]) == (4, "none", 500))
     count, minutes = row["N"] * row["batches"], row["processor s"] / 60
@@ -476,7 +470,6 @@ HEADLINES: tuple[tuple[str, str, Callable[[Record], str]], ...] = (
     ("recursion", "one 32 × 32 picture in one gradient, the network of the 2019 paper", _one_image),
     ("vit", "one 224 × 224 photograph in one gradient of ViT-Base/16, dropout on", _transformer),
     ("recursion_batches", "8 pictures in one gradient, two-layer ReLU perceptron, solved", _solved_batch),
-    ("batches", "8 pictures in one gradient, the 2019 network with 32 channels, searched", _searched_batch),
     ("resnet_batches", "4 pictures in one gradient, ResNet-18, searched", _deep),
     ("text", "8 sentences in one gradient of a language model of GPT-2's shape, random weights", _sentences),
     ("certificate", "results called proved that were wrong", _wrong_proofs),
