@@ -309,7 +309,9 @@ def _layers(observation: Observation, deadline: Deadline) -> tuple[LayerReading,
             readings.append(LayerReading(name, type(module).__name__, numbers, None, None, None, (), text))
         elif tensors:
             roles = (first is not None and first.module == name, head is not None and head.module == name)
-            readings.append(_reading(name, module, tensors, seen.get(name), observation.batch_size, roles, deadline))
+            # How many tokens a sentence has is not known, so neither is the number of vectors.
+            values = None if isinstance(observation.space, TokenSpace) else seen.get(name)
+            readings.append(_reading(name, module, tensors, values, observation.batch_size, roles, deadline))
     return tuple(readings)
 
 
