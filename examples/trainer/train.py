@@ -28,7 +28,7 @@ class Pixels(nn.Module):
             intermediate_size=128, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         )  # fmt: skip
         model = ViTForImageClassification(config)
-        self.model = get_peft_model(model, LoraConfig(r=4, target_modules=["query", "value"])) if lora else model
+        self.model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"])) if lora else model
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> object:
         """Return logits (N, 10) of pictures (N, 3, 16, 16), with the loss where there are labels."""
