@@ -9,7 +9,7 @@ from typing import Any
 import gradleak as gl
 from gradleak.audit.scores import score
 from gradleak.bounds import upper_bound
-from gradleak.errors import GradleakError, NotApplicable
+from gradleak.errors import GradleakError
 from gradleak.papers.experiment import Figure, Lab, Measured, Result, Row, share
 
 from ._models import MODELS  # noqa: TID252 - experiments share files beside them
@@ -80,8 +80,6 @@ def attack(
     answer["predicted"] = str(gl.inspect(seen, seconds=0.5 * budget).prediction)
     try:
         found = gl.attacks.auto(budget=budget).reconstruct(seen, seed=trial)
-    except NotApplicable as refusal:
-        return {**answer, "attack": "refused", "status": "not_applicable", "reason": str(refusal)[:300]}
     except GradleakError as refusal:
         return {**answer, "attack": "refused", "status": type(refusal).__name__, "reason": str(refusal)[:300]}
     proof = found.certificate
@@ -101,7 +99,7 @@ def run(config: Config, lab: Lab) -> Result:
     """Return one row for each model, batch size and number of steps: the share recovered under each filter."""
     rows: list[Row] = []
     table: dict[str, list[float]] = {}
-    everything: list[list[Measured]] = []
+    told: list[bool] = []
     for model in config.models:
         for size in config.sizes:
             for steps in config.steps:
@@ -110,10 +108,9 @@ def run(config: Config, lab: Lab) -> Result:
                     fixed = {"model": model, "size": size, "steps": steps, "filtered": filtered}
                     cases = [{**fixed, "trial": t, "budget": config.budget} for t in range(config.trials)]
                     measured = lab.measure(attack, cases)
-                    everything.append(measured)
+                    told += map(_held, measured)
                     rows.append(_row(f"{line}, {filtered}", measured))
-                    table.setdefault(line, []).append(_share(measured, "recovered"))
-    told = [_held(r) for records in everything for r in records]
+                    table.setdefault(line, []).append(_share(measured))
     rows.append(
         Row(
             "what inspect predicts comes true",
@@ -138,8 +135,8 @@ def _held(record: Measured) -> bool:
     return whole if record["predicted"] == "exact" else not whole
 
 
-def _share(measured: Sequence[Measured], what: str) -> float:
-    return sum(r[what] for r in measured) / sum(r["of"] for r in measured)
+def _share(measured: Sequence[Measured]) -> float:
+    return sum(r["recovered"] for r in measured) / sum(r["of"] for r in measured)
 
 
 def _row(name: str, measured: Sequence[Measured]) -> Row:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 
 from gradleak.errors import InvalidInput, NotApplicable
 
 __all__ = ["privacy_budget"]
 
-
 _LOOSE = 50.0
+"""ε above which the tightest accountant is not asked: its grid grows with ε."""
 
 
 def privacy_budget(
@@ -43,10 +42,11 @@ def privacy_budget(
             from opacus.accountants import create_accountant
         except ImportError as error:
             raise NotApplicable("ε is counted by Opacus; install gradleak[dp].") from error
-        epsilon = math.inf
-        for name in dict.fromkeys(("rdp", accountant)):
-            if name == "rdp" or epsilon <= _LOOSE:
-                counted = create_accountant(name)
-                counted.history = [(noise_multiplier, sampling_rate, steps)]
-                epsilon = min(epsilon, float(counted.get_epsilon(delta=delta)))
-    return epsilon
+
+        def counted(name: str) -> float:
+            made = create_accountant(name)
+            made.history = [(noise_multiplier, sampling_rate, steps)]
+            return float(made.get_epsilon(delta=delta))
+
+        epsilon = counted("rdp")
+        return epsilon if accountant == "rdp" or epsilon > _LOOSE else min(epsilon, counted(accountant))
