@@ -21,7 +21,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _LONGEST = 1000
@@ -125,3 +126,20 @@ class UpdateBlocked(GradleakError):
 
 class ResourceLimit(GradleakError):
     """The run would not fit in the memory at hand."""
+
+
+@contextmanager
+def blaming_the_model(what: str, remedy: str) -> Iterator[None]:
+    """Run the user's model and loss, which may fail in any way: say ``what`` failed, with what reason, and the remedy.
+
+    Raises:
+        InvalidModel: something failed that is neither an error of gradleak, nor Ctrl-C, nor a lack of memory.
+    """
+    try:
+        yield
+    except (GradleakError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        if is_memory(error):
+            raise
+        raise InvalidModel(f"{what} ({reason(error)}); {remedy}") from error

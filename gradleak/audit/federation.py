@@ -18,7 +18,7 @@ from gradleak.audit.plan import Case, Fault, Training, Utility
 from gradleak.audit.pools import Pool, load_pool
 from gradleak.data import float64_bytes, read_tensors
 from gradleak.data.tensors import named
-from gradleak.errors import GradleakError, InvalidModel, UnknownName, is_memory, reason
+from gradleak.errors import GradleakError, InvalidModel, UnknownName, blaming_the_model, reason
 from gradleak.models.loading import check_values, load_sized
 from gradleak.models.weights import load_weights
 from gradleak.training import (
@@ -253,17 +253,9 @@ def _try_out(federation: Federation) -> None:
         InvalidModel: it cannot, with what the model or the loss said.
     """
     _, batch = federation.batch(federation.pool.test, min(2, len(federation.pool.test)), 0)
-    try:
+    remedy = "forward pass and loss must be differentiable operations of PyTorch."
+    with blaming_the_model("The client cannot be run", remedy):
         federation.training(federation.model, batch).check(federation.model)
-    except (GradleakError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # the user's model and loss, which may fail in any way
-        if is_memory(error):
-            raise
-        raise InvalidModel(
-            f"The client cannot be run ({reason(error)}); forward pass and loss must be differentiable operations of "
-            "PyTorch."
-        ) from error
 
 
 def tensors_hash(model: nn.Module) -> str:

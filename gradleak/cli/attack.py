@@ -19,7 +19,7 @@ from gradleak.cli.subject import Subject, load_subject
 from gradleak.cli.threads import choose_threads
 from gradleak.cli.truth import granted_labels, public_images, read_truth
 from gradleak.clock import Deadline
-from gradleak.errors import GradleakError, InvalidInput, InvalidModel, is_memory, reason
+from gradleak.errors import InvalidInput, blaming_the_model
 from gradleak.structure.probe import probe_inputs
 from gradleak.threat import Knowledge, Observation, ThreatModel
 from gradleak.training import Loss, Simulator, TargetKind, relax, target_kind
@@ -54,7 +54,10 @@ def prepare(asked: Mapping[str, Any]) -> Job:
     job = _job(request, subject, losses, count, source, noted)
     step = _one_step(job.observations[0], count, subject.outputs)
     if not subject.tokens:
-        _try_out(step, request.model.spec)
+        what = f"The update of the model {request.model.spec!r} cannot be simulated"
+        remedy = "its forward pass and the loss must be differentiable operations of PyTorch."
+        with blaming_the_model(what, remedy):
+            step()
         choose_threads(step)
     for note in job.warnings:
         warn(note)
@@ -135,25 +138,6 @@ def _observe(
         labels=labels,
         batch_size_stated=stated,
     )
-
-
-def _try_out(step: Callable[[], object], name: str) -> None:
-    """Check that the client can be simulated at all, before an attack has to find out.
-
-    Raises:
-        InvalidModel: it cannot, with what the model or the loss said.
-    """
-    try:
-        step()
-    except (GradleakError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # the user's model and loss, which may fail in any way
-        if is_memory(error):
-            raise
-        raise InvalidModel(
-            f"The update of the model {name!r} cannot be simulated ({reason(error)}); its forward pass and the loss "
-            "must be differentiable operations of PyTorch."
-        ) from error
 
 
 def _one_step(observation: Observation, count: int, outputs: int) -> Callable[[], object]:
